@@ -1,0 +1,121 @@
+"""What passes between the rooms: samples, batches, losses. Plain data, no behaviour beyond moving to a device.
+
+Shape legend, used as suffixes throughout the package:
+
+======  ==========================================================================
+``B``   batch (sequences or pictures)
+``S``   sequence positions
+``N``   understanding vectors of one picture (729 at ``8b``)
+``M``   generation vectors of one picture (64 at ``8b``)
+``D``   LLM width
+``E``   gen-CLIP width
+``V``   vocabulary
+``K``   a list of places, flattened over the batch
+``C H W``  channels, height, width of pictures or latents
+======  ==========================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a picture, its answer, and the kind of question it is (for balanced scores)."""
+
+    question: str
+    answer: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One entry of a dataset: pictures and what is known about them in words.
+
+    ``short`` and ``detailed`` describe ``images[0]``; ``conversation`` is a list of turns
+    ``{"role": "user" | "assistant", "content": [str | {"image": index}]}``.
+    """
+
+    key: str
+    images: tuple[Image, ...]
+    short: str = ""
+    detailed: str = ""
+    questions: tuple[Question, ...] = ()
+    conversation: tuple[dict[str, Any], ...] = ()
+    source: str = ""
+    facts: dict[str, Any] | None = None
+
+
+class _Movable:
+    """Moves every tensor field of a frozen dataclass."""
+
+    def to(self, device: str | torch.device) -> Any:
+        """A copy whose tensors live on ``device``."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        moved = {name: value.to(device) for name, value in moved.items() if hasattr(value, "to")}
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class SequenceBatch(_Movable):
+    """Sequences for the LLM, padded on the right (training) or on the left (generation).
+
+    Places are flat indices into ``B * S``; masks say where, so that ``forward`` never asks which task a sample is.
+    Understanding and generation pictures come in the order in which their places appear.
+    """
+
+    ids_BS: Tensor
+    """int64; image places hold the placeholder's id."""
+    understanding_at_K: Tensor
+    """int64, places that take the N vectors of each understanding picture, in order."""
+    generation_at_K: Tensor
+    """int64, places that hold the M vectors of each generated picture, in order."""
+    text_at_K: Tensor
+    """int64, places whose hidden state predicts a supervised token (one left of the token)."""
+    labels_K: Tensor
+    """int64, the tokens predicted at ``text_at_K``."""
+    understanding_pixels_BCHW: Tensor
+    """float32 in [0, 1], normalised by the model; may hold no picture."""
+    generation_pixels_BCHW: Tensor
+    """float32 in [0, 1]; may hold no picture."""
+    total_text: int = 0
+    """Supervised tokens of the *global* batch: what the text loss is divided by."""
+    total_vectors: int = 0
+    """Generation vectors of the *global* batch: what the vector loss is divided by."""
+    generation_vectors_BME: Tensor | None = None
+    """Vectors to use instead of encoding ``generation_pixels_BCHW``, in the LLM's space: pictures the model drew."""
+
+
+@dataclass(frozen=True)
+class PairBatch(_Movable):
+    """Pictures with captions, for gen-CLIP and the decoder."""
+
+    pixels_BCHW: Tensor
+    """float32 in [0, 1] at the encoder's input size."""
+    targets_BCHW: Tensor
+    """float32 in [0, 1] at the decoder's output size."""
+    ids_BS: Tensor
+    """int64 caption tokens, padded on the right."""
+    mask_BS: Tensor
+    """bool, True at caption tokens."""
+    draws: tuple[tuple[int, str], ...]
+    """(epoch, sample key) of each picture: what every random choice about it is derived from."""
+    total: int = 0
+    """Pictures of the *global* batch."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a training step minimises, with its parts for the log."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    parts: dict[str, Tensor]
+    """Detached scalars, already divided by the global counts, so that micro-batches add up."""

@@ -1,0 +1,372 @@
+"""Every setting of every run: typed, strict, frozen.
+
+Precedence is one sentence: defaults < YAML < ``key=value``. A recipe may start with ``extends: NAME`` (a recipe
+beside it or an address such as ``tiny/base``); the recipe's own keys then win. A key that does not exist, or a
+value of the wrong type, is refused with the file, the key, the value and the nearest right key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names file, key, value and remedy."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values are not coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the model
+
+
+class PartConfig(Settings):
+    """A part that transformers or diffusers builds: a pretrained ``source`` (folder or hub name) and/or a ``config``.
+
+    ``config`` holds the library's own keyword arguments; it is what the part is built from when there is no source,
+    and what shapes and parameter counts on the meta device are taken from.
+    """
+
+    source: str | None = None
+    config: dict[str, Any] = {}
+
+
+class GenerationEncoderConfig(Settings):
+    """The vision tower of gen-CLIP: an own ViT whose patches can be dropped (``model/encoders.py``)."""
+
+    source: str | None = None
+    image_size: int = 64
+    patch_size: int = 8
+    width: int = 32
+    layers: int = 2
+    heads: int = 2
+    mlp_width: int = 64
+    norm: Literal["pre", "post"] = "pre"
+    """``pre``: CLIP's blocks. ``post``: EVA-CLIP-E's, which normalise each branch's output."""
+    entry_norm: bool = True
+    """CLIP normalises right after the position embeddings; EVA-CLIP does not."""
+    patch_bias: bool = False
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    pool: int = 2
+    """Side of the average-pooling window over the grid (paper section 3.1: 4, from 32x32 to 8x8)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> GenerationEncoderConfig:
+        if self.image_size % self.patch_size or (self.image_size // self.patch_size) % self.pool:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size x pool")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def vectors(self) -> int:
+        """M: generation vectors of one picture after pooling."""
+        return (self.grid // self.pool) ** 2
+
+
+class DecoderConfig(Settings):
+    """The diffusion decoder: gen-CLIP vectors in, pixels out."""
+
+    source: str | None = None
+    unet: dict[str, Any] = {}
+    vae: dict[str, Any] = {}
+    """Arguments of ``AutoencoderKL``; or ``{unshuffle: 4}``, which only moves pixels into channels (``tiny``)."""
+    scheduler: dict[str, Any] = {}
+    """``class`` names any diffusers scheduler; the rest are its arguments."""
+    image_size: int = 64
+    spatial_condition: bool = False
+    """Join the upsampled condition grid to the U-Net's input. A measured deviation from the paper, for ``tiny``."""
+    steps: int = Field(default=50, ge=1)
+    """Denoising steps when none are asked for (Emu2: 50)."""
+    guidance_scale: float = Field(default=3.0, ge=0)
+    """Null-caption guidance when none is asked for (Emu2: 3.0)."""
+
+
+class BridgeConfig(Settings):
+    """The MLPs between the encoders and the LLM."""
+
+    standardise: bool = False
+    """Standardise generation targets per channel (our choice at ``tiny``; Emu2 and the paper use raw features)."""
+
+
+class ModelConfig(Settings):
+    """All parts of one Pisces."""
+
+    start: str | None = None
+    """A model folder to begin from. Its parts replace those described here."""
+    llm: PartConfig = PartConfig()
+    understanding: PartConfig = PartConfig()
+    understanding_mean: list[float] = [0.5, 0.5, 0.5]
+    understanding_std: list[float] = [0.5, 0.5, 0.5]
+    generation: GenerationEncoderConfig = GenerationEncoderConfig()
+    generation_mean: list[float] = [0.5, 0.5, 0.5]
+    generation_std: list[float] = [0.5, 0.5, 0.5]
+    bridge: BridgeConfig = BridgeConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    template: Literal["tiny", "llama3"] = "tiny"
+    """The chat template: a file in ``data/templates``."""
+    tokenizer: str = "bytes"
+    """``bytes`` (no training), ``bpe`` (byte-level BPE trained on the run's texts), or a folder or hub name."""
+    vocab_size: int = 4096
+    """Size of a ``bpe`` vocabulary, special tokens included."""
+
+
+# ------------------------------------------------------------------------------------------------------ the data
+
+Task = Literal["generate_short", "generate_detailed", "caption_short", "caption_detailed", "question", "conversation"]
+
+
+class SourceConfig(Settings):
+    """One dataset in a mixture."""
+
+    path: str
+    """A folder of shards with their index; relative paths are looked up under the data folder (``PISCES_DATA``)."""
+    weight: float = Field(default=1.0, gt=0)
+    tasks: dict[Task, float] = {}
+    """Weights of the tasks drawn for each sample; empty for trainings on pairs (gen-CLIP, decoder)."""
+
+
+class DataConfig(Settings):
+    """What a training reads."""
+
+    sources: list[SourceConfig] = []
+    questions_per_image: int = Field(default=1, ge=1)
+    """Turns of one question-answer sample that share a picture."""
+    max_length: int = Field(default=512, ge=8)
+    """Sequences over this many tokens are refused by name."""
+    drop_caption: float = Field(default=0.1, ge=0, le=1)
+    """Share of generation samples that train with the empty caption (null-caption guidance, after Emu2)."""
+
+
+# -------------------------------------------------------------------------------------------------- the training
+
+
+class ContrastiveConfig(Settings):
+    """Settings of the two contrastive trainings (``understanding_clip``, ``gen_clip``)."""
+
+    tower: Literal["generation", "understanding"] = "generation"
+    text: dict[str, Any] = {}
+    """Arguments of ``CLIPTextConfig`` for the text tower, which no later stage needs."""
+    width: int = 32
+    """Width of the shared embedding space."""
+    mae_weight: float = Field(default=1.0, ge=0)
+    visible: float = Field(default=0.25, gt=0, le=1)
+    """Share of patches the MAE pass sees."""
+    mae_layers: int = 1
+    mae_width: int = 32
+    mae_heads: int = 2
+
+
+class DiffusionConfig(Settings):
+    """Settings of the decoder's training."""
+
+    drop_condition: float = Field(default=0.1, ge=0, le=1)
+    """Share of conditions replaced by the mean of the targets (Emu2 drops 10 %)."""
+    statistics_samples: int = Field(default=2048, ge=2)
+    """Pictures from which the target statistics are taken when the start folder has none."""
+    time_shift: float = 0.0
+    """Mean of the logit-normal time distribution (flow schedulers only); above 0 means noisier."""
+
+
+class LossConfig(Settings):
+    """Weights of the two terms of the paper's objective; the paper gives none, so both are 1."""
+
+    text: float = 1.0
+    vectors: float = 1.0
+
+
+class TrainConfig(Settings):
+    """The one loop's settings."""
+
+    steps: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches a step is cut into; contrastive losses keep whole batches and refuse more than 1."""
+    lr: float = Field(default=1e-3, gt=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    betas: list[float] = [0.9, 0.95]
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of the averaged weights; 0 turns them off. Warmed up as (1 + step) / (10 + step)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    freeze: list[str] = ["understanding_encoder", "generation_encoder", "decoder"]
+    """Parts of the model that do not learn; the LLM and the MLPs learn in all stages (paper section 3.3)."""
+    save_every: int = Field(default=500, ge=1)
+    probe_every: int = Field(default=500, ge=1)
+    """Steps between sample grids and answers in the run folder."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's own choice."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate {self.accumulate} is more than batch_size {self.batch_size}")
+        return self
+
+
+class RunConfig(Settings):
+    """One training."""
+
+    name: str
+    objective: Literal["contrastive", "decoder", "pisces"]
+    out: str | None = None
+    """The run folder; by default ``runs/NAME``."""
+    seed: int = 0
+    device: str = "auto"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or f"runs/{self.name}")
+
+
+# -------------------------------------------------------------------------------------------------- reading them
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``2e-5`` is a number, as everyone means it (YAML 1.1 reads it as a word)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a recipe and apply ``key=value`` overrides.
+
+    Args:
+        recipe: an address such as ``tiny/stage1`` or the path of a YAML file.
+        overrides: dotted keys with YAML values, such as ``train.lr=3e-4``.
+
+    Raises:
+        ConfigError: if the recipe is missing, or a key or value is wrong.
+    """
+    path = find_recipe(recipe)
+    values = _read(path)
+    where = {"": str(path)}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form key=value, for example train.lr=3e-4")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from None
+        _set(values, key.split("."), value, override)
+        where[key] = "command line"
+    values.setdefault("name", f"{path.parent.name}/{path.stem}")
+    return validate(RunConfig, values, where)
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file behind a recipe's address or path; a `ConfigError` lists what there is."""
+    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.glob("*/*.yaml"))
+    near = difflib.get_close_matches(recipe, known, 1)
+    hint = f"did you mean {near[0]}?" if near else "known recipes: " + ", ".join(known)
+    raise ConfigError(f"no recipe {recipe!r}: {hint}")
+
+
+def trainings(scale: str) -> list[str]:
+    """The recipes of a scale in the order in which they run (``tiny`` -> ``tiny/understanding_clip`` ...)."""
+    return [f"{scale}/{name}" for name in TRAININGS if (RECIPES / scale / f"{name}.yaml").is_file()]
+
+
+def validate(kind: type[Settings], values: dict[str, Any], where: dict[str, str]) -> Any:
+    """Build ``kind`` from ``values``; ``where`` maps dotted keys (``""``: all) to the file a value came from."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(kind, issue, where) for issue in error.errors())) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The values of a YAML file, laid over those of the file it extends."""
+    try:
+        values = yaml.load(path.read_text(), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    beside = path.parent / f"{parent}.yaml"
+    return _merge(_read(beside if beside.is_file() else find_recipe(parent)), values)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``; mappings merge, everything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Write one dotted override into nested ``values``; a list is addressed by number."""
+    here: Any = values
+    for key in keys[:-1]:
+        here = here[int(key)] if isinstance(here, list) and key.isdigit() else here.setdefault(key, {})
+        if not isinstance(here, dict | list):
+            raise ConfigError(f"override {override!r}: {key!r} is a single value and has no keys below it")
+    if isinstance(here, list):
+        here[int(keys[-1])] = value
+    else:
+        here[keys[-1]] = value
+
+
+def _explain(kind: type[Settings], issue: Any, where: dict[str, str]) -> str:
+    """One line for one wrong setting: file, key, value and the remedy."""
+    key = ".".join(str(part) for part in issue["loc"])
+    file = next((where[k] for k in (key, key.rpartition(".")[0]) if k and k in where), where.get("", "settings"))
+    if issue["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(issue["loc"][-1]), [k.rpartition(".")[2] for k in _keys(kind)], 1, 0.5)
+        full = [k for k in _keys(kind) if near and k.rpartition(".")[2] == near[0]]
+        full.sort(key=lambda k: k.rpartition(".")[0] != key.rpartition(".")[0])
+        hint = f"did you mean {full[0]}?" if full else "see open_pisces/config.py for all keys"
+        return f"{file}: unknown key {key} (value {issue['input']!r}): {hint}"
+    return f"{file}: {key} = {issue['input']!r}: {issue['msg']}"
+
+
+def _keys(kind: type[Settings], prefix: str = "") -> list[str]:
+    """All dotted keys of a settings class."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            keys += _keys(inner, f"{prefix}{name}.")
+    return keys
