@@ -1,0 +1,132 @@
+"""Pixels from gen-CLIP vectors: a latent diffusion U-Net conditioned as Emu2's SDXL (emu/diffusion.py)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PixelUnshuffleVAE:
+    """`AutoencoderKL`'s interface over a plain rearrangement: pixels of ``factor`` x ``factor`` become channels.
+
+    For ``tiny``: at 64 px a learned autoencoder would cost more than it saves. Nothing is lost and nothing learnt.
+    """
+
+    def __init__(self, unshuffle: int) -> None:
+        self.factor = unshuffle
+        self.config = SimpleNamespace(scaling_factor=1.0, shift_factor=None, latent_channels=3 * unshuffle**2)
+
+    def encode(self, pixels_BCHW: Tensor) -> SimpleNamespace:
+        """``(B, 3, H, W)`` in [-1, 1] to a "distribution" of ``(B, 3 f f, H / f, W / f)`` with one possible value."""
+        latents = F.pixel_unshuffle(pixels_BCHW, self.factor)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+    def decode(self, latents_BCHW: Tensor) -> SimpleNamespace:
+        """The inverse of `encode`, as ``.sample``."""
+        return SimpleNamespace(sample=F.pixel_shuffle(latents_BCHW, self.factor))
+
+
+class ImageDecoder(nn.Module):
+    """A diffusion model that rebuilds a picture from its M pooled gen-CLIP vectors.
+
+    The vectors plus a learned position table (zero at the start, so that published weights load exactly) are the
+    cross-attention context; their mean is SDXL's pooled embedding. With ``spatial_condition`` their grid is also
+    upsampled and joined to the U-Net's input: our deviation at ``tiny``, where position otherwise comes out wrong.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, vae: Any, scheduler: Any, vectors: int, image_size: int, spatial: bool
+    ) -> None:
+        super().__init__()
+        self.unet, self.scheduler = unet, scheduler
+        self.vae = vae
+        self.image_size, self.spatial = image_size, spatial
+        self.grid = int(vectors**0.5)
+        self.condition = nn.Module()
+        self.condition.positions_ME = nn.Parameter(torch.zeros(vectors, unet.config.cross_attention_dim))
+        self._noiser = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the scheduler is a flow (velocity along a straight path) rather than a diffusion of SDXL's kind."""
+        return isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of a latent."""
+        channels = self.vae.config.latent_channels
+        blocks = getattr(self.vae.config, "block_out_channels", None)
+        factor = 2 ** (len(blocks) - 1) if blocks else self.vae.factor
+        return channels, self.image_size // factor, self.image_size // factor
+
+    @torch.no_grad()
+    def encode(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pictures in [0, 1] to latents; the autoencoder is frozen, its mean is used so that nothing is random."""
+        return self.vae.encode(pixels_BCHW * 2 - 1).latent_dist.mode() * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents to pictures in [0, 1]."""
+        return (self.vae.decode(latents_BCHW / self.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+    def denoise(self, noisy_BCHW: Tensor, times_B: Tensor, vectors_BME: Tensor) -> Tensor:
+        """One call of the U-Net: its prediction (noise or velocity) for latents at ``times_B`` in [0, 1000]."""
+        size = float(self.image_size)
+        ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=vectors_BME.device, dtype=vectors_BME.dtype)
+        pooled = {"text_embeds": vectors_BME.mean(1), "time_ids": ids.expand(len(vectors_BME), 6)}
+        if self.spatial:
+            grid = vectors_BME.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            grid = F.interpolate(grid, noisy_BCHW.shape[-2:], mode="bilinear", align_corners=False)
+            noisy_BCHW = torch.cat([noisy_BCHW, grid.to(noisy_BCHW.dtype)], 1)
+        context = vectors_BME + self.condition.positions_ME
+        return self.unet(noisy_BCHW, times_B, context, added_cond_kwargs=pooled).sample
+
+    def forward(self, latents_BCHW: Tensor, vectors_BME: Tensor, noise_BCHW: Tensor, times_B: Tensor) -> Tensor:
+        """The squared error of one denoising step, per picture: ``(B,)``.
+
+        Args:
+            latents_BCHW: clean latents.
+            vectors_BME: conditions in gen-CLIP space.
+            noise_BCHW: standard normal noise.
+            times_B: in [0, 1], 1 being pure noise.
+        """
+        if self.is_flow:
+            at = times_B.view(-1, 1, 1, 1)
+            noisy, target, steps = (1 - at) * latents_BCHW + at * noise_BCHW, noise_BCHW - latents_BCHW, times_B * 1000
+        else:
+            steps = (times_B * self._noiser.config.num_train_timesteps).long().clamp_max(999)
+            noisy = self._noiser.add_noise(latents_BCHW, noise_BCHW, steps)
+            velocity = self._noiser.config.prediction_type == "v_prediction"
+            target = self._noiser.get_velocity(latents_BCHW, noise_BCHW, steps) if velocity else noise_BCHW
+        predicted = self.denoise(noisy, steps, vectors_BME)
+        return (predicted.float() - target.float()).pow(2).mean((1, 2, 3))
+
+    @torch.no_grad()
+    def sample(
+        self, vectors_BME: Tensor, null_ME: Tensor, noise_BCHW: Tensor, steps: int, guidance_scale: float
+    ) -> Tensor:
+        """Draw pictures: ``(B, 3, H, W)`` in [0, 1].
+
+        Guidance acts here and nowhere else: ``null + scale * (conditioned - null)`` on the predicted noise, with
+        the empty caption's vectors as the null condition (paper section 3.4, after Emu2). A scale of 1 skips it.
+        """
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(steps, device=vectors_BME.device)
+        guided = guidance_scale != 1.0
+        if guided:
+            vectors_BME = torch.cat([vectors_BME, null_ME.expand_as(vectors_BME)])
+        latents = noise_BCHW * getattr(scheduler, "init_noise_sigma", 1.0)
+        for time in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
+            times = time.expand(len(vectors_BME)).to(latents.device)
+            predicted = self.denoise(scaled.repeat(2, 1, 1, 1) if guided else scaled, times, vectors_BME).float()
+            if guided:
+                conditioned, null = predicted.chunk(2)
+                predicted = null + guidance_scale * (conditioned - null)
+            latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
+        return self.decode(latents)

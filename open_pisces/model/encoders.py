@@ -1,0 +1,157 @@
+"""The two visual encoders: one to understand with, one whose features are what the LLM learns to predict.
+
+`UnderstandingEncoder` is SigLIP as transformers has it. `GenerationEncoder` is gen-CLIP's vision tower, an own ViT
+because its patches can be dropped for the MAE pass; its blocks equal transformers' CLIP (tested) or EVA-CLIP.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import SiglipVisionModel
+
+from open_pisces.config import GenerationEncoderConfig
+
+
+class PixelNorm(nn.Module):
+    """Moves pixels from [0, 1] to the range an encoder was trained in: ``(x - mean) / std`` per channel."""
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Normalise ``(B, 3, H, W)`` in [0, 1]."""
+        return (pixels_BCHW - self.mean) / self.std
+
+
+class UnderstandingEncoder(nn.Module):
+    """SigLIP's vision tower: every patch becomes one vector for the LLM, none is pooled (paper section 3.1)."""
+
+    def __init__(self, tower: SiglipVisionModel, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.tower = tower
+        self.normalise = PixelNorm(mean, std)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.tower.config.image_size
+
+    @property
+    def width(self) -> int:
+        """Channels of one vector."""
+        return self.tower.config.hidden_size
+
+    @property
+    def vectors(self) -> int:
+        """N: vectors of one picture."""
+        return (self.tower.config.image_size // self.tower.config.patch_size) ** 2
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` in [0, 1] to the tower's last layer, ``(B, N, width)``."""
+        return self.tower(self.normalise(pixels_BCHW)).last_hidden_state
+
+    def summary(self, pixels_BCHW: Tensor) -> Tensor:
+        """One vector a picture, ``(B, width)``, from SigLIP's pooling head: what contrastive training compares."""
+        pooled = self.tower(self.normalise(pixels_BCHW)).pooler_output
+        if pooled is None:
+            raise ValueError("this SigLIP tower was built without its pooling head: set vision_use_head to true")
+        return pooled
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        """``(B, S, E)`` to the same shape; every position sees every other."""
+        B, S, E = x_BSE.shape
+        q, k, v = self.qkv(x_BSE).view(B, S, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, E))
+
+
+class Block(nn.Module):
+    """A transformer block: CLIP's (norm before each branch) or EVA-CLIP-E's (norm after it)."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, norm: str, activation: str) -> None:
+        super().__init__()
+        self.norm, self.activation = norm, activation
+        self.attention = Attention(width, heads)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.expand, self.contract = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        """``(B, S, E)`` to the same shape."""
+        if self.norm == "pre":
+            x_BSE = x_BSE + self.attention(self.norm1(x_BSE))
+            return x_BSE + self._mlp(self.norm2(x_BSE))
+        x_BSE = x_BSE + self.norm1(self.attention(x_BSE))
+        return x_BSE + self.norm2(self._mlp(x_BSE))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        x = self.expand(x)
+        return self.contract(F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x))
+
+
+class GenerationEncoder(nn.Module):
+    """gen-CLIP's vision tower: the LLM's generation targets are its last layer, class token dropped (Emu2, emu.py)."""
+
+    def __init__(self, config: GenerationEncoderConfig, mean: list[float], std: list[float]) -> None:
+        super().__init__()
+        self.config = config
+        self.normalise = PixelNorm(mean, std)
+        self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
+        self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(1 + config.grid**2, config.width) * 0.02)
+        self.entry_norm = nn.LayerNorm(config.width) if config.entry_norm else nn.Identity()
+        block = (config.width, config.heads, config.mlp_width, config.norm, config.activation)
+        self.blocks = nn.ModuleList(Block(*block) for _ in range(config.layers))
+        self.exit_norm = nn.LayerNorm(config.width)
+        """Normalises the class token for the contrastive term only; targets are raw, as Emu2's."""
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.config.image_size
+
+    @property
+    def width(self) -> int:
+        """E: channels of one vector."""
+        return self.config.width
+
+    def forward(self, pixels_BCHW: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Encode a picture, or only some of its patches.
+
+        Args:
+            pixels_BCHW: ``(B, 3, H, W)`` in [0, 1].
+            keep_BK: int64 indices of the K visible patches of each picture; None keeps all.
+
+        Returns:
+            ``(B, 1 + K, E)``: the last block's output, class token first, without a final norm.
+        """
+        if pixels_BCHW.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(f"pictures of {tuple(pixels_BCHW.shape[-2:])}; this encoder takes {self.image_size} px")
+        x = self.patches(self.normalise(pixels_BCHW)).flatten(2).transpose(1, 2) + self.positions[1:]
+        if keep_BK is not None:
+            x = x.gather(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]))
+        first = (self.class_token + self.positions[0]).expand(x.shape[0], 1, -1)
+        x = self.entry_norm(torch.cat([first.to(x.dtype), x], 1))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def features(self, pixels_BCHW: Tensor) -> Tensor:
+        """The last layer without its class token: ``(B, grid * grid, E)``, row by row."""
+        return self(pixels_BCHW)[:, 1:]
+
+    def summary(self, pixels_BCHW: Tensor) -> Tensor:
+        """One vector a picture, ``(B, E)``: the normalised class token."""
+        return self.exit_norm(self(pixels_BCHW)[:, 0])

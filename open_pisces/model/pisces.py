@@ -1,0 +1,128 @@
+"""Pisces: one autoregressive LLM that reads understanding vectors and writes generation vectors (arXiv 2506.10395)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from open_pisces.batch import Losses, SequenceBatch
+from open_pisces.config import LossConfig, ModelConfig
+from open_pisces.model.bridge import Bridge
+from open_pisces.model.decoder import ImageDecoder
+from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
+
+
+class Pisces(nn.Module):
+    """The multimodal LLM with its two encoders and its decoder.
+
+    The hidden state (after the LLM's final norm) at ``[IMG]`` predicts vector 1, at vector k vector k + 1, at vector
+    M ``[/IMG]``. Training feeds all M vectors. Both losses are sums divided by counts of the *global* batch, so
+    that accumulation and sharding change nothing.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        llm: Any,
+        understanding_encoder: UnderstandingEncoder,
+        generation_encoder: GenerationEncoder,
+        bridge: Bridge,
+        decoder: ImageDecoder | None = None,
+        weights: LossConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.weights = config, weights or LossConfig()
+        self.llm = llm
+        self.understanding_encoder, self.generation_encoder = understanding_encoder, generation_encoder
+        self.bridge, self.decoder = bridge, decoder
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Pisces:
+        """Read a model folder of parts; `ModelFolderError` names what is missing or does not fit."""
+        from open_pisces.model.weights import load_pisces
+
+        return load_pisces(folder, dtype)
+
+    def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Write the model folder of parts, each of which its own library can load."""
+        from open_pisces.model.weights import save_pisces
+
+        save_pisces(self, folder, tokenizer)
+
+    # ------------------------------------------------------------------------------------------ pictures in
+
+    def understand(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pictures in [0, 1] to what the LLM reads of them, ``(B, N, D)``: no pooling, a long sequence."""
+        frozen = not any(p.requires_grad for p in self.understanding_encoder.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            vectors_BNE = self.understanding_encoder(pixels_BCHW)
+        return self.bridge.understanding_projector(vectors_BNE)
+
+    @torch.no_grad()
+    def generation_vectors(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pictures in [0, 1] to the vectors the LLM learns to write, ``(B, M, E)``, in the LLM's space."""
+        pooled_BME = self.bridge.pooler(self.generation_encoder.features(pixels_BCHW))
+        return self.bridge.statistics.enter(pooled_BME.float())
+
+    def embed(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """The LLM's input and the vectors it must predict.
+
+        Returns:
+            ``(B, S, D)`` embeddings, image places filled; ``(pictures, M, E)`` targets.
+        """
+        words_BSD = self.llm.get_input_embeddings()(batch.ids_BS)
+        seen_BND = self.understand(_at_least_one(batch.understanding_pixels_BCHW))
+        targets_BME = batch.generation_vectors_BME
+        if targets_BME is None:
+            targets_BME = self.generation_vectors(_at_least_one(batch.generation_pixels_BCHW))
+        fed_BMD = self.bridge.generation_projector(targets_BME.to(words_BSD.dtype))
+        flat = words_BSD.flatten(0, 1)
+        flat = _place(flat, batch.understanding_at_K, seen_BND)
+        flat = _place(flat, batch.generation_at_K, fed_BMD)
+        return flat.view_as(words_BSD), targets_BME[: len(batch.generation_at_K) // targets_BME.shape[1]]
+
+    # ------------------------------------------------------------------------------------------ the objective
+
+    def forward(self, batch: SequenceBatch) -> Losses:
+        """Cross-entropy on text plus squared error on vectors (paper section 3.2).
+
+        Logits exist only where a token is supervised: at 128k words a full set would cost more than the LLM.
+        """
+        inputs_BSD, targets_BME = self.embed(batch)
+        hidden_KD = self.hidden(inputs_BSD).flatten(0, 1)
+        logits_KV = self.llm.get_output_embeddings()(hidden_KD[batch.text_at_K])
+        text = F.cross_entropy(logits_KV.float(), batch.labels_K, reduction="sum") / max(batch.total_text, 1)
+        # One left of each vector's place sits what predicts it: [IMG], or the vector before.
+        predicted_KE = self.bridge.head(hidden_KD[batch.generation_at_K - 1])
+        error_KE = (predicted_KE.float() - targets_BME.flatten(0, 1)).pow(2)
+        vectors = error_KE.mean(-1).sum() / max(batch.total_vectors, 1)
+        loss = self.weights.text * text + self.weights.vectors * vectors
+        return Losses(loss, {"text": text.detach(), "vectors": vectors.detach()})
+
+    def hidden(self, inputs_BSD: Tensor, **cache: Any) -> Tensor:
+        """The LLM's last hidden states, ``(B, S, D)``, after its final norm."""
+        return self.llm.base_model(inputs_embeds=inputs_BSD, **{"use_cache": False, **cache}).last_hidden_state
+
+    # ------------------------------------------------------------------------------------------ vectors out
+
+    def next_vector(self, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """From the hidden state at ``[IMG]`` or at vector k: vector k + 1 ``(B, E)`` and its embedding ``(B, D)``."""
+        vector_BE = self.bridge.head(hidden_BD)
+        return vector_BE, self.bridge.generation_projector(vector_BE)
+
+
+def _at_least_one(pixels_BCHW: Tensor) -> Tensor:
+    """A blank picture where a batch has none: every module runs on every step, or sharded ranks would hang."""
+    return pixels_BCHW if len(pixels_BCHW) else pixels_BCHW.new_zeros(1, *pixels_BCHW.shape[1:])
+
+
+def _place(flat_KD: Tensor, at_K: Tensor, vectors_BND: Tensor) -> Tensor:
+    """Write vectors into their places; a blank stand-in has no places and only ties its module to the graph."""
+    vectors = vectors_BND.flatten(0, 1).to(flat_KD.dtype)
+    if len(at_K) == 0:
+        return flat_KD + 0 * vectors.sum()
+    return flat_KD.index_copy(0, at_K, vectors)
