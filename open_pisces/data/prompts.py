@@ -1,0 +1,194 @@
+"""From a sample to tokens: the chat template, the places of pictures, and what is supervised.
+
+Layouts (paper section 3.2), both inside the chat template, in all stages:
+
+* understanding: user ``[IMG]`` N vectors ``[/IMG]`` prompt; assistant: answer
+* generation:    user: prompt and caption; assistant ``[IMG]`` M vectors ``[/IMG]``
+
+Supervised are the assistant's text, its own ``[IMG]`` and ``[/IMG]``, and its end of turn. A picture the assistant
+drew re-enters as understanding vectors at the head of the user's next turn, so that it can be asked about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from open_pisces.batch import Sample
+from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER, read_template
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message; ``content`` mixes strings and indices of pictures."""
+
+    role: str
+    content: tuple[str | int, ...]
+
+
+@dataclass
+class Rendered:
+    """One sequence. All lists are S long, but for the picture lists.
+
+    ``understanding`` and ``generation`` are True at the places of vectors, ``labels`` holds the token at supervised
+    places and `IGNORED` elsewhere (not shifted).
+    """
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    understanding: list[bool] = field(default_factory=list)
+    generation: list[bool] = field(default_factory=list)
+    understanding_images: list[int] = field(default_factory=list)
+    """Indices of the sample's pictures, in the order of their places."""
+    generation_images: list[int] = field(default_factory=list)
+
+    def add(self, ids: list[int], supervised: bool = False, place: str = "") -> None:
+        """Append tokens of one kind."""
+        self.ids += ids
+        self.labels += ids if supervised else [IGNORED] * len(ids)
+        self.understanding += [place == "understanding"] * len(ids)
+        self.generation += [place == "generation"] * len(ids)
+
+
+class Renderer:
+    """Turns conversations into sequences for one tokenizer, template and pair of vector counts."""
+
+    def __init__(self, tokenizer: Any, template: str, understanding_vectors: int, generation_vectors: int) -> None:
+        self.tokenizer, self.frame = tokenizer, read_template(template)
+        self.N, self.M = understanding_vectors, generation_vectors
+        self.begin_image, self.end_image, self.placeholder = (
+            tokenizer.convert_tokens_to_ids(token) for token in (BEGIN_IMAGE, END_IMAGE, PLACEHOLDER)
+        )
+        self.pad = tokenizer.convert_tokens_to_ids(self.frame["pad"])
+        self.end_of_turn = tokenizer.convert_tokens_to_ids(self.frame["close"])
+
+    def text_ids(self, text: str) -> list[int]:
+        """A user's text: a special token typed in it stays the characters it is made of."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def frame_ids(self, piece: str) -> list[int]:
+        """A piece of the template itself, the only text that may hold special tokens."""
+        return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+
+    def render(self, turns: tuple[Turn, ...], answer_next: bool = False) -> Rendered:
+        """Lay out a conversation.
+
+        Args:
+            turns: alternating user and assistant turns, user first.
+            answer_next: end with an open assistant turn, for inference.
+        """
+        out = Rendered()
+        out.add(self.frame_ids(self.frame["begin"]))
+        if self.frame["system"]:
+            frame = self.frame["open"]["system"], self.frame["close"]
+            out.add(self.frame_ids(frame[0]) + self.text_ids(self.frame["system"]) + self.frame_ids(frame[1]))
+        drawn: list[int] = []
+        for turn in turns:
+            out.add(self.frame_ids(self.frame["open"][turn.role]))
+            if turn.role == "assistant":
+                drawn = self._assistant(out, turn)
+            else:
+                self._user(out, turn, drawn)
+            out.add([self.end_of_turn], supervised=turn.role == "assistant")
+        if answer_next:
+            out.add(self.frame_ids(self.frame["open"]["assistant"]))
+        return out
+
+    def _user(self, out: Rendered, turn: Turn, drawn: list[int]) -> None:
+        for part in (*drawn, *turn.content):
+            if isinstance(part, int):
+                self._picture(out, "understanding", self.N, supervised=False)
+                out.understanding_images.append(part)
+            else:
+                out.add(self.text_ids(part))
+
+    def _assistant(self, out: Rendered, turn: Turn) -> list[int]:
+        for part in turn.content:
+            if isinstance(part, int):
+                self._picture(out, "generation", self.M, supervised=True)
+                out.generation_images.append(part)
+            else:
+                out.add(self.text_ids(part), supervised=True)
+        return [part for part in turn.content if isinstance(part, int)]
+
+    def _picture(self, out: Rendered, place: str, length: int, supervised: bool) -> None:
+        out.add([self.begin_image], supervised)
+        out.add([self.placeholder] * length, place=place)
+        out.add([self.end_image], supervised)
+
+
+# ------------------------------------------------------------------------------------------- samples to turns
+
+
+@lru_cache
+def wordings() -> dict[str, Any]:
+    """The prompts of ``data/prompts.yaml``."""
+    return yaml.safe_load((Path(__file__).parent / "prompts.yaml").read_text())
+
+
+def generation_turns(caption: str, wording: int = 0) -> tuple[Turn, ...]:
+    """The user's side of a generation; the empty caption has a wording of its own (null-caption guidance)."""
+    if not caption:
+        return (Turn("user", (wordings()["generate_null"],)),)
+    return (Turn("user", (wordings()["generate"][wording].format(caption=caption),)),)
+
+
+def sample_turns(
+    sample: Sample, task: str, draw: np.random.Generator, drop_caption: float, questions: int
+) -> tuple[Turn, ...]:
+    """What a sample becomes when a task is drawn for it.
+
+    Args:
+        sample: pictures and words.
+        task: one of ``config.Task``.
+        draw: the stream of this sample in this epoch; wording, dropping and choice of questions come from it.
+        drop_caption: chance of the empty caption in a generation.
+        questions: question-answer turns that share the picture.
+
+    Raises:
+        ValueError: if the sample has no text for the task.
+    """
+    if task == "conversation":
+        return _conversation(sample)
+    if task.startswith("generate"):
+        caption = _words(sample, sample.short if task == "generate_short" else sample.detailed, task)
+        caption = "" if draw.random() < drop_caption else caption
+        wording = int(draw.integers(len(wordings()["generate"])))
+        return (*generation_turns(caption, wording), Turn("assistant", (0,)))
+    if task.startswith("caption"):
+        answer = _words(sample, sample.short if task == "caption_short" else sample.detailed, task)
+        prompt = wordings()[task][int(draw.integers(len(wordings()[task])))]
+        return (Turn("user", (0, prompt)), Turn("assistant", (answer,)))
+    if not sample.questions:
+        raise ValueError(f"sample {sample.key!r} of {sample.source!r} has no questions: drop the task from its source")
+    turns: list[Turn] = []
+    for index in draw.permutation(len(sample.questions))[:questions]:
+        asked = sample.questions[int(index)]
+        turns += [Turn("user", (asked.question,) if turns else (0, asked.question)), Turn("assistant", (asked.answer,))]
+    return tuple(turns)
+
+
+def _words(sample: Sample, text: str, task: str) -> str:
+    if not text:
+        raise ValueError(f"sample {sample.key!r} of {sample.source!r} has no text for {task}: drop the task")
+    return text
+
+
+def _conversation(sample: Sample) -> tuple[Turn, ...]:
+    if not sample.conversation:
+        raise ValueError(f"sample {sample.key!r} of {sample.source!r} holds no conversation: drop the task")
+    turns = []
+    for message in sample.conversation:
+        content = tuple(part if isinstance(part, str) else int(part["image"]) for part in message["content"])
+        beyond = [part for part in content if isinstance(part, int) and part >= len(sample.images)]
+        if beyond:
+            raise ValueError(f"sample {sample.key!r}: picture {beyond[0]} is named, but it has {len(sample.images)}")
+        turns.append(Turn(message["role"], content))
+    return tuple(turns)

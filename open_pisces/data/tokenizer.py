@@ -1,0 +1,78 @@
+"""Tokenizers: byte-level ones of our own for the small scales, any pretrained one at ``8b``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+BEGIN_IMAGE, END_IMAGE, PLACEHOLDER = "[IMG]", "[/IMG]", "<image>"
+
+
+@lru_cache
+def read_template(name: str) -> dict[str, Any]:
+    """The chat template of that name, from ``data/templates``."""
+    return yaml.safe_load((Path(__file__).parent / "templates" / f"{name}.yaml").read_text())
+
+
+def special_tokens(template: str) -> list[str]:
+    """Every token that only a template may produce: its frame's and the three of pictures."""
+    frame = read_template(template)
+    pieces = [frame["pad"], frame["begin"], *frame["open"].values(), frame["close"]]
+    found = dict.fromkeys(token for piece in pieces for token in re.findall(r"<\|[^|]+\|>", piece))
+    return [*found, BEGIN_IMAGE, END_IMAGE, PLACEHOLDER]
+
+
+def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """256 bytes and the special tokens: nothing to train, for ``nano`` and for tests."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[])
+    return _wrap(_byte_level(Tokenizer(model)), template)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``vocab_size`` tokens, special tokens included."""
+    tokenizer = _byte_level(Tokenizer(models.BPE()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(special_tokens(template)),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return _wrap(tokenizer, template)
+
+
+def load_tokenizer(source: str | Path, template: str) -> PreTrainedTokenizerFast:
+    """A pretrained tokenizer (folder or hub name), with the picture tokens added where it lacks them."""
+    tokenizer = AutoTokenizer.from_pretrained(str(source))
+    missing = [token for token in special_tokens(template) if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    tokenizer.pad_token = read_template(template)["pad"]
+    return tokenizer
+
+
+def _byte_level(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _wrap(tokenizer: Tokenizer, template: str) -> PreTrainedTokenizerFast:
+    frame = read_template(template)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens(template)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=frame["pad"],
+        bos_token=frame["begin"],
+        eos_token=frame["close"],
+        clean_up_tokenization_spaces=False,
+    )
+    wrapped.chat_template = frame.get("jinja")
+    return wrapped
