@@ -1,0 +1,66 @@
+"""The optimizer, its schedule, and the averaged weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from open_pisces.config import TrainConfig
+
+
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over everything that learns; biases, norms and tables of one dimension are not decayed."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+
+
+def lr_at(step: int, config: TrainConfig) -> float:
+    """The learning rate of a step (from 0): linear warm-up, then constant (the paper's) or cosine to zero (its ablation)."""
+    warmup = math.ceil(config.warmup_ratio * config.steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+class AveragedWeights:
+    """An exponential average of what learns, warmed up so that early steps do not linger (an unwarmed one lags badly)."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = module
+        self.values = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad} if decay else {}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the weights after optimizer step ``step`` (from 0)."""
+        if self.values:
+            keep = min(self.decay, (1 + step) / (10 + step))
+            now = dict(self.module.named_parameters())
+            torch._foreach_lerp_(list(self.values.values()), [now[n].detach() for n in self.values], 1 - keep)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The module holds the averaged weights inside this block."""
+        with torch.no_grad():
+            self._swap()
+            try:
+                yield
+            finally:
+                self._swap()
+
+    def _swap(self) -> None:
+        parameters = dict(self.module.named_parameters())
+        for name, value in self.values.items():
+            kept: Tensor = parameters[name].detach().clone()
+            parameters[name].copy_(value)
+            value.copy_(kept)
