@@ -1,0 +1,82 @@
+"""Bootstrap intervals: how far a score may move when other samples had been drawn.
+
+Percentile bootstrap (Efron 1979): draw as many values with replacement as there are, take the mean, repeat; the
+interval is what holds the middle ``level`` of the repeats. Seeded, so the same values give the same interval. Where
+all values are equal the interval has no width: it knows nothing of the cases that were not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+RESAMPLES = 2000
+_DRAWS_AT_ONCE = 4_000_000  # bounds memory to about 64 MB however many values there are
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with the two ends of its bootstrap interval."""
+
+    score: float
+    low: float
+    high: float
+
+    def rounded(self, digits: int = 4) -> dict[str, float]:
+        """``{"score", "low", "high"}`` for printing."""
+        return {name: round(value, digits) for name, value in asdict(self).items()}
+
+
+def mean_interval(values: ArrayLike, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The mean of ``values`` (n,) with its bootstrap interval.
+
+    Raises:
+        ValueError: if there are no values, or one of them is not a finite number.
+    """
+    return macro_interval({"values": values}, level, resamples, seed)
+
+
+def macro_interval(
+    groups: Mapping[str, ArrayLike], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The mean of the groups' means with its interval; each group is resampled on its own, so its size is kept.
+
+    Args:
+        groups: for each name the values (n_i,) of one group; sizes may differ, every group weighs the same.
+        level: the share of the repeats that the interval holds.
+        resamples: number of repeats.
+        seed: of the repeats' draws.
+
+    Raises:
+        ValueError: if there is no group, a group is empty, or a value is not a finite number.
+    """
+    if not groups:
+        raise ValueError("no group of values: an interval needs at least one group with one value")
+    if not 0 < level < 1:
+        raise ValueError(f"level = {level}: give the share the interval holds, between 0 and 1, for example 0.95")
+    arrays = [_checked(name, values) for name, values in groups.items()]
+    rng = np.random.default_rng(seed)
+    repeats = np.mean([_resampled_means(values, resamples, rng) for values in arrays], axis=0)
+    low, high = np.quantile(repeats, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(np.mean([values.mean() for values in arrays])), float(low), float(high))
+
+
+def _checked(name: str, values: ArrayLike) -> np.ndarray:
+    """``values`` as floats (n,), refused when empty or not finite."""
+    array = np.asarray(values, dtype=np.float64).reshape(-1)
+    if array.size == 0:
+        raise ValueError(f"{name}: no values to take a mean of; give at least one")
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        raise ValueError(f"{name}: {bad} of {array.size} values are not finite numbers; remove or cap them")
+    return array
+
+
+def _resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Means (resamples,) of ``values`` (n,) drawn with replacement, in blocks that fit in memory."""
+    block = max(1, _DRAWS_AT_ONCE // values.size)
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    return np.concatenate([values[rng.integers(0, values.size, (size, values.size))].mean(axis=1) for size in sizes])
