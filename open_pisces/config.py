@@ -311,8 +311,10 @@ def validate(kind: type[Settings], values: dict[str, Any], where: dict[str, str]
         raise ConfigError("\n".join(_explain(kind, issue, where) for issue in error.errors())) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The values of a YAML file, laid over those of the file it extends."""
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML file, laid over those of the file it extends; ``below`` are the files that led here."""
+    if path.resolve() in below:
+        raise ConfigError(f"{path}: extends itself, through {' and '.join(p.name for p in below)}")
     try:
         values = yaml.load(path.read_text(), _Loader)
     except yaml.YAMLError as error:
@@ -323,7 +325,8 @@ def _read(path: Path) -> dict[str, Any]:
     if parent is None:
         return values
     beside = path.parent / f"{parent}.yaml"
-    return _merge(_read(beside if beside.is_file() else find_recipe(parent)), values)
+    found = beside if beside.is_file() else find_recipe(parent)
+    return _merge(_read(found, (*below, path.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -339,13 +342,19 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
     """Write one dotted override into nested ``values``; a list is addressed by number."""
     here: Any = values
     for key in keys[:-1]:
-        here = here[int(key)] if isinstance(here, list) and key.isdigit() else here.setdefault(key, {})
+        here = here[_place(here, key, override)] if isinstance(here, list) else here.setdefault(key, {})
         if not isinstance(here, dict | list):
             raise ConfigError(f"override {override!r}: {key!r} is a single value and has no keys below it")
-    if isinstance(here, list):
-        here[int(keys[-1])] = value
-    else:
-        here[keys[-1]] = value
+    here[_place(here, keys[-1], override)] = value
+
+
+def _place(here: dict[str, Any] | list[Any], key: str, override: str) -> Any:
+    """The key in a mapping, or the number of an entry that a list has."""
+    if isinstance(here, dict):
+        return key
+    if not key.isdecimal() or int(key) >= len(here):
+        raise ConfigError(f"override {override!r}: {key!r} is not an entry of a list of {len(here)}; they count from 0")
+    return int(key)
 
 
 def _explain(kind: type[Settings], issue: Any, where: dict[str, str]) -> str:

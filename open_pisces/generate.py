@@ -1,8 +1,9 @@
-"""The one place where tokens and vectors are produced: the command line, training samples and evaluation all come here."""
+"""The one place where tokens and vectors are produced; command line, training samples and evaluation come here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ class Generator:
         """
         if len(images) != len(prompts):
             raise PromptError(f"{len(prompts)} prompts for {len(images)} lists of pictures: give one list to each")
-        turns = [(Turn("user", (*range(len(shown)), _said(p))),) for shown, p in zip(images, prompts, strict=True)]
+        turns: list[tuple[Turn, ...]] = [
+            (Turn("user", (*range(len(shown)), _said(p))),) for shown, p in zip(images, prompts, strict=True)
+        ]
         return self.answer(turns, [tuple(shown) for shown in images], max_new_tokens, temperature, seed)
 
     def answer(
@@ -96,10 +99,11 @@ class Generator:
     ) -> list[str]:
         """The assistant's next turn in conversations that end with the user's.
 
-        ``vectors`` ``(pictures, M, E)`` are those the model wrote for the pictures it drew, in order; without them such pictures
-        are encoded again.
+        ``vectors`` ``(pictures, M, E)`` are those the model wrote for the pictures it drew, in order; without them
+        such pictures are encoded again.
         """
-        stop, rows = self.renderer.end_of_turn, [[] for _ in conversations]  # type: list[list[int]]
+        stop = self.renderer.end_of_turn
+        rows: list[list[int]] = [[] for _ in conversations]
         done = [False] * len(rows)
         for column in self._tokens(conversations, images, max_new_tokens, temperature, seed, vectors):
             for i, token in enumerate(column):
@@ -112,7 +116,7 @@ class Generator:
     def text_stream(self, images: list[Image], prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
         """One answer, piece by piece as it is written; the pieces joined are what `text` returns."""
         ids: list[int] = []
-        told = ""
+        text = told = ""
         turns = (Turn("user", (*range(len(images)), _said(prompt))),)
         for (token,) in self._tokens([turns], [tuple(images)], max_new_tokens, 0.0, 0, None):
             if token == self.renderer.end_of_turn:
@@ -122,6 +126,8 @@ class Generator:
             if not text.endswith("�"):  # half a character: wait for its other bytes
                 yield text[len(told) :]
                 told = text
+        if text != told:  # the answer ends in a character that is damaged, not unfinished
+            yield text[len(told) :]
 
     @torch.inference_mode()
     def _tokens(
@@ -136,7 +142,8 @@ class Generator:
         """One token of every row at a time."""
         hidden_BD, cache, mask_BS = self._read(conversations, images, "", vectors)
         draws = [torch.Generator().manual_seed(seed) for _ in conversations]
-        banned = [self.renderer.begin_image, self.renderer.end_image, self.renderer.placeholder]
+        # Text holds none of the template's tokens but the one that ends it.
+        banned = sorted(set(self.tokenizer.all_special_ids) - {self.renderer.end_of_turn})
         for _ in range(max_new_tokens):
             logits_BV = self.pisces.llm.get_output_embeddings()(hidden_BD).float().cpu()
             logits_BV[:, banned] = float("-inf")
@@ -170,7 +177,8 @@ class Generator:
             PromptError: for an empty or over-long prompt.
         """
         vectors_BME = self.vectors([_said(prompt) for prompt in prompts])
-        flat = self._decode(vectors_BME.repeat_interleave(n, 0), list(range(n)) * len(prompts), steps, guidance_scale, seed)
+        numbers = list(range(n)) * len(prompts)
+        flat = self._decode(vectors_BME.repeat_interleave(n, 0), numbers, steps, guidance_scale, seed)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def reconstruct(
@@ -188,7 +196,7 @@ class Generator:
 
     @torch.inference_mode()
     def vectors(self, captions: list[str]) -> Tensor:
-        """The M vectors the LLM writes for each caption, ``(B, M, E)``, in its own space; ``""`` is the null caption."""
+        """The M vectors the LLM writes for each caption, ``(B, M, E)``, in its own space; ``""`` is the null one."""
         turns = [generation_turns(caption) for caption in captions]
         hidden_BD, cache, mask_BS = self._read(turns, [()] * len(turns), "[IMG]", None)
         written = []
@@ -204,21 +212,33 @@ class Generator:
         """The empty caption's vectors ``(M, E)``: the unconditional context, computed once a model (Emu2)."""
         return self.vectors([""])[0]
 
+    def null_distance(self) -> float:
+        """How far the empty caption's vectors lie from the decoder's dropped condition.
+
+        Root mean square over vectors and channels, divided by the deviation of the targets: 0 where both agree, as
+        guidance assumes; about 1 where the one is noise to the other.
+        """
+        statistics = self.pisces.bridge.statistics
+        apart_ME = statistics.leave(self.null_vectors) - statistics.leave(statistics.null_ME)
+        return float((apart_ME / statistics.std_E).pow(2).mean().sqrt())
+
     @torch.inference_mode()
     def _decode(
         self, vectors_BME: Tensor, numbers: list[int], steps: int | None, scale: float | None, seed: int
     ) -> list[Image]:
         decoder, statistics = self.pisces.decoder, self.pisces.bridge.statistics
         if decoder is None:
-            raise ValueError("this model has no decoder: train or load one with its decoder/ part")
+            raise PromptError("this model has no decoder: train or load one with its decoder/ part")
         settings = self.pisces.config.decoder
-        noise = [torch.randn(decoder.latent_shape, generator=torch.Generator().manual_seed(seed * 100_003 + j)) for j in numbers]
+        scale = settings.guidance_scale if scale is None else scale
+        draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
+        noise = [torch.randn(decoder.latent_shape, generator=draw) for draw in draws]
         pixels = decoder.sample(
             statistics.leave(vectors_BME).to(self._dtype),
-            statistics.leave(self.null_vectors).to(self._dtype),
+            statistics.leave(self.null_vectors).to(self._dtype) if scale != 1.0 else None,
             torch.stack(noise).to(self.device, self._dtype),
             steps or settings.steps,
-            settings.guidance_scale if scale is None else scale,
+            scale,
         )
         return [to_pil(picture) for picture in pixels.float().cpu().numpy()]
 
@@ -273,8 +293,6 @@ def _said(prompt: str) -> str:
 
 
 def _cast(batch: Any, dtype: torch.dtype, vectors: Tensor | None) -> Any:
-    from dataclasses import replace
-
     return replace(
         batch,
         understanding_pixels_BCHW=batch.understanding_pixels_BCHW.to(dtype),

@@ -315,7 +315,7 @@ def test_no_answer_of_a_closed_type_is_a_good_guess(train: list[Sample]) -> None
 
 
 def test_the_wording_does_not_give_yes_away(train: list[Sample]) -> None:
-    """A reader without the picture: shapes and objects are asked about as often where they are as where they are not."""
+    """A reader without the picture: shapes and objects are asked about as often where they are as elsewhere."""
     asked = defaultdict(Counter)
     for sample in train:
         for q in sample.questions:

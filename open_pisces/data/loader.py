@@ -1,4 +1,4 @@
-"""Batches of a step: a closed-form function of (seed, step, mixture), so a resumed run reads what it would have read."""
+"""Batches of a step: a closed-form function of (seed, step, mixture), so a resumed run reads what it would have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from open_pisces.config import DataConfig
 from open_pisces.data.draws import stream
 from open_pisces.data.images import generation_pixels, understanding_pixels
 from open_pisces.data.mixture import Mixture
-from open_pisces.data.prompts import IGNORED, Rendered, Renderer, sample_turns
+from open_pisces.data.prompts import IGNORED, Rendered, Renderer, SampleError, sample_turns
 
 MULTIPLE = 16
 """Sequences are padded to a multiple of this, so that a compiled model meets few shapes."""
@@ -62,13 +62,13 @@ def collate(
         generation_at_K=torch.from_numpy(np.flatnonzero(generation_BS)),
         text_at_K=torch.from_numpy(supervised - 1),
         labels_K=torch.from_numpy(labels_BS.reshape(-1)[supervised]),
-        understanding_pixels_BCHW=_stack([understanding_pixels(image, understanding_size) for image in seen], understanding_size),
-        generation_pixels_BCHW=_stack([generation_pixels(image, generation_size) for image in drawn], generation_size),
+        understanding_pixels_BCHW=_stack(seen, understanding_pixels, understanding_size),
+        generation_pixels_BCHW=_stack(drawn, generation_pixels, generation_size),
     )
 
 
-def _stack(pixels: list[np.ndarray], size: int) -> Tensor:
-    return torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, 3, size, size)
+def _stack(images: list[Image], cut: Callable[[Image, int], np.ndarray], size: int) -> Tensor:
+    return torch.from_numpy(np.stack([cut(i, size) for i in images])) if images else torch.zeros(0, 3, size, size)
 
 
 class SequenceLoader:
@@ -106,7 +106,7 @@ class SequenceLoader:
         turns = sample_turns(sample, draw.task, random, self.config.drop_caption, self.config.questions_per_image)
         rendered = self.renderer.render(turns)
         if len(rendered.ids) > self.config.max_length:
-            raise ValueError(
+            raise SampleError(
                 f"sample {sample.key!r} of {sample.source!r} takes {len(rendered.ids)} tokens as {draw.task}; "
                 f"data.max_length is {self.config.max_length}"
             )
@@ -152,7 +152,7 @@ class PairLoader:
     def _caption(self, epoch: int, sample: Sample) -> str:
         texts = [text for text in (sample.short, sample.detailed) if text]
         if not texts:
-            raise ValueError(f"sample {sample.key!r} of {sample.source!r} has no caption: drop it from the source")
+            raise SampleError(f"sample {sample.key!r} of {sample.source!r} has no caption: drop it from the source")
         return texts[int(stream(self.seed, "caption", epoch, sample.key).integers(len(texts)))]
 
 
@@ -164,7 +164,7 @@ def prefetch(load: Callable[[int], Any], steps: range, depth: int = 4) -> Iterat
     def work() -> None:
         for step in steps:
             try:
-                item = (load(step), None)
+                item: tuple[Any, BaseException | None] = (load(step), None)
             except BaseException as error:
                 item = (None, error)
             while not stop.is_set():

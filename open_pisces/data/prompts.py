@@ -25,6 +25,10 @@ from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER, read
 IGNORED = -100
 
 
+class SampleError(ValueError):
+    """A sample that cannot serve the task drawn for it; the message names both and the remedy."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message; ``content`` mixes strings and indices of pictures."""
@@ -153,7 +157,7 @@ def sample_turns(
         questions: question-answer turns that share the picture.
 
     Raises:
-        ValueError: if the sample has no text for the task.
+        SampleError: if the sample has no text for the task.
     """
     if task == "conversation":
         return _conversation(sample)
@@ -167,7 +171,7 @@ def sample_turns(
         prompt = wordings()[task][int(draw.integers(len(wordings()[task])))]
         return (Turn("user", (0, prompt)), Turn("assistant", (answer,)))
     if not sample.questions:
-        raise ValueError(f"sample {sample.key!r} of {sample.source!r} has no questions: drop the task from its source")
+        raise SampleError(f"sample {sample.key!r} of {sample.source!r} has no questions: drop the task from its source")
     turns: list[Turn] = []
     for index in draw.permutation(len(sample.questions))[:questions]:
         asked = sample.questions[int(index)]
@@ -177,18 +181,18 @@ def sample_turns(
 
 def _words(sample: Sample, text: str, task: str) -> str:
     if not text:
-        raise ValueError(f"sample {sample.key!r} of {sample.source!r} has no text for {task}: drop the task")
+        raise SampleError(f"sample {sample.key!r} of {sample.source!r} has no text for {task}: drop the task")
     return text
 
 
 def _conversation(sample: Sample) -> tuple[Turn, ...]:
     if not sample.conversation:
-        raise ValueError(f"sample {sample.key!r} of {sample.source!r} holds no conversation: drop the task")
+        raise SampleError(f"sample {sample.key!r} of {sample.source!r} holds no conversation: drop the task")
     turns = []
     for message in sample.conversation:
         content = tuple(part if isinstance(part, str) else int(part["image"]) for part in message["content"])
         beyond = [part for part in content if isinstance(part, int) and part >= len(sample.images)]
         if beyond:
-            raise ValueError(f"sample {sample.key!r}: picture {beyond[0]} is named, but it has {len(sample.images)}")
+            raise SampleError(f"sample {sample.key!r}: picture {beyond[0]} is named, but it has {len(sample.images)}")
         turns.append(Turn(message["role"], content))
     return tuple(turns)

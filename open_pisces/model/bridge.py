@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
@@ -76,6 +78,16 @@ class TargetStatistics(nn.Module):
         self.register_buffer("std_E", torch.ones(width))
         self.register_buffer("null_ME", torch.zeros(vectors, width))
         self.register_buffer("taken", torch.zeros(()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TargetStatistics:
+        """Follow the model to another device, but never out of float32: rounding here would shift every target."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            now = getattr(self, name)
+            if now.dtype != value.dtype:
+                setattr(self, name, value.to(now.device))
+        return self
 
     @torch.no_grad()
     def take(self, raw_KME: Tensor, standardise: bool) -> None:

@@ -98,7 +98,7 @@ def _siglip(config: ModelConfig) -> SiglipVisionModel:
 
 
 def build_decoder(config: ModelConfig) -> ImageDecoder:
-    """The decoder: the U-Net's widths that follow from gen-CLIP are filled in here, so recipes cannot contradict them."""
+    """The decoder; U-Net widths that follow from gen-CLIP are filled in here, so recipes cannot contradict them."""
     settings, width = config.decoder, config.generation.width
     if "unshuffle" in settings.vae:
         vae: Any = PixelUnshuffleVAE(**settings.vae)

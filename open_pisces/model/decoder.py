@@ -31,6 +31,14 @@ class PixelUnshuffleVAE:
         return SimpleNamespace(sample=F.pixel_shuffle(latents_BCHW, self.factor))
 
 
+class PositionTable(nn.Module):
+    """What tells one condition vector from the next: ``(M, E)``, zero at the start."""
+
+    def __init__(self, vectors: int, width: int) -> None:
+        super().__init__()
+        self.positions_ME = nn.Parameter(torch.zeros(vectors, width))
+
+
 class ImageDecoder(nn.Module):
     """A diffusion model that rebuilds a picture from its M pooled gen-CLIP vectors.
 
@@ -47,9 +55,8 @@ class ImageDecoder(nn.Module):
         self.vae = vae
         self.image_size, self.spatial = image_size, spatial
         self.grid = int(vectors**0.5)
-        self.condition = nn.Module()
-        self.condition.positions_ME = nn.Parameter(torch.zeros(vectors, unet.config.cross_attention_dim))
-        self._noiser = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
+        self.condition = PositionTable(vectors, unet.config.cross_attention_dim)
+        self._noiser: Any = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
 
     @property
     def is_flow(self) -> bool:
@@ -99,7 +106,8 @@ class ImageDecoder(nn.Module):
             at = times_B.view(-1, 1, 1, 1)
             noisy, target, steps = (1 - at) * latents_BCHW + at * noise_BCHW, noise_BCHW - latents_BCHW, times_B * 1000
         else:
-            steps = (times_B * self._noiser.config.num_train_timesteps).long().clamp_max(999)
+            count = self._noiser.config.num_train_timesteps
+            steps = (times_B * count).long().clamp_max(count - 1)
             noisy = self._noiser.add_noise(latents_BCHW, noise_BCHW, steps)
             velocity = self._noiser.config.prediction_type == "v_prediction"
             target = self._noiser.get_velocity(latents_BCHW, noise_BCHW, steps) if velocity else noise_BCHW
@@ -108,25 +116,31 @@ class ImageDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, vectors_BME: Tensor, null_ME: Tensor, noise_BCHW: Tensor, steps: int, guidance_scale: float
+        self, vectors_BME: Tensor, null_ME: Tensor | None, noise_BCHW: Tensor, steps: int, guidance_scale: float
     ) -> Tensor:
         """Draw pictures: ``(B, 3, H, W)`` in [0, 1].
 
         Guidance acts here and nowhere else: ``null + scale * (conditioned - null)`` on the predicted noise, with
-        the empty caption's vectors as the null condition (paper section 3.4, after Emu2). A scale of 1 skips it.
+        the empty caption's vectors as the null condition (paper section 3.4, after Emu2). A scale of 1 skips it and
+        needs no null condition. Latents stay float32 whatever the U-Net computes in.
         """
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=vectors_BME.device)
         guided = guidance_scale != 1.0
         if guided:
+            if null_ME is None:
+                raise ValueError(
+                    f"guidance_scale {guidance_scale} needs the null condition: pass null_ME or a scale of 1"
+                )
             vectors_BME = torch.cat([vectors_BME, null_ME.expand_as(vectors_BME)])
-        latents = noise_BCHW * getattr(scheduler, "init_noise_sigma", 1.0)
+        latents = noise_BCHW.float() * getattr(scheduler, "init_noise_sigma", 1.0)
         for time in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
             times = time.expand(len(vectors_BME)).to(latents.device)
+            scaled = scaled.to(vectors_BME.dtype)
             predicted = self.denoise(scaled.repeat(2, 1, 1, 1) if guided else scaled, times, vectors_BME).float()
             if guided:
                 conditioned, null = predicted.chunk(2)
                 predicted = null + guidance_scale * (conditioned - null)
             latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
-        return self.decode(latents)
+        return self.decode(latents.to(vectors_BME.dtype))

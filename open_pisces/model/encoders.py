@@ -17,6 +17,9 @@ from open_pisces.config import GenerationEncoderConfig
 class PixelNorm(nn.Module):
     """Moves pixels from [0, 1] to the range an encoder was trained in: ``(x - mean) / std`` per channel."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -62,6 +65,11 @@ class UnderstandingEncoder(nn.Module):
         return pooled
 
 
+def layer_norm(width: int, norm: str) -> nn.LayerNorm:
+    """CLIP adds 1e-5 to the variance, EVA-CLIP-E (``post``) 1e-6."""
+    return nn.LayerNorm(width, eps=1e-5 if norm == "pre" else 1e-6)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection."""
 
@@ -85,7 +93,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.activation = norm, activation
         self.attention = Attention(width, heads)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1, self.norm2 = layer_norm(width, norm), layer_norm(width, norm)
         self.expand, self.contract = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
@@ -111,10 +119,10 @@ class GenerationEncoder(nn.Module):
         self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1 + config.grid**2, config.width) * 0.02)
-        self.entry_norm = nn.LayerNorm(config.width) if config.entry_norm else nn.Identity()
+        self.entry_norm = layer_norm(config.width, config.norm) if config.entry_norm else nn.Identity()
         block = (config.width, config.heads, config.mlp_width, config.norm, config.activation)
         self.blocks = nn.ModuleList(Block(*block) for _ in range(config.layers))
-        self.exit_norm = nn.LayerNorm(config.width)
+        self.exit_norm = layer_norm(config.width, config.norm)
         """Normalises the class token for the contrastive term only; targets are raw, as Emu2's."""
 
     @property

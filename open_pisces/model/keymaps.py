@@ -53,7 +53,8 @@ def translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             if re.fullmatch(pattern, name):
                 ours[re.sub(pattern, new, name)] = value
     if "class_token" not in ours or "positions" not in ours:
-        raise ConfigError(f"model.generation.source: neither CLIP's nor EVA-CLIP's names, for example {next(iter(weights))}")
+        example = next(iter(weights), "nothing at all")
+        raise ConfigError(f"model.generation.source: neither CLIP's nor EVA-CLIP's names, for example {example}")
     ours["class_token"], ours["positions"] = ours["class_token"].flatten(), ours["positions"].flatten(0, -2)
     for block in sorted({int(key.split(".")[1]) for key in ours if key.startswith("blocks.")}):
         _fuse(ours, f"blocks.{block}.attention.")
@@ -70,11 +71,13 @@ def _fuse(ours: dict[str, Tensor], prefix: str) -> None:
 
 
 def read_tower(source: str) -> dict[str, Tensor]:
-    """The weights of a local tower: a ``.safetensors`` file or a folder of them (``.bin`` is never read: it is pickle)."""
+    """The weights of a local tower: a ``.safetensors`` file or a folder of them; ``.bin`` is pickle and never read."""
     path = Path(source)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files or any(f.suffix != ".safetensors" for f in files):
-        raise ConfigError(f"model.generation.source = {source!r}: no .safetensors file there (convert .bin or .pt first)")
+        raise ConfigError(
+            f"model.generation.source = {source!r}: no .safetensors file there (convert .bin or .pt first)"
+        )
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= load_file(file)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         raise ModelFolderError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise ModelFolderError(f"{path}: not an open_pisces model folder of format {FORMAT}")
+    lacking = [key for key in ("model", "parts", "record") if key not in card]
+    if lacking:
+        raise ModelFolderError(f"{path}: lacks {lacking[0]!r}: fetch the folder again")
     return card
 
 
@@ -91,10 +95,7 @@ def load_pisces(folder: str | Path, dtype: torch.dtype | None = None, weights: L
     parts = {name: load_part(folder, name, config) for name in PARTS}
     check_widths(Path(folder), parts)
     pisces = assemble(config, parts, weights).eval()
-    if dtype is not None:
-        pisces.to(dtype)
-        pisces.bridge.statistics.float()
-    return pisces
+    return pisces if dtype is None else pisces.to(dtype)
 
 
 def check_widths(folder: Path, parts: dict[str, Any]) -> None:
@@ -112,7 +113,9 @@ def check_widths(folder: Path, parts: dict[str, Any]) -> None:
         wants["decoder"] = (parts["decoder"].unet.config.cross_attention_dim, bridge.head.second.out_features)
     for name, (has, expected) in wants.items():
         if has != expected:
-            raise ModelFolderError(f"{folder}: {name}/ is {has} wide, bridge/ expects {expected}: they do not belong together")
+            raise ModelFolderError(
+                f"{folder}: {name}/ is {has} wide, bridge/ expects {expected}: they do not belong together"
+            )
 
 
 def verify(folder: Path, name: str) -> None:
@@ -158,9 +161,30 @@ def write_folder(
         dtype: the dtype to store floating-point weights in (bf16 for shipping); None keeps each module's own.
     """
     folder = Path(folder)
-    fresh = folder.with_name(folder.name + ".new")
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
+    try:
+        _fill(fresh, config, parts, tokenizer, start, record, dtype)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(
+    fresh: Path,
+    config: ModelConfig,
+    parts: dict[str, Any],
+    tokenizer: Any,
+    start: str | Path | None,
+    record: dict[str, Any] | None,
+    dtype: torch.dtype | None,
+) -> None:
     before = read_card(start) if start else {"record": []}
     for name in [*PARTS, "tokenizer"]:
         if start and name not in parts and (Path(start) / name).is_dir():
@@ -175,8 +199,14 @@ def write_folder(
     card = {"format": FORMAT, "model": settings, "parts": hashes, "record": records}
     (fresh / "config.json").write_text(json.dumps(card, indent=1) + "\n")
     (fresh / "README.md").write_text(_readme(fresh, records))
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
+
+
+def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
+    """Write a whole model folder anew with its weights in ``dtype``: what is shipped is bfloat16."""
+    config = read_config(source)
+    parts = {name: load_part(source, name, config) for name in PARTS}
+    check_widths(Path(source), parts)
+    write_folder(out, config, parts, start=source, dtype=dtype)
 
 
 def _cast(module: Any, dtype: torch.dtype | None) -> Any:
@@ -184,10 +214,7 @@ def _cast(module: Any, dtype: torch.dtype | None) -> Any:
         return module
     import copy
 
-    module = copy.deepcopy(module).to(dtype)
-    if hasattr(module, "statistics"):
-        module.statistics.float()
-    return module
+    return copy.deepcopy(module).to(dtype)
 
 
 def _without_sources(config: ModelConfig) -> ModelConfig:
@@ -253,7 +280,9 @@ def _load_decoder(path: Path, config: ModelConfig) -> nn.Module:
     _complete(path / "unet", info)
     values = json.loads((path / "vae" / "config.json").read_text())
     unshuffled = "unshuffle" in values
-    vae = PixelUnshuffleVAE(**values) if unshuffled else AutoencoderKL.from_pretrained(path / "vae").requires_grad_(False)
+    vae: Any = PixelUnshuffleVAE(**values) if unshuffled else AutoencoderKL.from_pretrained(path / "vae")
+    if not unshuffled:
+        vae.requires_grad_(False)
     kind = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(path / "scheduler")
     settings = config.decoder
@@ -294,7 +323,7 @@ def _save_decoder(decoder: Any, path: Path) -> None:
     save_file(decoder.condition.state_dict(), path / "condition.safetensors")
 
 
-_SAVERS = {
+_SAVERS: dict[str, Callable[[Any, Path], Any]] = {
     "llm": lambda llm, path: llm.save_pretrained(path),
     "understanding_encoder": lambda encoder, path: encoder.tower.save_pretrained(path),
     "generation_encoder": _save_generation,
@@ -346,7 +375,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 def describe_folder(folder: str | Path) -> dict[str, Any]:
     """What a model folder holds: parts, parameters, bytes on disk, training record, licences of the data."""
     folder, card = Path(folder), read_card(folder)
-    parts = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name in PARTS:
         if (folder / name).is_dir():
             size = sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())

@@ -1,4 +1,4 @@
-"""What a run needs to go on as if nothing had happened: weights, optimizer, averages, step. safetensors and JSON only."""
+"""What a run needs to go on as if nothing had happened: weights, optimizer, averages, step; no pickle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ class CheckpointError(ValueError):
 
 
 def save_state(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedWeights, progress: dict[str, Any]
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: AveragedWeights,
+    progress: dict[str, Any],
 ) -> None:
     """Write ``folder`` whole or not at all; the checkpoint before it stays as ``folder.old`` until then."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")

@@ -98,7 +98,8 @@ def train_step(
         totals.update({name: value.item() for name, value in losses.parts.items()})
     norm = nn.utils.clip_grad_norm_(_learning(training.module), config.clip).item()
     if not all(map(torch.isfinite, map(torch.tensor, (*totals.values(), norm)))):
-        raise FloatingPointError(f"step {step}: loss {dict(totals)} or gradient norm {norm} is not finite: lower train.lr")
+        found = f"loss {dict(totals)} or gradient norm {norm}"
+        raise FloatingPointError(f"step {step}: {found} is not finite: lower train.lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return {**totals, "norm": norm, "lr": lr_at(step, config)}
@@ -116,10 +117,10 @@ def save(
     step: int,
     seconds: float,
 ) -> None:
-    """Write ``state/`` and, with the averaged weights in place, ``model/``."""
-    save_state(
-        config.folder / "state", training.module, optimizer, average, {"step": step, "seconds": seconds}
-    )
+    """Write ``model/`` with the averaged weights in place, then ``state/``.
+
+    In this order, because the state says how far the run is: killed in between, it goes back a little and writes both.
+    """
     licences = [entry for s in config.data.sources for entry in ShardReader(data_path(s.path)).licences]
     record = {
         "name": config.name,
@@ -134,6 +135,8 @@ def save(
         write_folder(
             config.folder / "model", config.model, training.parts, training.tokenizer, config.model.start, record
         )
+    progress = {"step": step, "seconds": seconds}
+    save_state(config.folder / "state", training.module, optimizer, average, progress)
 
 
 class Clock:
@@ -153,7 +156,8 @@ def stop_signals() -> Iterator[list[int]]:
     """A list that is empty until SIGINT or SIGTERM arrives; outside the main thread no signal is caught."""
     caught: list[int] = []
     try:
-        before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in numbers}
     except ValueError:
         yield caught
         return

@@ -80,15 +80,13 @@ def _contrastive(config: RunConfig) -> Training:
 
 
 def _decoder(config: RunConfig) -> Training:
-    """The diffusion decoder on true vectors; encoder and autoencoder are frozen (Emu2 section 2.3: whole U-Net learns)."""
+    """The diffusion decoder on true vectors: the whole U-Net learns (Emu2 section 2.3), the encoders do not."""
     tokenizer = get_tokenizer(config)
     encoder, bridge = _part("generation_encoder", config).requires_grad_(False), _part("bridge", config)
     decoder = _part("decoder", config)
     sizes = encoder.image_size, decoder.image_size
     mixture = _mixture(config)
-    loader = PairLoader(
-        mixture, tokenizer, config.seed, config.train.batch_size, config.train.accumulate, sizes
-    )
+    loader = PairLoader(mixture, tokenizer, config.seed, config.train.batch_size, config.train.accumulate, sizes)
     pooler, statistics = VisualTokenPooler(config.model.generation.pool), bridge.statistics
     if not statistics.taken:
         statistics.take(_raw_targets(config, encoder, pooler, loader), config.model.bridge.standardise)
@@ -100,7 +98,8 @@ def _decoder(config: RunConfig) -> Training:
             raw_BME = pooler(encoder.features(batch.pixels_BCHW)).float()
             latents = decoder.encode(batch.targets_BCHW)
         draws = [_draw(config, d, "diffusion") for d in batch.draws]
-        noise = torch.from_numpy(np.stack([d.standard_normal(latents.shape[1:], np.float32) for d in draws])).to(latents)
+        noise = torch.from_numpy(np.stack([d.standard_normal(latents.shape[1:], np.float32) for d in draws]))
+        noise = noise.to(latents)
         times = torch.tensor([_time(d, decoder.is_flow, settings.time_shift) for d in draws]).to(latents)
         dropped = torch.tensor([d.random() < settings.drop_condition for d in draws], device=latents.device)
         null_BME = statistics.leave(statistics.null_ME).expand_as(raw_BME)
@@ -128,7 +127,7 @@ def _raw_targets(config: RunConfig, encoder: Any, pooler: VisualTokenPooler, loa
 
 
 def _pisces(config: RunConfig) -> Training:
-    """Cross-entropy on text and squared error on vectors; LLM and MLPs learn, encoders are frozen (paper section 3.3)."""
+    """Cross-entropy on text, squared error on vectors; LLM and MLPs learn, encoders are frozen (paper section 3.3)."""
     tokenizer = get_tokenizer(config)
     names = ("llm", "understanding_encoder", "generation_encoder", "bridge")
     parts = {name: _part(name, config, len(tokenizer)) for name in names}
@@ -152,8 +151,8 @@ def _pisces(config: RunConfig) -> Training:
     def losses(batch: SequenceBatch) -> Losses:
         return pisces(batch)
 
-    trained = {name: parts[name] for name in ("llm", "bridge")}
-    trained |= {n: part for n, part in parts.items() if not _in_start(config.model, n)}
+    # What learns is written; what is frozen only where the folder this training starts from does not hold it.
+    trained = {n: p for n, p in parts.items() if n not in config.train.freeze or not _in_start(config.model, n)}
     return Training(pisces, loader, losses, trained, tokenizer, pisces.llm.base_model)
 
 

@@ -23,7 +23,7 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
-    """The learning rate of a step (from 0): linear warm-up, then constant (the paper's) or cosine to zero (its ablation)."""
+    """The rate of a step (from 0): linear warm-up, then constant (the paper's) or cosine to zero (its ablation)."""
     warmup = math.ceil(config.warmup_ratio * config.steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -33,7 +33,7 @@ def lr_at(step: int, config: TrainConfig) -> float:
 
 
 class AveragedWeights:
-    """An exponential average of what learns, warmed up so that early steps do not linger (an unwarmed one lags badly)."""
+    """An exponential average of what learns, warmed up so that early steps do not linger (unwarmed it lags badly)."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -41,14 +41,15 @@ def _pixels(samples: list[Sample], size: int, like: torch.nn.Module) -> torch.Te
 def _probe_contrastive(module: GenCLIP, tokenizer: Any, samples: list[Sample], path: Path) -> None:
     """Each picture with the caption it finds among those shown, and with MAE what it makes of a quarter of it."""
     pixels = _pixels(samples, module.vision.image_size, module)
-    tokens = tokenizer([s.short + tokenizer.eos_token for s in samples], padding=True, return_tensors="pt").to(pixels.device)
+    captions = [s.short + tokenizer.eos_token for s in samples]
+    tokens = tokenizer(captions, padding=True, return_tensors="pt").to(pixels.device)
     texts = module.embed_texts(tokens["input_ids"], tokens["attention_mask"].bool())
     found = (module.embed_images(pixels) @ texts.T).argmax(1).tolist()
     images, words = [s.images[0] for s in samples], [samples[i].short for i in found]
     if module.mae is not None:
         keep = torch.arange(0, module.mae.positions.shape[0] - 1, 4, device=pixels.device).expand(len(samples), -1)
         patch, side = module.mae.patch, module.vision.image_size // module.mae.patch
-        guessed = module.mae(module.vision(pixels, keep), keep).float()  # type: ignore[arg-type]
+        guessed = module.mae(module.vision(pixels, keep), keep).float()
         guessed = guessed.unflatten(1, (side, side)).unflatten(-1, (3, patch, patch))
         drawn = guessed.permute(0, 3, 1, 4, 2, 5).reshape(len(samples), 3, side * patch, side * patch)
         images += [to_pil(picture) for picture in (drawn / 4 + 0.5).clamp(0, 1).cpu().numpy()]
@@ -82,4 +83,5 @@ def _probe_pisces(module: Pisces, tokenizer: Any, samples: list[Sample], path: P
     if module.decoder is not None:
         drawn = [row[0] for row in generator.image([s.short for s in samples], steps=20)]
         images = [s.images[0] for s in samples] + drawn
-        contact_sheet(images, [s.short for s in samples] + ["drawn"] * len(samples), COUNT).save(path.with_suffix(".png"))
+        words = [s.short for s in samples] + ["drawn"] * len(samples)
+        contact_sheet(images, words, COUNT).save(path.with_suffix(".png"))

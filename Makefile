@@ -1,0 +1,41 @@
+# Each target makes .venv if it is missing, installs the pinned environment once, and does its job.
+# Needs only Python >= 3.11, make and a package index. Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+
+.PHONY: demo test lint install wheel clean
+
+demo: $(READY) ## draw a sheet, caption it, answer questions; writes demo.png
+	$(BIN)/pisces demo --out demo.png
+
+test: $(READY) ## every test that runs on every change
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: $(READY) ## format, rules and types
+	$(BIN)/ruff format --check open_pisces tests
+	$(BIN)/ruff check open_pisces tests
+	$(BIN)/mypy
+
+wheel: $(READY) ## dist/open_pisces-*.whl
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist > build.log || { cat build.log; exit 1; }
+	rm -rf build build.log
+
+install: $(READY)
+
+# torch first: a later install then keeps it. No build isolation: the build uses the pinned setuptools as well.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned environment (minutes, once)"
+	@$(INSTALL) torch setuptools
+	@$(INSTALL) --no-build-isolation --editable '.[data,dev]'
+	@touch $@
+
+clean: ## everything that can be made again, except data/ and runs/
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo.png

@@ -1,0 +1,94 @@
+"""How results look in a terminal: tables for ``pisces info`` and ``pisces eval``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_info(name: str, described: dict[str, Any]) -> None:
+    """Print what `model.weights.describe` or `describe_folder` found.
+
+    Args:
+        name: the folder or recipe.
+        described: ``parts`` (name -> parameters, bytes, source), ``total``, and for a folder ``licences``, ``record``
+            and single figures.
+    """
+    console = Console()
+    console.print(_parts(name, described["parts"]))
+    rest = {key: value for key, value in described.items() if key != "parts"}
+    for title, value in rest.items():
+        rows = _rows(value)
+        if rows:
+            console.print(f"\n[bold]{title}[/bold]")
+            for row in rows:
+                console.print(f"  {row}", highlight=False, markup=False)
+
+
+def print_score(result: dict[str, Any]) -> None:
+    """Print a score with its interval, then everything else that came with it."""
+    console = Console()
+    interval = f" [{_figure(result['low'])}, {_figure(result['high'])}]" if "low" in result and "high" in result else ""
+    console.print(f"score {_figure(result['score'])}{interval}", style="bold", markup=False)
+    for key, value in result.items():
+        if key in ("score", "low", "high"):
+            continue
+        rows = _rows(value)
+        if len(rows) == 1 and not isinstance(value, dict | list):
+            console.print(f"  {key}: {rows[0]}", markup=False)
+        else:
+            console.print(f"  {key}", markup=False)
+            for row in rows:
+                console.print(f"    {row}", markup=False)
+
+
+def _parts(name: str, parts: dict[str, dict[str, Any]]) -> Table:
+    """One row for each part, and their sum."""
+    table = Table(title=name, title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    table.add_column("size", justify="right")
+    table.add_column("source", overflow="fold")
+    for part, facts in parts.items():
+        table.add_row(part, f"{facts['parameters']:,}", _size(facts["bytes"]), str(facts.get("source") or ""))
+    table.add_section()
+    total, size = (sum(facts[key] for facts in parts.values()) for key in ("parameters", "bytes"))
+    table.add_row("all", f"{total:,}", _size(size), "")
+    return table
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit that reads best."""
+    size, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB"):  # noqa: B007  the unit is what we want
+        if size < 1000:
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+
+
+def _rows(value: Any) -> list[str]:
+    """A value as lines of text: mappings and lists one entry a line."""
+    if isinstance(value, dict):
+        return [f"{key}: {_flat(entry)}" for key, entry in value.items()]
+    if isinstance(value, list):
+        return [_flat(entry) for entry in value]
+    return [_flat(value)]
+
+
+def _flat(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(_flat(entry) for entry in value)
+    return _figure(value)
+
+
+def _figure(value: Any) -> str:
+    """A number as people read it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,105 @@
+"""What every test runs under: one thread, no hub, no network; and the nano model that many share."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers: results must not depend on the machine's threads or on a hub.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from open_pisces.config import ModelConfig
+    from open_pisces.model.pisces import Pisces
+
+
+class SocketGuard:
+    """Refuses every connection that leaves the machine, and remembers it even if the caller swallows the error."""
+
+    def __init__(self) -> None:
+        self.refused: list[Any] = []
+
+    @staticmethod
+    def is_local(address: Any) -> bool:
+        """Unix sockets and loopback addresses."""
+        if not isinstance(address, tuple):
+            return True
+        host = str(address[0])
+        try:
+            return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        except ValueError:
+            return host in ("localhost", "")
+
+    def check(self, address: Any) -> None:
+        """Raise for an address outside the machine."""
+        if not self.is_local(address):
+            self.refused.append(address)
+            raise OSError(f"this test tried to reach {address}; tests stay on this machine")
+
+
+@pytest.fixture(autouse=True)
+def socket_guard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[SocketGuard]:
+    """Fails a test that tries to leave the machine, unless it is marked ``network``."""
+    guard = SocketGuard()
+    if request.node.get_closest_marker("network"):
+        yield guard
+        return
+    for name in ("connect", "connect_ex"):
+        original = getattr(socket.socket, name)
+
+        def guarded(self: socket.socket, address: Any, original: Any = original) -> Any:
+            guard.check(address)
+            return original(self, address)
+
+        monkeypatch.setattr(socket.socket, name, guarded)
+    look_up = socket.getaddrinfo
+
+    def guarded_look_up(host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+        guard.check((host or "", port))
+        return look_up(host, port, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_look_up)
+    yield guard
+    assert not guard.refused, f"the test tried to reach {guard.refused}; mark it `network` if it must"
+
+
+@pytest.fixture(scope="session")
+def nano_config() -> ModelConfig:
+    """The settings of the nano model."""
+    from open_pisces.config import load_config
+
+    return load_config("nano/stage1").model
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer(nano_config: ModelConfig) -> Any:
+    """Bytes and the template's special tokens."""
+    from open_pisces.data.tokenizer import byte_tokenizer
+
+    return byte_tokenizer(nano_config.template)
+
+
+@pytest.fixture(scope="session")
+def nano_pisces(nano_config: ModelConfig, nano_tokenizer: Any) -> Pisces:
+    """A whole nano model, random weights, in evaluation mode. Shared: deepcopy it before changing it."""
+    import torch
+
+    from open_pisces.model.build import build_pisces
+
+    torch.manual_seed(0)
+    return build_pisces(nano_config, len(nano_tokenizer)).eval()
+
+
+@pytest.fixture(scope="session")
+def nano_folder(tmp_path_factory: pytest.TempPathFactory, nano_pisces: Pisces, nano_tokenizer: Any) -> Path:
+    """That model as a folder with all parts. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("nano") / "model"
+    nano_pisces.save_pretrained(folder, nano_tokenizer)
+    return folder

@@ -1,0 +1,219 @@
+"""The visual encoders equal the published ones on the same weights, and drop patches without looking at them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+
+from open_pisces.config import ConfigError, ContrastiveConfig, GenerationEncoderConfig
+from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
+from open_pisces.model.gen_clip import GenCLIP
+from open_pisces.model.keymaps import read_tower, translate
+
+MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+SHAPE = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 3, "heads": 3, "mlp_width": 40, "pool": 2}
+
+
+def pixels(count: int = 2, size: int = 32, seed: int = 0) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def normalised(image: Tensor) -> Tensor:
+    return (image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+@torch.no_grad()
+def shaken(module: torch.nn.Module) -> torch.nn.Module:
+    """Every weight away from its start, norms and biases too: a forgotten one then shows."""
+    draw = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.3)
+    return module.eval()
+
+
+def own(**over: object) -> GenerationEncoder:
+    return shaken(GenerationEncoder(GenerationEncoderConfig(**(SHAPE | over)), MEAN, STD))  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, image_size=32, patch_size=8
+    )
+    assert config.hidden_act == "quick_gelu"
+    return shaken(CLIPVisionModel(config))
+
+
+# ------------------------------------------------------------------------------------- equal to published towers
+
+
+@torch.no_grad()
+def test_the_generation_encoder_equals_transformers_clip_on_the_same_weights(clip: CLIPVisionModel) -> None:
+    ours = own(norm="pre", activation="quick_gelu")
+    ours.load_state_dict(translate(dict(clip.state_dict())))
+    theirs = clip(pixel_values=normalised(pixels()))
+    torch.testing.assert_close(ours(pixels()), theirs.last_hidden_state, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.summary(pixels()), theirs.pooler_output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.features(pixels()), theirs.last_hidden_state[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_whole_clip_file_gives_its_vision_tower_only(clip: CLIPVisionModel, tmp_path: Path) -> None:
+    bare = {key.removeprefix("vision_model."): value for key, value in clip.state_dict().items()}
+    whole = {f"vision_model.{key}": value for key, value in bare.items()}
+    whole |= {"text_model.embeddings.position_embedding.weight": torch.zeros(4, 2), "logit_scale": torch.zeros(())}
+    save_file({k: v.contiguous() for k, v in whole.items()}, tmp_path / "model.safetensors")
+    expected = translate(bare)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        read = read_tower(str(source))
+        assert set(read) == set(expected)
+        assert all(torch.equal(read[key], expected[key]) for key in read)
+
+
+def eva_weights() -> dict[str, Tensor]:
+    """A tower with the names of Emu2's EVA-CLIP: fused qkv, biases for q and v only."""
+    draw = torch.Generator().manual_seed(3)
+    E, H = 24, 40
+    shapes: dict[str, tuple[int, ...]] = {
+        "visual.cls_token": (1, 1, E),
+        "visual.pos_embed": (1, 17, E),
+        "visual.patch_embed.proj.weight": (E, 3, 8, 8),
+        "visual.patch_embed.proj.bias": (E,),
+        "visual.norm.weight": (E,),
+        "visual.norm.bias": (E,),
+        "text.token_embedding.weight": (5, 2),
+    }
+    for i in range(2):
+        block = f"visual.blocks.{i}."
+        shapes |= {f"{block}norm{n}.{kind}": (E,) for n in (1, 2) for kind in ("weight", "bias")}
+        shapes |= {f"{block}attn.qkv.weight": (3 * E, E), f"{block}attn.q_bias": (E,), f"{block}attn.v_bias": (E,)}
+        shapes |= {f"{block}attn.proj.weight": (E, E), f"{block}attn.proj.bias": (E,)}
+        shapes |= {f"{block}mlp.fc1.weight": (H, E), f"{block}mlp.fc1.bias": (H,)}
+        shapes |= {f"{block}mlp.fc2.weight": (E, H), f"{block}mlp.fc2.bias": (E,)}
+    return {name: torch.randn(shape, generator=draw) * 0.3 for name, shape in shapes.items()}
+
+
+def eva_by_hand(w: dict[str, Tensor], image: Tensor, heads: int) -> Tensor:
+    """EVA-CLIP-E written out: a linear map of each patch, then blocks that normalise every branch's output."""
+    patches = image.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).reshape(len(image), 16, -1)
+    projection = w["visual.patch_embed.proj.weight"].flatten(1)
+    x = patches @ projection.T + w["visual.patch_embed.proj.bias"]
+    x = torch.cat([w["visual.cls_token"].expand(len(image), -1, -1), x], 1) + w["visual.pos_embed"]
+    E = x.shape[-1]
+    for i in range(2):
+        b = {k.removeprefix(f"visual.blocks.{i}."): v for k, v in w.items()}
+        bias = torch.cat([b["attn.q_bias"], torch.zeros(E), b["attn.v_bias"]])
+        q, k, v = (x @ b["attn.qkv.weight"].T + bias).split(E, -1)
+        mixed = []
+        for h in range(heads):
+            at = slice(h * E // heads, (h + 1) * E // heads)
+            scores = q[..., at] @ k[..., at].transpose(1, 2) / (E // heads) ** 0.5
+            mixed.append(scores.softmax(-1) @ v[..., at])
+        branch = torch.cat(mixed, -1) @ b["attn.proj.weight"].T + b["attn.proj.bias"]
+        x = x + F.layer_norm(branch, (E,), b["norm1.weight"], b["norm1.bias"], eps=1e-6)
+        branch = F.gelu(x @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"])
+        branch = branch @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"]
+        x = x + F.layer_norm(branch, (E,), b["norm2.weight"], b["norm2.bias"], eps=1e-6)
+    return x
+
+
+@torch.no_grad()
+def test_a_tower_with_eva_names_equals_eva_written_out_by_hand() -> None:
+    weights = eva_weights()
+    ours = own(norm="post", entry_norm=False, patch_bias=True, layers=2)
+    ours.load_state_dict(translate(weights))  # strict: every weight has found its place
+    expected = eva_by_hand(weights, normalised(pixels()), heads=3)
+    torch.testing.assert_close(ours(pixels()), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.features(pixels()), expected[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_neither_clip_nor_eva_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"neither CLIP's nor EVA-CLIP's names.*conv1\.weight"):
+        translate({"conv1.weight": torch.zeros(1)})
+
+
+def test_a_pickled_tower_is_never_read(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(ConfigError, match=r"no \.safetensors file"):
+            read_tower(str(source))
+
+
+@torch.no_grad()
+def test_the_understanding_encoder_equals_transformers_siglip() -> None:
+    config = SiglipVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8
+    )
+    tower = shaken(SiglipVisionModel(config))
+    ours = UnderstandingEncoder(tower, MEAN, STD)
+    theirs = tower(pixel_values=normalised(pixels()))
+    assert ours(pixels()).shape == (2, ours.vectors, ours.width) == (2, 16, 24)  # every patch, none pooled
+    assert torch.equal(ours(pixels()), theirs.last_hidden_state)
+    assert torch.equal(ours.summary(pixels()), theirs.pooler_output)
+
+
+def test_a_siglip_tower_without_its_head_says_so_when_asked_for_a_summary() -> None:
+    config = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
+    )
+    config.vision_use_head = False
+    ours = UnderstandingEncoder(SiglipVisionModel(config), MEAN, STD)
+    with pytest.raises(ValueError, match="vision_use_head"):
+        ours.summary(pixels(1, 16))
+
+
+# ----------------------------------------------------------------------------------------------- dropping patches
+
+
+@torch.no_grad()
+def test_keeping_every_patch_equals_dropping_none() -> None:
+    ours = own()
+    keep = torch.arange(16).expand(2, -1)
+    assert torch.equal(ours(pixels(), keep), ours(pixels()))
+
+
+@torch.no_grad()
+def test_the_order_of_kept_patches_only_orders_the_output() -> None:
+    ours = own()
+    keep = torch.tensor([[3, 9, 0, 14], [1, 2, 15, 7]])
+    turned = [2, 0, 3, 1]
+    straight, shuffled = ours(pixels(), keep), ours(pixels(), keep[:, turned])
+    torch.testing.assert_close(shuffled[:, 1:], straight[:, 1:][:, turned], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shuffled[:, 0], straight[:, 0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(straight[:, 1:], ours(pixels())[:, 1:5])
+
+
+@torch.no_grad()
+def test_the_mae_pass_is_blind_to_hidden_patches() -> None:
+    config = ContrastiveConfig(
+        text={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    )
+    trained = GenCLIP(own(), config, 20)
+    assert trained.mae is not None
+    keep = torch.tensor([[3, 9, 0, 14], [1, 2, 15, 7]])
+    other = pixels(seed=5)
+    changed = pixels().clone()
+    for row, kept in enumerate(keep.tolist()):
+        for patch in set(range(16)) - set(kept):
+            y, x = divmod(patch, 4)
+            square = (row, slice(None), slice(8 * y, 8 * y + 8), slice(8 * x, 8 * x + 8))
+            changed[square] = other[square]
+    assert not torch.equal(trained.vision(changed), trained.vision(pixels()))
+    before, after = trained.vision(pixels(), keep), trained.vision(changed, keep)
+    assert torch.equal(before, after)
+    assert torch.equal(trained.mae(before, keep), trained.mae(after, keep))
+    seen = pixels().clone()
+    seen[0, :, 6 * 4 : 6 * 4 + 8, 16:24] += 0.5  # patch 14, which is visible
+    assert not torch.equal(trained.vision(seen, keep), before)
+
+
+@pytest.mark.parametrize("size", [(24, 32), (32, 24), (64, 64)])
+def test_a_picture_of_another_size_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"{size[0]}, {size[1]}.*32 px"):
+        own()(torch.zeros(1, 3, *size))
