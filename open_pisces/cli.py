@@ -135,6 +135,8 @@ def info(args: argparse.Namespace) -> Result:
     what = args.what or str(weights.WEIGHTS)
     if args.what is None or Path(what).is_dir():
         described = weights.describe_folder(what)
+        if set(weights.PARTS) <= set(described["parts"]):
+            described["null_distance"] = _generator(argparse.Namespace(model=what, device="auto")).null_distance()
     else:
         described = weights.describe(load_config(what).model)
     if not args.json:
@@ -183,7 +185,10 @@ def evaluate_placement(args: argparse.Namespace) -> Result:
     """Score whether the decoder puts things where they belong, from true vectors."""
     from open_pisces.eval import placement
 
-    return _scored(args, placement.evaluate_placement(_generator(args), args.limit, args.seed, args.split))
+    if args.sheet:
+        _check_out(args.sheet)
+    result = placement.evaluate_placement(_generator(args), args.limit, args.seed, args.split, sheet=args.sheet)
+    return _scored(args, result)
 
 
 def demo(args: argparse.Namespace) -> Result:
@@ -396,6 +401,7 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     score.add_argument("--task", choices=("vqa",), default="vqa")
     text = "does the decoder put things where they belong, from true vectors"
     place = _command(commands, "placement", evaluate_placement, text, True)
+    place.add_argument("--sheet", type=Path, help="also write true pictures above rebuilt ones to this file")
     for benchmark, splits in ((score, ("train", "pairs", "style")), (place, ("train", "style"))):
         benchmark.add_argument("--split", choices=splits, default="train", help="all but train are held out")
         benchmark.add_argument("--limit", type=_at_least(6), default=1000, help="questions or pictures (default: 1000)")

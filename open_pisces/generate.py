@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from open_pisces.config import ConfigError
 from open_pisces.data.images import generation_pixels, to_pil
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn, generation_turns
@@ -27,6 +28,9 @@ class PromptError(ValueError):
 def pick_device(name: str = "auto") -> torch.device:
     """``auto`` is the best there is: cuda, then mps, then cpu."""
     if name != "auto":
+        kind = name.partition(":")[0]
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            raise ConfigError(f"device {name!r} is not available to this PyTorch: use auto or cpu")
         return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda")
@@ -143,7 +147,7 @@ class Generator:
         hidden_BD, cache, mask_BS = self._read(conversations, images, "", vectors)
         draws = [torch.Generator().manual_seed(seed) for _ in conversations]
         # Text holds none of the template's tokens but the one that ends it.
-        banned = sorted(set(self.tokenizer.all_special_ids) - {self.renderer.end_of_turn})
+        banned = [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]
         for _ in range(max_new_tokens):
             logits_BV = self.pisces.llm.get_output_embeddings()(hidden_BD).float().cpu()
             logits_BV[:, banned] = float("-inf")
@@ -258,7 +262,7 @@ class Generator:
             if len(r.ids) > self.max_prompt_tokens:
                 words = str(t[-1].content[-1])
                 raise PromptError(
-                    f"the prompt {words[:40]!r}... takes {len(r.ids)} tokens with its pictures; "
+                    f"the prompt '{words[:30]} ... {words[-30:]}' takes {len(r.ids)} tokens with its pictures; "
                     f"this model takes {self.max_prompt_tokens}: shorten it"
                 )
         batch = collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from open_pisces.batch import Sample
-from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER, read_template
+from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER, read_template, special_tokens
 
 IGNORED = -100
 
@@ -70,6 +70,7 @@ class Renderer:
         self.begin_image, self.end_image, self.placeholder = (
             tokenizer.convert_tokens_to_ids(token) for token in (BEGIN_IMAGE, END_IMAGE, PLACEHOLDER)
         )
+        self.special_ids: list[int] = tokenizer.convert_tokens_to_ids(special_tokens(template))
         self.pad = tokenizer.convert_tokens_to_ids(self.frame["pad"])
         self.end_of_turn = tokenizer.convert_tokens_to_ids(self.frame["close"])
 

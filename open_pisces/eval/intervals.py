@@ -17,6 +17,10 @@ RESAMPLES = 2000
 _DRAWS_AT_ONCE = 4_000_000  # bounds memory to about 64 MB however many values there are
 
 
+class EvaluationError(ValueError):
+    """A measurement that cannot be made as asked; the message names the value and the remedy."""
+
+
 @dataclass(frozen=True)
 class Interval:
     """A score with the two ends of its bootstrap interval."""
@@ -34,7 +38,7 @@ def mean_interval(values: ArrayLike, level: float = 0.95, resamples: int = RESAM
     """The mean of ``values`` (n,) with its bootstrap interval.
 
     Raises:
-        ValueError: if there are no values, or one of them is not a finite number.
+        EvaluationError: if there are no values, or one of them is not a finite number.
     """
     return macro_interval({"values": values}, level, resamples, seed)
 
@@ -51,12 +55,12 @@ def macro_interval(
         seed: of the repeats' draws.
 
     Raises:
-        ValueError: if there is no group, a group is empty, or a value is not a finite number.
+        EvaluationError: if there is no group, a group is empty, or a value is not a finite number.
     """
     if not groups:
-        raise ValueError("no group of values: an interval needs at least one group with one value")
+        raise EvaluationError("no group of values: an interval needs at least one group with one value")
     if not 0 < level < 1:
-        raise ValueError(f"level = {level}: give the share the interval holds, between 0 and 1, for example 0.95")
+        raise EvaluationError(f"level = {level}: give the share the interval holds, between 0 and 1, for example 0.95")
     arrays = [_checked(name, values) for name, values in groups.items()]
     rng = np.random.default_rng(seed)
     repeats = np.mean([_resampled_means(values, resamples, rng) for values in arrays], axis=0)
@@ -68,10 +72,10 @@ def _checked(name: str, values: ArrayLike) -> np.ndarray:
     """``values`` as floats (n,), refused when empty or not finite."""
     array = np.asarray(values, dtype=np.float64).reshape(-1)
     if array.size == 0:
-        raise ValueError(f"{name}: no values to take a mean of; give at least one")
+        raise EvaluationError(f"{name}: no values to take a mean of; give at least one")
     bad = int((~np.isfinite(array)).sum())
     if bad:
-        raise ValueError(f"{name}: {bad} of {array.size} values are not finite numbers; remove or cap them")
+        raise EvaluationError(f"{name}: {bad} of {array.size} values are not finite numbers; remove or cap them")
     return array
 
 

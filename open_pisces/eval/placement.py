@@ -28,7 +28,7 @@ from open_pisces.batch import Sample
 from open_pisces.data.draws import stream
 from open_pisces.data.images import contact_sheet, generation_pixels, to_pil
 from open_pisces.data.sources.scenes import Cutouts, Split
-from open_pisces.eval.intervals import mean_interval
+from open_pisces.eval.intervals import EvaluationError, mean_interval
 from open_pisces.eval.scenes import fresh_scenes
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def evaluate_placement(
         over all ``limit`` scenes.
 
     Raises:
-        ValueError: if ``limit`` is below 3, there are no cut-outs, or ``split`` is ``pairs``.
+        EvaluationError: if ``limit`` is below 3, there are no cut-outs, or ``split`` is ``pairs``.
     """
     start = time.time()
     samples = single_objects(limit, seed, split, cutouts)
@@ -195,12 +195,12 @@ def single_objects(limit: int, seed: int, split: Split, cutouts: Cutouts | None 
     """``limit`` fresh scenes with one object, equally many in each horizontal third (the first thirds get the rest).
 
     Raises:
-        ValueError: if ``limit`` is below 3, ``split`` is ``pairs``, or too few scenes have a single object.
+        EvaluationError: if ``limit`` is below 3, ``split`` is ``pairs``, or too few scenes have a single object.
     """
     if limit < len(COLUMNS):
-        raise ValueError(f"limit = {limit}: give at least {len(COLUMNS)}, one scene for each third of the picture")
+        raise EvaluationError(f"limit = {limit}: give at least {len(COLUMNS)}, one scene for each third of the picture")
     if split == "pairs":
-        raise ValueError("split 'pairs' holds no single objects: choose `train` or `style`")
+        raise EvaluationError("split 'pairs' holds no single objects: choose `train` or `style`")
     wanted = [limit // 3 + (column < limit % 3) for column in range(3)]
     found: list[Sample] = []
     for sample in islice(fresh_scenes(split, seed, cutouts), _SEARCHED * limit):
@@ -210,7 +210,7 @@ def single_objects(limit: int, seed: int, split: Split, cutouts: Cutouts | None 
             found.append(sample)
             if len(found) == limit:
                 return found
-    raise ValueError(
+    raise EvaluationError(
         f"{len(found)} of {limit} single-object scenes in {_SEARCHED * limit} of split {split!r}: ask fewer"
     )
 
@@ -240,7 +240,7 @@ def compare(samples: Sequence[Sample], drawn: Sequence[Image], seed: int = 0) ->
     seen = [look(_pixels(image)) for image in drawn]
     asked = [index for index, reference in enumerate(wanted) if reference.dominant]
     if not asked:
-        raise ValueError(f"none of {len(samples)} scenes has an object with a dominant colour: ask more scenes")
+        raise EvaluationError(f"none of {len(samples)} scenes has an object with a dominant colour: ask more scenes")
     hits = {name: values[asked] for name, values in _hits(wanted, seen).items()}
     every = _hits(wanted, seen)["score"]
     return {

@@ -22,7 +22,7 @@ from PIL import Image as Pillow
 from open_pisces.batch import Question, Sample
 from open_pisces.data.draws import stream
 from open_pisces.data.sources.scenes import Composer, Cutouts, Split, load_cutouts
-from open_pisces.eval.intervals import macro_interval
+from open_pisces.eval.intervals import EvaluationError, macro_interval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,7 +49,7 @@ def fresh_scenes(split: Split, seed: int, cutouts: Cutouts | None = None) -> Ite
     scene (objects, sizes, places, colours) are independent of those behind any training scene.
 
     Raises:
-        ValueError: if there are no cut-outs, or no such split.
+        EvaluationError: if there are no cut-outs, or no such split.
     """
     own = int(stream(seed, "eval", "scenes").integers(SEEDS_FROM, 2**63 - 1))
     composer = Composer(load_cutouts() if cutouts is None else cutouts, split, seed=own)
@@ -65,10 +65,10 @@ def balanced_questions(
     of a kind are spread as the composer spreads them; which of several questions is drawn.
 
     Raises:
-        ValueError: if ``limit`` is below the number of kinds, or the scenes hold too few questions of a kind.
+        EvaluationError: if ``limit`` is below the number of kinds, or the scenes hold too few questions of a kind.
     """
     if limit < len(kinds):
-        raise ValueError(f"limit = {limit}: give at least {len(kinds)}, one question for each type")
+        raise EvaluationError(f"limit = {limit}: give at least {len(kinds)}, one question for each type")
     wanted = {kind: limit // len(kinds) + (place < limit % len(kinds)) for place, kind in enumerate(kinds)}
     found: list[tuple[Image, Question]] = []
     for index, sample in enumerate(islice(scenes, _SEARCHED * limit)):
@@ -82,7 +82,7 @@ def balanced_questions(
         if len(found) == limit:
             return found
     missing = ", ".join(kind for kind in kinds if wanted[kind])
-    raise ValueError(f"too few questions of type {missing} in {_SEARCHED * limit} scenes: build the artwork again")
+    raise EvaluationError(f"too few questions of type {missing} in {_SEARCHED * limit} scenes: build the artwork again")
 
 
 def normalise(answer: str) -> str:
@@ -118,7 +118,7 @@ def evaluate_vqa(
         interval), ``types``, ``examples`` (the first wrong answers), ``split``, ``seed``, ``seconds``.
 
     Raises:
-        ValueError: if ``limit`` is below the number of types, or there are no cut-outs, or no such split.
+        EvaluationError: if ``limit`` is below the number of types, or there are no cut-outs, or no such split.
     """
     start = time.time()
     kinds = [kind for kind in KINDS if kind not in NEVER_ASKED.get(split, ())]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SiglipVisionModel
 
-from open_pisces.config import GenerationEncoderConfig
+from open_pisces.config import ConfigError, GenerationEncoderConfig
 
 
 class PixelNorm(nn.Module):
@@ -61,7 +61,7 @@ class UnderstandingEncoder(nn.Module):
         """One vector a picture, ``(B, width)``, from SigLIP's pooling head: what contrastive training compares."""
         pooled = self.tower(self.normalise(pixels_BCHW)).pooler_output
         if pooled is None:
-            raise ValueError("this SigLIP tower was built without its pooling head: set vision_use_head to true")
+            raise ConfigError("this SigLIP tower was built without its pooling head: set vision_use_head to true")
         return pooled
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from open_pisces.batch import Losses, PairBatch
-from open_pisces.config import ContrastiveConfig
+from open_pisces.config import ConfigError, ContrastiveConfig
 from open_pisces.model.encoders import Block, GenerationEncoder, UnderstandingEncoder
 
 
@@ -64,7 +64,7 @@ class GenCLIP(nn.Module):
         self.mae = None
         if config.mae_weight > 0:
             if not isinstance(vision, GenerationEncoder):
-                raise ValueError("the MAE term needs a tower that can drop patches: set contrastive.mae_weight to 0")
+                raise ConfigError("the MAE term needs a tower that can drop patches: set contrastive.mae_weight to 0")
             self.mae = MaskedAutoencoder(vision.width, vision.config.grid, vision.config.patch_size, config)
 
     def embed_images(self, pixels_BCHW: Tensor) -> Tensor:
