@@ -1,4 +1,4 @@
-"""The command line: ``pisces train | generate | ask | reconstruct | info | data | eval | demo``.
+"""The command line: ``pisces train | generate | ask | reconstruct | info | export | data | eval | demo``.
 
 Only argparse is imported here; PyTorch and the rest load inside the command that needs them, so that ``--help``
 answers at once. With ``--json`` a command's result is one JSON object on the last line of standard output. An
@@ -144,6 +144,17 @@ def info(args: argparse.Namespace) -> Result:
 
         print_info(what, described)
     return described
+
+
+def export(args: argparse.Namespace) -> Result:
+    """Write a model folder anew in another dtype, for shipping."""
+    import torch
+
+    from open_pisces.model.weights import convert
+
+    convert(args.model, args.out, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype])
+    print(args.out)
+    return None
 
 
 def build_artwork(args: argparse.Namespace) -> Result:
@@ -332,6 +343,11 @@ def build_parser() -> argparse.ArgumentParser:
         "what", nargs="?", metavar="MODEL|RECIPE", help="a model folder, or a recipe such as 8b/stage1"
     )
     _add_json(command)
+
+    command = _command(commands, "export", export, "write a model folder anew in another dtype, for shipping")
+    command.add_argument("model", metavar="DIR", help="a model folder, such as runs/tiny/stage3/model")
+    command.add_argument("out", metavar="OUT", help="the folder to write; one that is there is replaced")
+    command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
 
     _add_data(_command(commands, "data", None, "build datasets and look at them"))
     _add_eval(_command(commands, "eval", None, "measure a model"))

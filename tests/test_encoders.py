@@ -96,7 +96,9 @@ def eva_weights() -> dict[str, Tensor]:
         shapes |= {f"{block}attn.proj.weight": (E, E), f"{block}attn.proj.bias": (E,)}
         shapes |= {f"{block}mlp.fc1.weight": (H, E), f"{block}mlp.fc1.bias": (H,)}
         shapes |= {f"{block}mlp.fc2.weight": (E, H), f"{block}mlp.fc2.bias": (E,)}
-    return {name: torch.randn(shape, generator=draw) * 0.3 for name, shape in shapes.items()}
+    weights = {name: torch.randn(shape, generator=draw) * 0.3 for name, shape in shapes.items()}
+    # Faint branches: what EVA adds to the variance (1e-6, not CLIP's 1e-5) then shows.
+    return {name: w * (1e-3 if "attn.proj" in name or "fc2" in name else 1) for name, w in weights.items()}
 
 
 def eva_by_hand(w: dict[str, Tensor], image: Tensor, heads: int) -> Tensor:

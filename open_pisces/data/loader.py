@@ -20,7 +20,7 @@ from open_pisces.data.images import generation_pixels, understanding_pixels
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import IGNORED, Rendered, Renderer, SampleError, sample_turns
 
-MULTIPLE = 16
+MULTIPLE = 64
 """Sequences are padded to a multiple of this, so that a compiled model meets few shapes."""
 
 

@@ -161,6 +161,8 @@ def write_folder(
         dtype: the dtype to store floating-point weights in (bf16 for shipping); None keeps each module's own.
     """
     folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ModelFolderError(f"{folder} exists and is no model folder: name a new one, it would be replaced as a whole")
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -193,6 +195,8 @@ def _fill(
         _SAVERS[name](_cast(module, dtype), fresh / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(fresh / "tokenizer"))
+    for file in fresh.rglob("*config.json"):
+        _forget_origin(file)
     settings = _without_sources(config).model_dump(mode="json")
     records = before["record"] + ([record] if record else [])
     hashes = {name: _hashes(fresh / name) for name in [*PARTS, "tokenizer"] if (fresh / name).is_dir()}
@@ -207,6 +211,14 @@ def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
     parts = {name: load_part(source, name, config) for name in PARTS}
     check_widths(Path(source), parts)
     write_folder(out, config, parts, start=source, dtype=dtype)
+
+
+def _forget_origin(file: Path) -> None:
+    """The libraries note where a part was loaded from: a path of this machine, and never the same bytes twice."""
+    values = json.loads(file.read_text())
+    kept = {k: v for k, v in values.items() if k not in ("_name_or_path", "is_local", "local_files_only")}
+    if kept != values:
+        file.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _cast(module: Any, dtype: torch.dtype | None) -> Any:

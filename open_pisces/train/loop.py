@@ -46,7 +46,7 @@ def train(config: RunConfig) -> Path:
     training = build_training(config)
     module = training.module.to(device)
     if config.train.compile and training.compiled is not None:
-        training.compiled.compile()
+        training.compiled.compile(dynamic=False)  # padded lengths are few; each gets its own fast code
     optimizer, average = build_optimizer(module, config.train), AveragedWeights(module, config.train.ema)
     progress = read_progress(config.folder / "state") or {"step": 0, "seconds": 0.0}
     if progress["step"]:
@@ -69,6 +69,8 @@ def train(config: RunConfig) -> Path:
                 save(config, training, optimizer, average, step + 1, clock.seconds)
             if stop:
                 break
+    if not steps and not is_done(config):  # all steps are in the state, but model/ was taken away
+        save(config, training, optimizer, average, progress["step"], progress["seconds"])
     return config.folder
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from open_pisces.batch import Sample
 from open_pisces.config import RunConfig
@@ -41,9 +42,11 @@ def _pixels(samples: list[Sample], size: int, like: torch.nn.Module) -> torch.Te
 def _probe_contrastive(module: GenCLIP, tokenizer: Any, samples: list[Sample], path: Path) -> None:
     """Each picture with the caption it finds among those shown, and with MAE what it makes of a quarter of it."""
     pixels = _pixels(samples, module.vision.image_size, module)
-    captions = [s.short + tokenizer.eos_token for s in samples]
-    tokens = tokenizer(captions, padding=True, return_tensors="pt").to(pixels.device)
-    texts = module.embed_texts(tokens["input_ids"], tokens["attention_mask"].bool())
+    # Padded here: a tokenizer that is asked to pad remembers it, and would be saved with it.
+    rows = [torch.tensor([*tokenizer(s.short)["input_ids"][:76], tokenizer.eos_token_id]) for s in samples]
+    ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool()
+    texts = module.embed_texts(ids.to(pixels.device), mask.to(pixels.device))
     found = (module.embed_images(pixels) @ texts.T).argmax(1).tolist()
     images, words = [s.images[0] for s in samples], [samples[i].short for i in found]
     if module.mae is not None:
