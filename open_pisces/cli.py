@@ -195,10 +195,13 @@ def evaluate_scenes(args: argparse.Namespace) -> Result:
 def evaluate_placement(args: argparse.Namespace) -> Result:
     """Score whether the decoder puts things where they belong, from true vectors."""
     from open_pisces.eval import placement
+    from open_pisces.model.weights import WEIGHTS
+    from open_pisces.paint import Painter
 
     if args.sheet:
         _check_out(args.sheet)
-    result = placement.evaluate_placement(_generator(args), args.limit, args.seed, args.split, sheet=args.sheet)
+    painter = Painter.from_pretrained(args.model or WEIGHTS, args.device)  # a decoder is judged before there is an LLM
+    result = placement.evaluate_placement(painter, args.limit, args.seed, args.split, sheet=args.sheet)
     return _scored(args, result)
 
 

@@ -13,28 +13,15 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from open_pisces.config import ConfigError
-from open_pisces.data.images import generation_pixels, to_pil
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn, generation_turns
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.model.pisces import Pisces
+from open_pisces.paint import Painter, pick_device
 
 
 class PromptError(ValueError):
     """A prompt that cannot be used; the message names it and the remedy."""
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the best there is: cuda, then mps, then cpu."""
-    if name != "auto":
-        kind = name.partition(":")[0]
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            raise ConfigError(f"device {name!r} is not available to this PyTorch: use auto or cpu")
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class Generator:
@@ -182,21 +169,20 @@ class Generator:
         """
         vectors_BME = self.vectors([_said(prompt) for prompt in prompts])
         numbers = list(range(n)) * len(prompts)
-        flat = self._decode(vectors_BME.repeat_interleave(n, 0), numbers, steps, guidance_scale, seed)
+        scale = self.pisces.config.decoder.guidance_scale if guidance_scale is None else guidance_scale
+        null_ME = None if scale == 1.0 else self.null_vectors
+        flat = self.painter.paint(vectors_BME.repeat_interleave(n, 0), null_ME, numbers, steps, scale, seed)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def reconstruct(
         self, images: list[Image], steps: int | None = None, guidance_scale: float | None = None, seed: int = 0
     ) -> list[Image]:
         """Pictures from their true vectors: what the decoder could do if the LLM were perfect."""
-        vectors_BME = self.encode(images)
-        return self._decode(vectors_BME, [0] * len(images), steps, guidance_scale, seed)
+        return self.painter.reconstruct(images, steps, guidance_scale, seed)
 
-    @torch.inference_mode()
     def encode(self, images: list[Image]) -> Tensor:
         """The true generation vectors of pictures, ``(B, M, E)``, in the LLM's space."""
-        pixels = torch.stack([torch.from_numpy(generation_pixels(image, self.sizes[1])) for image in images])
-        return self.pisces.generation_vectors(pixels.to(self.device, self._dtype))
+        return self.painter.encode(images)
 
     @torch.inference_mode()
     def vectors(self, captions: list[str]) -> Tensor:
@@ -212,6 +198,14 @@ class Generator:
         return torch.stack(written, 1)
 
     @cached_property
+    def painter(self) -> Painter:
+        """What turns vectors into pictures."""
+        pisces = self.pisces
+        if pisces.decoder is None:
+            raise PromptError("this model has no decoder: train or load one with its decoder/ part")
+        return Painter(pisces.config, pisces.generation_encoder, pisces.bridge, pisces.decoder, self.device)
+
+    @cached_property
     def null_vectors(self) -> Tensor:
         """The empty caption's vectors ``(M, E)``: the unconditional context, computed once a model (Emu2)."""
         return self.vectors([""])[0]
@@ -225,26 +219,6 @@ class Generator:
         statistics = self.pisces.bridge.statistics
         apart_ME = statistics.leave(self.null_vectors) - statistics.leave(statistics.null_ME)
         return float((apart_ME / statistics.std_E).pow(2).mean().sqrt())
-
-    @torch.inference_mode()
-    def _decode(
-        self, vectors_BME: Tensor, numbers: list[int], steps: int | None, scale: float | None, seed: int
-    ) -> list[Image]:
-        decoder, statistics = self.pisces.decoder, self.pisces.bridge.statistics
-        if decoder is None:
-            raise PromptError("this model has no decoder: train or load one with its decoder/ part")
-        settings = self.pisces.config.decoder
-        scale = settings.guidance_scale if scale is None else scale
-        draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
-        noise = [torch.randn(decoder.latent_shape, generator=draw) for draw in draws]
-        pixels = decoder.sample(
-            statistics.leave(vectors_BME).to(self._dtype),
-            statistics.leave(self.null_vectors).to(self._dtype) if scale != 1.0 else None,
-            torch.stack(noise).to(self.device, self._dtype),
-            steps or settings.steps,
-            scale,
-        )
-        return [to_pil(picture) for picture in pixels.float().cpu().numpy()]
 
     # ------------------------------------------------------------------------------------------- the cache
 

@@ -19,6 +19,7 @@ LAYERS = (
     {"demo", "show", "serve", "lab", "bench", "integrations"},
     {"eval", "train", "factory"},
     {"generate"},
+    {"paint"},
     {"model", "data"},
     {"batch"},
     {"config"},

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from open_pisces.generate import Generator
+    from open_pisces.paint import Painter
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray", "white")
 COLUMNS = ("left", "centre", "right")
@@ -139,7 +140,7 @@ def _hue(pixels: np.ndarray, high: np.ndarray, chroma: np.ndarray) -> np.ndarray
 
 
 def evaluate_placement(
-    generator: Generator,
+    generator: Generator | Painter,
     limit: int,
     seed: int,
     split: Split = "train",

@@ -119,3 +119,7 @@ class Bridge(nn.Module):
         self.generation_projector = VisualProjector(width, llm_width)
         self.head = GenerationHead(llm_width, width)
         self.statistics = TargetStatistics(config.generation.vectors, width)
+
+    def targets(self, features_BGE: Tensor) -> Tensor:
+        """gen-CLIP's last layer ``(B, grid * grid, E)`` to the vectors the LLM learns to write, ``(B, M, E)``."""
+        return self.statistics.enter(self.pooler(features_BGE).float())

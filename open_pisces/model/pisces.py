@@ -65,8 +65,7 @@ class Pisces(nn.Module):
     @torch.no_grad()
     def generation_vectors(self, pixels_BCHW: Tensor) -> Tensor:
         """Pictures in [0, 1] to the vectors the LLM learns to write, ``(B, M, E)``, in the LLM's space."""
-        pooled_BME = self.bridge.pooler(self.generation_encoder.features(pixels_BCHW))
-        return self.bridge.statistics.enter(pooled_BME.float())
+        return self.bridge.targets(self.generation_encoder.features(pixels_BCHW))
 
     def embed(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
         """The LLM's input and the vectors it must predict.

@@ -162,7 +162,9 @@ def write_folder(
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise ModelFolderError(f"{folder} exists and is no model folder: name a new one, it would be replaced as a whole")
+        raise ModelFolderError(
+            f"{folder} exists and is no model folder: name a new one, it would be replaced as a whole"
+        )
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)

@@ -16,8 +16,8 @@ from torch import nn
 from open_pisces.config import RunConfig, TrainConfig
 from open_pisces.data.loader import prefetch
 from open_pisces.data.shards import ShardReader, data_path
-from open_pisces.generate import pick_device
 from open_pisces.model.weights import write_folder
+from open_pisces.paint import pick_device
 from open_pisces.train.checkpoint import load_state, read_progress, save_state
 from open_pisces.train.log import Metrics, describe_run, progress_bar
 from open_pisces.train.objectives import Training, build_training

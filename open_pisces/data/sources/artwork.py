@@ -210,7 +210,9 @@ def draw(drawing: str | bytes) -> bytes:
         try:
             import resvg_py
         except ImportError:
-            raise ArtworkError("resvg-py is not installed, and draws the SVGs: pip install 'open-pisces[data]'") from None
+            raise ArtworkError(
+                "resvg-py is not installed, and draws the SVGs: pip install 'open-pisces[data]'"
+            ) from None
         drawing = bytes(resvg_py.svg_to_bytes(svg_string=drawing, width=_RENDER, skip_system_fonts=True))
     image = Pillow.open(io.BytesIO(drawing)).convert("RGBA")
     visible = image.getchannel("A").point([0] * 12 + [255] * 244).getbbox()  # a soft shadow's rim is no content

@@ -1,0 +1,107 @@
+"""Between pictures and vectors, without an LLM: true vectors of pictures, and pictures from vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from open_pisces.config import ConfigError, ModelConfig
+from open_pisces.data.images import generation_pixels, to_pil
+from open_pisces.model.bridge import Bridge
+from open_pisces.model.decoder import ImageDecoder
+from open_pisces.model.encoders import GenerationEncoder
+from open_pisces.model.weights import load_part, read_config
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is the best there is: cuda, then mps, then cpu."""
+    if name != "auto":
+        kind = name.partition(":")[0]
+        if kind != "cpu" and not getattr(torch, kind).is_available():
+            raise ConfigError(f"device {name!r} is not available to this PyTorch: use auto or cpu")
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+class Painter:
+    """gen-CLIP, the statistics of its vectors, and the decoder: all that a picture needs besides its vectors."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        encoder: GenerationEncoder,
+        bridge: Bridge,
+        decoder: ImageDecoder,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.device = config.decoder, device
+        self.encoder, self.bridge = encoder.eval().to(device), bridge.eval().to(device)
+        self.decoder = decoder.eval().to(device)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "auto") -> Painter:
+        """Load the three parts of a model folder; its LLM need not exist yet (a decoder is judged before it)."""
+        config = read_config(folder)
+        parts: dict[str, Any] = {n: load_part(folder, n, config) for n in ("generation_encoder", "bridge", "decoder")}
+        return cls(config, *parts.values(), device=pick_device(device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the decoder computes in."""
+        return self.decoder.condition.positions_ME.dtype
+
+    @torch.inference_mode()
+    def encode(self, images: list[Image]) -> Tensor:
+        """The true generation vectors of pictures, ``(B, M, E)``, in the LLM's space."""
+        size = self.encoder.image_size
+        pixels = torch.stack([torch.from_numpy(generation_pixels(image, size)) for image in images])
+        return self.bridge.targets(self.encoder.features(pixels.to(self.device, self.dtype)))
+
+    def reconstruct(
+        self, images: list[Image], steps: int | None = None, guidance_scale: float | None = None, seed: int = 0
+    ) -> list[Image]:
+        """Pictures from their true vectors: what the decoder could do if the LLM were perfect.
+
+        Guidance starts from the condition that the decoder was trained without, the mean target at each position.
+        """
+        null_ME = self.bridge.statistics.null_ME
+        return self.paint(self.encode(images), null_ME, [0] * len(images), steps, guidance_scale, seed)
+
+    @torch.inference_mode()
+    def paint(
+        self,
+        vectors_BME: Tensor,
+        null_ME: Tensor | None,
+        numbers: list[int],
+        steps: int | None,
+        guidance_scale: float | None,
+        seed: int,
+    ) -> list[Image]:
+        """Pictures from vectors.
+
+        Args:
+            vectors_BME: conditions, in the LLM's space.
+            null_ME: the unconditional context, likewise; guidance needs it.
+            numbers: picture i starts from the noise of (seed, ``numbers[i]``), whatever else is in the batch.
+            steps: denoising steps; None takes the model's own.
+            guidance_scale: 1 turns guidance off; None takes the model's own.
+            seed: of the noise.
+        """
+        leave, scale = self.bridge.statistics.leave, guidance_scale
+        scale = self.settings.guidance_scale if scale is None else scale
+        draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
+        noise = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])
+        pixels = self.decoder.sample(
+            leave(vectors_BME).to(self.dtype),
+            None if null_ME is None or scale == 1.0 else leave(null_ME).to(self.dtype),
+            noise.to(self.device, self.dtype),
+            steps or self.settings.steps,
+            scale,
+        )
+        return [to_pil(picture) for picture in pixels.float().cpu().numpy()]
