@@ -49,7 +49,8 @@ class Painter:
         """Load the three parts of a model folder; its LLM need not exist yet (a decoder is judged before it)."""
         config = read_config(folder)
         parts: dict[str, Any] = {n: load_part(folder, n, config) for n in ("generation_encoder", "bridge", "decoder")}
-        return cls(config, *parts.values(), device=pick_device(device))
+        encoder, bridge, decoder = parts.values()
+        return cls(config, encoder, bridge, decoder, pick_device(device))
 
     @property
     def dtype(self) -> torch.dtype:
