@@ -60,7 +60,7 @@ class GenerationEncoderConfig(Settings):
     patch_bias: bool = False
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     pool: int = 2
-    """Side of the average-pooling window over the grid (paper section 3.1: 4, from 32x32 to 8x8)."""
+    """Side of the average-pooling window over the grid (paper: architecture: 4, from 32x32 to 8x8)."""
 
     @model_validator(mode="after")
     def _fits(self) -> GenerationEncoderConfig:
@@ -212,7 +212,7 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     freeze: list[str] = ["understanding_encoder", "generation_encoder", "decoder"]
-    """Parts of the model that do not learn; the LLM and the MLPs learn in all stages (paper section 3.3)."""
+    """Parts of the model that do not learn; the LLM and the MLPs learn in all stages (paper: training stages)."""
     save_every: int = Field(default=500, ge=1)
     probe_every: int = Field(default=500, ge=1)
     """Steps between sample grids and answers in the run folder."""

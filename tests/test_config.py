@@ -146,7 +146,7 @@ def test_every_recipe_loads_and_survives_a_round_trip(name: str, tmp_path: Path)
 
 
 def test_the_8b_stages_hold_the_papers_values() -> None:
-    # Paper section 3.3 and its table of the three stages: rate, schedule, warm-up and batch; what learns and what not.
+    # The paper on its three stages: rate, schedule, warm-up and batch; what learns and what does not.
     stages = [load_config(f"8b/{stage}") for stage in STAGES]
     assert [stage.train.batch_size for stage in stages] == [2048, 2048, 1024]
     for stage in stages:

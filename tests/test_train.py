@@ -401,8 +401,8 @@ def test_norms_and_biases_are_not_decayed_and_frozen_weights_not_optimised() -> 
 
 @pytest.mark.parametrize("scale", ["nano", "tiny", "8b"])
 def test_the_stages_mix_tasks_as_the_papers_do(scale: str) -> None:
-    # Section 3.3: short captions to draw from and detailed ones to write; detailed for both; then instructions and
-    # both kinds of captions to draw from.
+    # The paper on its three stages: short captions to draw from and detailed ones to write; detailed for both; then
+    # instructions and both kinds of captions to draw from.
     drawn, told = {}, {}
     for stage in ("stage1", "stage2", "stage3"):
         sources = load_config(f"{scale}/{stage}").data.sources

@@ -1,6 +1,6 @@
 """From a sample to tokens: the chat template, the places of pictures, and what is supervised.
 
-Layouts (paper section 3.2), both inside the chat template, in all stages:
+Layouts (paper: objective), both inside the chat template, in all stages:
 
 * understanding: user ``[IMG]`` N vectors ``[/IMG]`` prompt; assistant: answer
 * generation:    user: prompt and caption; assistant ``[IMG]`` M vectors ``[/IMG]``

@@ -12,7 +12,7 @@ from open_pisces.config import ModelConfig
 
 
 class VisualTokenPooler(nn.Module):
-    """2-D average pooling of a square grid of features, ``kernel`` by ``kernel`` (paper section 3.1).
+    """2-D average pooling of a square grid of features, ``kernel`` by ``kernel`` (paper: architecture).
 
     The order of operations is the paper's: reshape the sequence to its grid, pool, flatten again.
     """
@@ -48,7 +48,7 @@ class VisualProjector(nn.Module):
 
 
 class GenerationHead(nn.Module):
-    """Two-layer MLP with GELU from the LLM's hidden state back to gen-CLIP space (paper section 3.1)."""
+    """Two-layer MLP with GELU from the LLM's hidden state back to gen-CLIP space (paper: architecture)."""
 
     def __init__(self, llm_width: int, width: int) -> None:
         super().__init__()

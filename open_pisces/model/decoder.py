@@ -121,7 +121,7 @@ class ImageDecoder(nn.Module):
         """Draw pictures: ``(B, 3, H, W)`` in [0, 1].
 
         Guidance acts here and nowhere else: ``null + scale * (conditioned - null)`` on the predicted noise, with
-        the empty caption's vectors as the null condition (paper section 3.4, after Emu2). A scale of 1 skips it and
+        the empty caption's vectors as the null condition (paper: inference, after Emu2). A scale of 1 skips it and
         needs no null condition. Latents stay float32 whatever the U-Net computes in.
         """
         scheduler = type(self.scheduler).from_config(self.scheduler.config)

@@ -31,7 +31,7 @@ class PixelNorm(nn.Module):
 
 
 class UnderstandingEncoder(nn.Module):
-    """SigLIP's vision tower: every patch becomes one vector for the LLM, none is pooled (paper section 3.1)."""
+    """SigLIP's vision tower: every patch becomes one vector for the LLM, none is pooled (paper: architecture)."""
 
     def __init__(self, tower: SiglipVisionModel, mean: list[float], std: list[float]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How gen-CLIP is trained: a contrastive term and a masked-autoencoder term on one vision tower (paper section 3.1).
+"""How gen-CLIP is trained: a contrastive term and a masked-autoencoder term on one vision tower (paper: architecture).
 
 The paper gives neither weights nor sizes. Ours: CLIP's symmetric softmax over whole pictures, plus MAE's squared
 error on the hidden patches of a second pass that sees about a quarter of them. With a MAE weight of 0 the same

@@ -87,7 +87,7 @@ class Pisces(nn.Module):
     # ------------------------------------------------------------------------------------------ the objective
 
     def forward(self, batch: SequenceBatch) -> Losses:
-        """Cross-entropy on text plus squared error on vectors (paper section 3.2).
+        """Cross-entropy on text plus squared error on vectors (paper: objective).
 
         Logits exist only where a token is supervised: at 128k words a full set would cost more than the LLM.
         """

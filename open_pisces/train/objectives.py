@@ -80,7 +80,7 @@ def _contrastive(config: RunConfig) -> Training:
 
 
 def _decoder(config: RunConfig) -> Training:
-    """The diffusion decoder on true vectors: the whole U-Net learns (Emu2 section 2.3), the encoders do not."""
+    """The diffusion decoder on true vectors: the whole U-Net learns (as in Emu2), the encoders do not."""
     tokenizer = get_tokenizer(config)
     encoder, bridge = _part("generation_encoder", config).requires_grad_(False), _part("bridge", config)
     decoder = _part("decoder", config)
@@ -127,7 +127,7 @@ def _raw_targets(config: RunConfig, encoder: Any, pooler: VisualTokenPooler, loa
 
 
 def _pisces(config: RunConfig) -> Training:
-    """Cross-entropy on text, squared error on vectors; LLM and MLPs learn, encoders are frozen (paper section 3.3)."""
+    """Cross-entropy on text, squared error on vectors; LLM and MLPs learn, the encoders do not (the paper, all stages)."""
     tokenizer = get_tokenizer(config)
     names = ("llm", "understanding_encoder", "generation_encoder", "bridge")
     parts = {name: _part(name, config, len(tokenizer)) for name in names}
