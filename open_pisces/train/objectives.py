@@ -127,7 +127,7 @@ def _raw_targets(config: RunConfig, encoder: Any, pooler: VisualTokenPooler, loa
 
 
 def _pisces(config: RunConfig) -> Training:
-    """Cross-entropy on text, squared error on vectors; LLM and MLPs learn, the encoders do not (the paper, all stages)."""
+    """Cross-entropy on text, squared error on vectors; LLM and MLPs learn, encoders do not (the paper, all stages)."""
     tokenizer = get_tokenizer(config)
     names = ("llm", "understanding_encoder", "generation_encoder", "bridge")
     parts = {name: _part(name, config, len(tokenizer)) for name in names}
