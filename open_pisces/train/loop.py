@@ -63,7 +63,8 @@ def train(config: RunConfig) -> Path:
             if step % LOG_EVERY == 0 or last:
                 metrics.write({"step": step, **row, "seconds": round(clock.seconds, 2)})
             if last or (step + 1) % config.train.probe_every == 0:
-                with average.applied():
+                # Eager: a cache grows by one place a token, and each length would be compiled anew.
+                with average.applied(), torch.compiler.set_stance("force_eager"):
                     probe(config, training, config.folder / "samples", step + 1)
             if last or stop or (step + 1) % config.train.save_every == 0:
                 save(config, training, optimizer, average, step + 1, clock.seconds)
