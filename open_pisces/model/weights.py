@@ -398,7 +398,8 @@ def describe_folder(folder: str | Path) -> dict[str, Any]:
     for record in card["record"]:
         licences |= {entry["package"]: entry for entry in record.get("licences", [])}
     total = sum(p["parameters"] for p in parts.values())
-    return {"parts": parts, "total": total, "record": card["record"], "licences": list(licences.values())}
+    trainings = [{k: v for k, v in record.items() if k != "licences"} for record in card["record"]]
+    return {"parts": parts, "total": total, "record": trainings, "licences": list(licences.values())}
 
 
 def _sources(config: ModelConfig) -> list[str]:
