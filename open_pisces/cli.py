@@ -74,6 +74,7 @@ def train(args: argparse.Namespace) -> Result:
     from open_pisces.train.loop import train as run
 
     _quiet()
+    _quiet()
     for name, config in configs.items():
         if whole_scale and is_done(config):
             print(f"{name}: done, in {config.folder}")
@@ -132,6 +133,7 @@ def info(args: argparse.Namespace) -> Result:
     from open_pisces.config import load_config
     from open_pisces.model import weights
 
+    _quiet()
     what = args.what or str(weights.WEIGHTS)
     if args.what is None or Path(what).is_dir():
         described = weights.describe_folder(what)
@@ -152,6 +154,7 @@ def export(args: argparse.Namespace) -> Result:
 
     from open_pisces.model.weights import convert
 
+    _quiet()
     convert(args.model, args.out, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype])
     print(args.out)
     return None
@@ -200,6 +203,7 @@ def evaluate_placement(args: argparse.Namespace) -> Result:
 
     if args.sheet:
         _check_out(args.sheet)
+    _quiet()
     painter = Painter.from_pretrained(args.model or WEIGHTS, args.device)  # a decoder is judged before there is an LLM
     result = placement.evaluate_placement(painter, args.limit, args.seed, args.split, sheet=args.sheet)
     return _scored(args, result)
@@ -228,6 +232,13 @@ def _generator(args: argparse.Namespace) -> Generator:
 
 def _quiet() -> None:
     """Turn off the bars of reading and writing weights: they would stand between our own lines."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _quiet() -> None:
+    """Turn the libraries' own bars off: parts load in a blink, and their bars would hide our output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -13,10 +13,12 @@ import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
+from open_pisces.config import ConfigError
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Turn, generation_turns
 from open_pisces.generate import Generator, PromptError
 from open_pisces.model.pisces import Pisces
+from open_pisces.paint import pick_device
 
 PROMPTS = ["a red ball", "two small blue cats left of one very big green tree", "é"]
 
@@ -184,6 +186,25 @@ def test_the_null_context_is_the_empty_captions_vectors(generator: Generator) ->
         del generator.pisces.decoder.sample  # type: ignore[union-attr]
     expected = generator.pisces.bridge.statistics.leave(generator.null_vectors)
     torch.testing.assert_close(given[0], expected)
+
+
+def test_the_null_distance_counts_deviations_between_the_two_null_conditions(generator: Generator) -> None:
+    statistics = generator.pisces.bridge.statistics
+    before = statistics.null_ME.clone()
+    try:
+        statistics.null_ME.copy_(generator.null_vectors)
+        assert generator.null_distance() < 1e-5
+        statistics.null_ME.add_(2.0)  # standardised space: two deviations everywhere
+        assert abs(generator.null_distance() - 2.0) < 1e-4
+    finally:
+        statistics.null_ME.copy_(before)
+
+
+def test_a_device_that_is_not_there_is_refused_by_name() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    with pytest.raises(ConfigError, match="device 'cuda:0' is not available"):
+        pick_device("cuda:0")
 
 
 def test_a_reconstruction_draws_the_true_vectors(generator: Generator) -> None:

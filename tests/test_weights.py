@@ -23,12 +23,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from open_pisces.config import ModelConfig, PartConfig, load_config
+from open_pisces.config import TRAININGS, ModelConfig, PartConfig, load_config
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.model.build import PARTS, build_part, build_pisces
 from open_pisces.model.pisces import Pisces
 from open_pisces.model.weights import (
+    WEIGHTS,
     ModelFolderError,
+    convert,
     describe,
     describe_folder,
     load_part,
@@ -401,3 +403,27 @@ def test_a_model_without_a_decoder_is_whole_but_cannot_draw(nano_config: ModelCo
     assert not (tmp_path / "model" / "decoder").exists()
     with pytest.raises(ModelFolderError, match="the part decoder/ is missing"):
         Pisces.from_pretrained(tmp_path / "model")
+
+
+def test_a_loaded_model_saves_its_record_and_tokenizer_with_it(nano_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    record = {"name": "nano/x", "steps": 1, "samples": 2, "seconds": 3.0, "device": "cpu", "licences": []}
+    write_folder(source, read_config(nano_folder), {}, start=nano_folder, record=record)
+    Pisces.from_pretrained(source).save_pretrained(tmp_path / "again")
+    card = read_card(tmp_path / "again")
+    assert card["record"][-1] == record and "tokenizer" in card["parts"]
+
+
+def test_a_folder_that_is_no_model_is_never_replaced(nano_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters.txt").write_text("mine")
+    with pytest.raises(ModelFolderError, match="is no model folder"):
+        convert(nano_folder, tmp_path, torch.bfloat16)
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+def test_the_shipped_model_is_within_its_budget() -> None:
+    described = describe_folder(WEIGHTS)
+    sizes = [path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert described["total"] <= 14e6 and sum(sizes) <= 28e6 and max(sizes) < 15 * 2**20
+    assert [entry["name"] for entry in described["record"]] == [f"tiny/{name}" for name in TRAININGS]
+    assert described["licences"]

@@ -39,6 +39,8 @@ class Pisces(nn.Module):
         self.llm = llm
         self.understanding_encoder, self.generation_encoder = understanding_encoder, generation_encoder
         self.bridge, self.decoder = bridge, decoder
+        self.folder: Path | None = None
+        """Where it was loaded from, if from a folder: its tokenizer and training record belong to it."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Pisces:

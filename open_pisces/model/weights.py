@@ -95,6 +95,7 @@ def load_pisces(folder: str | Path, dtype: torch.dtype | None = None, weights: L
     parts = {name: load_part(folder, name, config) for name in PARTS}
     check_widths(Path(folder), parts)
     pisces = assemble(config, parts, weights).eval()
+    pisces.folder = Path(folder)
     return pisces if dtype is None else pisces.to(dtype)
 
 
@@ -135,9 +136,9 @@ def verify(folder: Path, name: str) -> None:
 
 
 def save_pisces(pisces: Pisces, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write a whole model."""
+    """Write a whole model; tokenizer, record and licences of the folder it was loaded from go with it."""
     parts = {name: getattr(pisces, name) for name in PARTS if getattr(pisces, name) is not None}
-    write_folder(folder, pisces.config, parts, tokenizer)
+    write_folder(folder, pisces.config, parts, tokenizer, start=pisces.folder)
 
 
 def write_folder(
