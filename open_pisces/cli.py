@@ -74,7 +74,6 @@ def train(args: argparse.Namespace) -> Result:
     from open_pisces.train.loop import train as run
 
     _quiet()
-    _quiet()
     for name, config in configs.items():
         if whole_scale and is_done(config):
             print(f"{name}: done, in {config.folder}")
@@ -232,13 +231,6 @@ def _generator(args: argparse.Namespace) -> Generator:
 
 def _quiet() -> None:
     """Turn off the bars of reading and writing weights: they would stand between our own lines."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _quiet() -> None:
-    """Turn the libraries' own bars off: parts load in a blink, and their bars would hide our output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
