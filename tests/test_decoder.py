@@ -175,6 +175,40 @@ def test_a_flow_learns_diffusers_straight_path(flow: ImageDecoder) -> None:
     torch.testing.assert_close(loss, (answer - (noise - latents)).pow(2).mean((1, 2, 3)))
 
 
+def test_a_clean_flow_learns_the_picture_and_samples_by_its_velocity(nano_config: ModelConfig) -> None:
+    clean = built(nano_config, predicts="clean")
+    latents, noise, times = draw(3, 48, 8, 8), draw(3, 48, 8, 8, seed=1), torch.tensor([0.1, 0.5, 1.0])
+    asked: list[tuple[Tensor, Tensor]] = []
+    answer = draw(3, 48, 8, 8, seed=2)
+    stub = with_denoiser(clean, lambda noisy, steps, _: asked.append((noisy, steps)) or answer)  # type: ignore[func-returns-value]
+    loss = stub(latents, draw(3, 4, 32), noise, times)
+    at = times.view(3, 1, 1, 1)
+    torch.testing.assert_close(asked[0][0], (1 - at) * latents + at * noise)
+    torch.testing.assert_close(loss, (answer - latents).pow(2).mean((1, 2, 3)))
+    goal = clean.encode(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)))
+    for steps in (1, 4, 50):
+        drawn = with_denoiser(clean, lambda x, t, _: goal).sample(draw(2, 4, 32), None, draw(2, 48, 8, 8), steps, 1.0)
+        torch.testing.assert_close(drawn, clean.decode(goal), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5])
+def test_guidance_of_clean_predictions_equals_that_of_velocities(nano_config: ModelConfig, scale: float) -> None:
+    clean, plain = built(nano_config, predicts="clean"), built(nano_config)
+
+    def goal(x: Tensor, vectors: Tensor) -> Tensor:
+        return vectors.mean((1, 2)).view(-1, 1, 1, 1).expand_as(x)
+
+    given = torch.full((1, 4, 32), 0.2), torch.full((4, 32), 0.05), draw(1, 48, 8, 8), 5, scale
+    drawn = with_denoiser(clean, lambda x, t, v: goal(x, v)).sample(*given)
+    by_velocity = with_denoiser(plain, lambda x, t, v: (x - goal(x, v)) / (t.view(-1, 1, 1, 1) / 1000))
+    torch.testing.assert_close(drawn, by_velocity.sample(*given), rtol=0, atol=1e-4)
+
+
+def test_clean_prediction_needs_a_flow(nano_config: ModelConfig) -> None:
+    with pytest.raises(ValueError, match="predicts = 'clean' needs FlowMatchEuler.*, not EulerDiscreteScheduler"):
+        built(nano_config, predicts="clean", scheduler=SDXL_SCHEDULER)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_diffusion_learns_diffusers_noise_or_velocity(nano_config: ModelConfig, kind: str) -> None:
     scheduler = SDXL_SCHEDULER | {"prediction_type": kind}

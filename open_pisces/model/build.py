@@ -110,7 +110,13 @@ def build_decoder(config: ModelConfig) -> ImageDecoder:
     arguments = dict(settings.scheduler)
     scheduler = _scheduler(arguments.pop("class", "EulerDiscreteScheduler"), arguments)
     return ImageDecoder(
-        unet, vae, scheduler, config.generation.vectors, settings.image_size, settings.spatial_condition
+        unet,
+        vae,
+        scheduler,
+        config.generation.vectors,
+        settings.image_size,
+        settings.spatial_condition,
+        settings.predicts == "clean",
     )
 
 

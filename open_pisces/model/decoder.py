@@ -45,18 +45,30 @@ class ImageDecoder(nn.Module):
     The vectors plus a learned position table (zero at the start, so that published weights load exactly) are the
     cross-attention context; their mean is SDXL's pooled embedding. With ``spatial_condition`` their grid is also
     upsampled and joined to the U-Net's input: our deviation at ``tiny``, where position otherwise comes out wrong.
+    With ``clean`` the U-Net predicts the clean latents and a flow's velocity is formed outside it ("Back to Basics",
+    arXiv 2511.13720): our second deviation at ``tiny``, where a narrow U-Net cannot carry the noise through.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, vae: Any, scheduler: Any, vectors: int, image_size: int, spatial: bool
+        self,
+        unet: UNet2DConditionModel,
+        vae: Any,
+        scheduler: Any,
+        vectors: int,
+        image_size: int,
+        spatial: bool,
+        clean: bool = False,
     ) -> None:
         super().__init__()
         self.unet, self.scheduler = unet, scheduler
         self.vae = vae
-        self.image_size, self.spatial = image_size, spatial
+        self.image_size, self.spatial, self.clean = image_size, spatial, clean
         self.grid = int(vectors**0.5)
         self.condition = PositionTable(vectors, unet.config.cross_attention_dim)
         self._noiser: Any = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
+        if clean and not self.is_flow:
+            name = type(scheduler).__name__
+            raise ValueError(f"decoder.predicts = 'clean' needs FlowMatchEulerDiscreteScheduler, not {name}")
 
     @property
     def is_flow(self) -> bool:
@@ -82,7 +94,7 @@ class ImageDecoder(nn.Module):
         return (self.vae.decode(latents_BCHW / self.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
 
     def denoise(self, noisy_BCHW: Tensor, times_B: Tensor, vectors_BME: Tensor) -> Tensor:
-        """One call of the U-Net: its prediction (noise or velocity) for latents at ``times_B`` in [0, 1000]."""
+        """One call of the U-Net: its prediction (noise, velocity or clean) for latents at ``times_B`` in [0, 1000]."""
         size = float(self.image_size)
         ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=vectors_BME.device, dtype=vectors_BME.dtype)
         pooled = {"text_embeds": vectors_BME.mean(1), "time_ids": ids.expand(len(vectors_BME), 6)}
@@ -104,7 +116,8 @@ class ImageDecoder(nn.Module):
         """
         if self.is_flow:
             at = times_B.view(-1, 1, 1, 1)
-            noisy, target, steps = (1 - at) * latents_BCHW + at * noise_BCHW, noise_BCHW - latents_BCHW, times_B * 1000
+            noisy, steps = (1 - at) * latents_BCHW + at * noise_BCHW, times_B * 1000
+            target = latents_BCHW if self.clean else noise_BCHW - latents_BCHW
         else:
             count = self._noiser.config.num_train_timesteps
             steps = (times_B * count).long().clamp_max(count - 1)
@@ -120,7 +133,7 @@ class ImageDecoder(nn.Module):
     ) -> Tensor:
         """Draw pictures: ``(B, 3, H, W)`` in [0, 1].
 
-        Guidance acts here and nowhere else: ``null + scale * (conditioned - null)`` on the predicted noise, with
+        Guidance acts here and nowhere else: ``null + scale * (conditioned - null)`` on the prediction, with
         the empty caption's vectors as the null condition (paper: inference, after Emu2). A scale of 1 skips it and
         needs no null condition. Latents stay float32 whatever the U-Net computes in.
         """
@@ -142,5 +155,7 @@ class ImageDecoder(nn.Module):
             if guided:
                 conditioned, null = predicted.chunk(2)
                 predicted = null + guidance_scale * (conditioned - null)
+            if self.clean:
+                predicted = (latents - predicted) / (time / 1000)
             latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
         return self.decode(latents.to(vectors_BME.dtype))

@@ -302,7 +302,13 @@ def _load_decoder(path: Path, config: ModelConfig) -> nn.Module:
     scheduler = getattr(diffusers, kind).from_pretrained(path / "scheduler")
     settings = config.decoder
     decoder = ImageDecoder(
-        unet, vae, scheduler, config.generation.vectors, settings.image_size, settings.spatial_condition
+        unet,
+        vae,
+        scheduler,
+        config.generation.vectors,
+        settings.image_size,
+        settings.spatial_condition,
+        settings.predicts == "clean",
     )
     decoder.condition.load_state_dict(_floats(path / "condition.safetensors"))
     return decoder
