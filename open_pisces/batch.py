@@ -91,6 +91,14 @@ class SequenceBatch(_Movable):
     """Generation vectors of the *global* batch: what the vector loss is divided by."""
     generation_vectors_BME: Tensor | None = None
     """Vectors to use instead of encoding ``generation_pixels_BCHW``, in the LLM's space: pictures the model drew."""
+    generation_features_BME: Tensor | None = None
+    """Pooled features of gen-CLIP from the feature cache, in its own space, instead of ``generation_pixels_BCHW``."""
+    understanding_features_BNE: Tensor | None = None
+    """Features of the understanding encoder from the cache, instead of ``understanding_pixels_BCHW``."""
+    samples_BS: Tensor | None = None
+    """int64, packed rows only: which sample of its row a place belongs to, 0 where there is none."""
+    positions_BS: Tensor | None = None
+    """int64, packed rows only: place inside the sample."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,32 @@ class PairBatch(_Movable):
     """(epoch, sample key) of each picture: what every random choice about it is derived from."""
     total: int = 0
     """Pictures of the *global* batch."""
+    features_BME: Tensor | None = None
+    """Pooled features of gen-CLIP from the feature cache, instead of encoding ``pixels_BCHW``."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A sample that could not be used, and why in a short word for counting and in a sentence."""
+
+    source: str
+    key: str
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What a process trains on in one step."""
+
+    batches: list[Any]
+    """Its micro-batches."""
+    read: int
+    """Samples drawn for it, those skipped included."""
+    skipped: tuple[Skip, ...] = ()
+    real_tokens: int = 0
+    """Tokens that are not padding, LLM stages only."""
+    all_tokens: int = 0
 
 
 @dataclass(frozen=True)

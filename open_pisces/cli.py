@@ -12,21 +12,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
+
+from open_pisces.arguments import Parser, Result, add_command, add_json, at_least, check_out, quiet
+from open_pisces.cli_data import add_data
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from open_pisces.generate import Generator
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-Result = dict[str, Any] | None
-
-
-class OutputError(ValueError):
-    """A place that cannot be written to; the message names it and the remedy."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +69,7 @@ def train(args: argparse.Namespace) -> Result:
     from open_pisces.train.loop import is_done
     from open_pisces.train.loop import train as run
 
-    _quiet()
+    quiet()
     for name, config in configs.items():
         if whole_scale and is_done(config):
             print(f"{name}: done, in {config.folder}")
@@ -88,7 +84,7 @@ def train(args: argparse.Namespace) -> Result:
 
 def generate(args: argparse.Namespace) -> Result:
     """Draw pictures from prompts."""
-    _check_out(args.out)
+    check_out(args.out)
     generator = _generator(args)
     drawn = generator.image(args.prompts, args.n, args.steps, args.guidance_scale, args.seed)
     pictures = [picture for row in drawn for picture in row]
@@ -118,7 +114,7 @@ def reconstruct(args: argparse.Namespace) -> Result:
     """Send a picture's true generation vectors through the decoder."""
     from open_pisces.data.images import open_image
 
-    _check_out(args.out)
+    check_out(args.out)
     image = open_image(args.picture)
     file = args.out / f"{Path(args.picture).stem}-reconstructed.png" if args.out.is_dir() else args.out
     (rebuilt,) = _generator(args).reconstruct([image], args.steps, args.guidance_scale, args.seed)
@@ -132,7 +128,7 @@ def info(args: argparse.Namespace) -> Result:
     from open_pisces.config import load_config
     from open_pisces.model import weights
 
-    _quiet()
+    quiet()
     what = args.what or str(weights.WEIGHTS)
     if args.what is None or Path(what).is_dir():
         described = weights.describe_folder(what)
@@ -153,37 +149,9 @@ def export(args: argparse.Namespace) -> Result:
 
     from open_pisces.model.weights import convert
 
-    _quiet()
+    quiet()
     convert(args.model, args.out, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype])
     print(args.out)
-    return None
-
-
-def build_artwork(args: argparse.Namespace) -> Result:
-    """Fetch and render the emoji artwork."""
-    from open_pisces.data.shards import data_path
-    from open_pisces.data.sources.artwork import build
-
-    print(build(data_path(args.out)))
-    return None
-
-
-def build_scenes(args: argparse.Namespace) -> Result:
-    """Compose scenes with exact ground truth from the artwork."""
-    from open_pisces.data.shards import data_path
-    from open_pisces.data.sources.scenes import build
-
-    print(build(data_path(args.out or f"scenes/{args.split}"), args.count, args.seed, args.split))
-    return None
-
-
-def look(args: argparse.Namespace) -> Result:
-    """Write a labelled sheet of a dataset's samples."""
-    from open_pisces.data.look import look as write_sheet
-
-    _check_out(args.out)
-    file = args.out / "look.png" if args.out.is_dir() else args.out
-    print(write_sheet(args.path, file, args.n, args.columns))
     return None
 
 
@@ -201,8 +169,8 @@ def evaluate_placement(args: argparse.Namespace) -> Result:
     from open_pisces.paint import Painter
 
     if args.sheet:
-        _check_out(args.sheet)
-    _quiet()
+        check_out(args.sheet)
+    quiet()
     painter = Painter.from_pretrained(args.model or WEIGHTS, args.device)  # a decoder is judged before there is an LLM
     result = placement.evaluate_placement(painter, args.limit, args.seed, args.split, sheet=args.sheet)
     return _scored(args, result)
@@ -212,7 +180,7 @@ def demo(args: argparse.Namespace) -> Result:
     """Draw a sheet, caption it, talk about two scenes."""
     from open_pisces.demo import run_demo
 
-    _check_out(args.out)
+    check_out(args.out)
     run_demo(_generator(args), args.out / "demo.png" if args.out.is_dir() else args.out)
     return None
 
@@ -225,15 +193,8 @@ def _generator(args: argparse.Namespace) -> Generator:
     from open_pisces.generate import Generator
     from open_pisces.model.weights import WEIGHTS
 
-    _quiet()
+    quiet()
     return Generator.from_pretrained(args.model or WEIGHTS, device=args.device)
-
-
-def _quiet() -> None:
-    """Turn off the bars of reading and writing weights: they would stand between our own lines."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
@@ -249,17 +210,6 @@ def _scored(args: argparse.Namespace, result: dict[str, Any]) -> Result:
 
         print_score(result)
     return result
-
-
-def _check_out(out: Path) -> None:
-    """Refuse a place that cannot take a picture, before any work is done."""
-    if out.is_dir():
-        return
-    if out.suffix and out.suffix.lower() not in PICTURES:
-        raise OutputError(f"cannot write a picture to {out}: name a folder or a file ending in {', '.join(PICTURES)}")
-    folder = out.parent if out.suffix else out
-    if not folder.is_dir():
-        raise OutputError(f"output folder {folder} does not exist: make it first with `mkdir -p {folder}`")
 
 
 def _names(prompts: list[str], n: int) -> list[str]:
@@ -295,91 +245,49 @@ def _save(pictures: dict[Path, Image]) -> None:
 # ------------------------------------------------------------------------------------------------- the arguments
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"pisces: {message} (see `{self.prog} --help`)\n")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """The type of a whole number with a lower bound."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return read
-
-
-def _device(text: str) -> str:
-    """The name of a device."""
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no device: use auto, cuda, cuda:0, mps or cpu")
-    return text
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = _Parser(prog="pisces", description="One model that answers questions about images and makes images.")
+    parser = Parser(prog="pisces", description="One model that answers questions about images and makes images.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    command = _command(commands, "train", train, "run a training, or all of a scale's that are not done")
+    command = add_command(commands, "train", train, "run a training, or all of a scale's that are not done")
     command.add_argument("recipe", metavar="RECIPE", help="tiny/stage1, a YAML file, or a scale: nano, tiny")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as train.lr=3e-4")
 
-    command = _command(commands, "generate", generate, "draw pictures from prompts", model=True)
+    command = add_command(commands, "generate", generate, "draw pictures from prompts", model=True)
     command.add_argument("prompts", nargs="+", metavar="PROMPT")
     _add_drawing(command)
-    command.add_argument("--n", type=_at_least(1), default=1, help="pictures of each prompt (default: 1)")
+    command.add_argument("--n", type=at_least(1), default=1, help="pictures of each prompt (default: 1)")
 
-    command = _command(commands, "ask", ask, "answer a question about images", model=True)
+    command = add_command(commands, "ask", ask, "answer a question about images", model=True)
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command.add_argument("question", metavar="QUESTION")
-    command.add_argument("--max-new-tokens", type=_at_least(1), default=64, help="length of the answer (default: 64)")
+    command.add_argument("--max-new-tokens", type=at_least(1), default=64, help="length of the answer (default: 64)")
 
     text = "rebuild a picture from its true generation vectors: what the decoder can do at best"
-    command = _command(commands, "reconstruct", reconstruct, text, model=True)
+    command = add_command(commands, "reconstruct", reconstruct, text, model=True)
     command.add_argument("picture", metavar="PICTURE")
     _add_drawing(command)
 
-    command = _command(commands, "info", info, "parts, parameters, sizes, licences, training record")
+    command = add_command(commands, "info", info, "parts, parameters, sizes, licences, training record")
     command.add_argument(
         "what", nargs="?", metavar="MODEL|RECIPE", help="a model folder, or a recipe such as 8b/stage1"
     )
-    _add_json(command)
+    add_json(command)
 
-    command = _command(commands, "export", export, "write a model folder anew in another dtype, for shipping")
+    command = add_command(commands, "export", export, "write a model folder anew in another dtype, for shipping")
     command.add_argument("model", metavar="DIR", help="a model folder, such as runs/tiny/stage3/model")
     command.add_argument("out", metavar="OUT", help="the folder to write; one that is there is replaced")
     command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
 
-    _add_data(_command(commands, "data", None, "build datasets and look at them"))
-    _add_eval(_command(commands, "eval", None, "measure a model"))
+    add_data(add_command(commands, "data", None, "build datasets and look at them"))
+    _add_eval(add_command(commands, "eval", None, "measure a model"))
 
-    command = _command(
+    command = add_command(
         commands, "demo", demo, "draw a sheet, caption it, talk about two scenes", model=True, json=False
     )
     command.add_argument("--out", type=Path, default=Path("demo.png"), help="the sheet (default: demo.png)")
     return parser
-
-
-def _command(commands: Any, name: str, run: Any, text: str, model: bool = False, json: bool = True) -> Any:
-    """A new command; with ``model`` it takes ``--model`` and ``--device``, and ``--json`` unless told otherwise."""
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    if run:
-        command.set_defaults(run=run)
-    if model:
-        command.add_argument("--model", metavar="DIR", help="a model folder (default: the one in the package)")
-        command.add_argument("--device", type=_device, default="auto", help="cuda, mps, cpu or auto (default)")
-    if model and json:
-        _add_json(command)
-    return command
-
-
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
 def _add_drawing(command: argparse.ArgumentParser) -> None:
@@ -387,44 +295,22 @@ def _add_drawing(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("."), help="a picture file or an existing folder (default: .)"
     )
-    command.add_argument("--steps", type=_at_least(1), help="denoising steps (default: the model's)")
+    command.add_argument("--steps", type=at_least(1), help="denoising steps (default: the model's)")
     command.add_argument("--guidance-scale", type=float, help="1 turns guidance off (default: the model's)")
-    command.add_argument("--seed", type=_at_least(0), default=0)
-
-
-def _add_data(command: argparse.ArgumentParser) -> None:
-    """``pisces data build artwork|scenes`` and ``pisces data look``."""
-    commands = command.add_subparsers(required=True, metavar="COMMAND")
-    builds = _command(commands, "build", None, "build a dataset").add_subparsers(required=True, metavar="DATASET")
-    where = "folder; a relative one lies under $PISCES_DATA (default: ./data)"
-
-    build = _command(builds, "artwork", build_artwork, "emoji artwork of six free styles, from npm packages")
-    build.add_argument("--out", default="artwork", help=where)
-
-    build = _command(builds, "scenes", build_scenes, "scenes composed from the artwork, with exact ground truth")
-    build.add_argument("--out", help=f"{where}; by default scenes/SPLIT")
-    build.add_argument("--split", choices=("train", "pairs", "style"), default="train", help="pairs, style: held out")
-    build.add_argument("--count", type=_at_least(1), default=40_000, help="scenes (default: 40000)")
-    build.add_argument("--seed", type=_at_least(0), default=0)
-
-    view = _command(commands, "look", look, "write a labelled sheet of a dataset's samples")
-    view.add_argument("path", metavar="PATH", help="a dataset folder such as scenes/train, or fixture")
-    view.add_argument("--out", type=Path, default=Path("look.png"))
-    view.add_argument(
-        "--n", type=_at_least(1), default=40, help="samples, spread evenly over the dataset (default: 40)"
-    )
-    view.add_argument("--columns", type=_at_least(1), default=8)
+    command.add_argument("--seed", type=at_least(0), default=0)
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
     """``pisces eval scenes`` and ``pisces eval placement``."""
     commands = command.add_subparsers(required=True, metavar="BENCHMARK")
-    score = _command(commands, "scenes", evaluate_scenes, "questions about fresh scenes, against two baselines", True)
+    score = add_command(
+        commands, "scenes", evaluate_scenes, "questions about fresh scenes, against two baselines", True
+    )
     score.add_argument("--task", choices=("vqa",), default="vqa")
     text = "does the decoder put things where they belong, from true vectors"
-    place = _command(commands, "placement", evaluate_placement, text, True)
+    place = add_command(commands, "placement", evaluate_placement, text, True)
     place.add_argument("--sheet", type=Path, help="also write true pictures above rebuilt ones to this file")
     for benchmark, splits in ((score, ("train", "pairs", "style")), (place, ("train", "style"))):
         benchmark.add_argument("--split", choices=splits, default="train", help="all but train are held out")
-        benchmark.add_argument("--limit", type=_at_least(6), default=1000, help="questions or pictures (default: 1000)")
-        benchmark.add_argument("--seed", type=_at_least(0), default=0)
+        benchmark.add_argument("--limit", type=at_least(6), default=1000, help="questions or pictures (default: 1000)")
+        benchmark.add_argument("--seed", type=at_least(0), default=0)

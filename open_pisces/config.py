@@ -93,6 +93,9 @@ class DecoderConfig(Settings):
     image_size: int = 64
     spatial_condition: bool = False
     """Join the upsampled condition grid to the U-Net's input. A measured deviation from the paper, for ``tiny``."""
+    predicts: Literal["scheduler", "clean"] = "scheduler"
+    """What the U-Net puts out: what its scheduler asks for (noise, velocity), or the clean latents, from which the
+    velocity of a flow is formed outside it. A measured deviation from the paper, for ``tiny``."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps when none are asked for (Emu2: 50)."""
     guidance_scale: float = Field(default=3.0, ge=0)
@@ -139,6 +142,8 @@ class SourceConfig(Settings):
     path: str
     """A folder of shards with their index; relative paths are looked up under the data folder (``PISCES_DATA``)."""
     weight: float = Field(default=1.0, gt=0)
+    take: int = Field(default=0, ge=0)
+    """Only so many of its samples, drawn by the seed; 0 takes all (the paper's stage 3 samples 4M + 4M captions)."""
     tasks: dict[Task, float] = {}
     """Weights of the tasks drawn for each sample; empty for trainings on pairs (gen-CLIP, decoder)."""
 
@@ -150,9 +155,32 @@ class DataConfig(Settings):
     questions_per_image: int = Field(default=1, ge=1)
     """Turns of one question-answer sample that share a picture."""
     max_length: int = Field(default=512, ge=8)
-    """Sequences over this many tokens are refused by name."""
+    """Tokens a sequence may have; a dataset that holds a longer one is refused before the first step, by name."""
+    row_length: int = Field(default=0, ge=0)
+    """Tokens of a packed row, which holds several samples that do not see each other; 0: one sample a row, padded."""
+    rows: int = Field(default=16, ge=1)
+    """Packed rows of one micro-batch (``train.accumulate`` counts for unpacked ones only)."""
+    lanes: int = Field(default=64, ge=1)
+    """Parts of the order that processes share among them; part of the order, so the same on 1 and on 256 GPUs."""
+    window: int = Field(default=1024, ge=1)
+    """Samples shuffled together inside a lane."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that read, decode and collate ahead; 0: one thread."""
+    features: Literal["", "float32", "float16"] = ""
+    """Read what the frozen encoders would compute from a cache in this precision (``pisces data encode``)."""
+    feature_kinds: list[Literal["generation", "understanding"]] = ["generation", "understanding"]
+    """Which encoders' outputs are cached: M x E numbers a picture, and N x width, which is for small data."""
+    max_bad: float = Field(default=0.01, ge=0, le=1)
+    """Share of samples that may be damaged before the run stops; those are skipped, counted and named."""
     drop_caption: float = Field(default=0.1, ge=0, le=1)
     """Share of generation samples that train with the empty caption (null-caption guidance, after Emu2)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataConfig:
+        if self.row_length and self.row_length < self.max_length:
+            shorter = f"row_length {self.row_length} is less than max_length {self.max_length}"
+            raise ValueError(f"{shorter}: a sample may fit in no row")
+        return self
 
 
 # -------------------------------------------------------------------------------------------------- the training

@@ -27,6 +27,14 @@ def print_info(name: str, described: dict[str, Any]) -> None:
                 console.print(f"  {row}", highlight=False, markup=False)
 
 
+def print_counts(result: dict[str, Any]) -> None:
+    """Print what a command on datasets counted, a line for each figure."""
+    console = Console()
+    for key, value in result.items():
+        for row in _rows(value) or ["none"]:
+            console.print(f"{key}: {row}", highlight=False, markup=False)
+
+
 def print_score(result: dict[str, Any]) -> None:
     """Print a score with its interval, then everything else that came with it."""
     console = Console()

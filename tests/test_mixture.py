@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_pisces.batch import Sample
-from open_pisces.config import SourceConfig
+from open_pisces.config import DataConfig, SourceConfig
 from open_pisces.data.mixture import BLOCK, Mixture, block_counts
 from open_pisces.data.shards import ShardError
 
@@ -27,7 +27,7 @@ def open_fake(path: str) -> Fake:
 
 def mixture(seed: int = 0, tasks: dict[str, float] | None = None, **weights: float) -> Mixture:
     sources = [SourceConfig(path=p, weight=w, tasks=tasks or {}) for p, w in weights.items()]  # type: ignore[arg-type]
-    return Mixture(sources, seed, open_fake)
+    return Mixture(DataConfig(sources=sources), seed, open_fake)
 
 
 def test_a_draw_depends_on_no_draw_before_it() -> None:
@@ -96,8 +96,42 @@ def test_block_counts_are_decimal() -> None:
 
 def test_what_cannot_be_mixed_is_named() -> None:
     with pytest.raises(ShardError, match="name at least one dataset"):
-        Mixture([], 0)
+        Mixture(DataConfig(), 0)
     with pytest.raises(ShardError, match="dataset empty is empty"):
         mixture(a=1.0, empty=1.0)
     with pytest.raises(ShardError, match="source a: weight 0.001 gives less than one draw in 100"):
         mixture(a=0.001, b=1.0)
+    with pytest.raises(ShardError, match="source b: take 131 is more than its 130 samples"):
+        Mixture(DataConfig(sources=[SourceConfig(path="b", take=131)]), 0, open_fake)
+
+
+def test_take_draws_from_a_fixed_part_of_a_source() -> None:
+    sources = [SourceConfig(path="b", take=20), SourceConfig(path="b", take=30)]
+    mixed = Mixture(DataConfig(sources=sources), 0, open_fake)
+    draws = [mixed.draw(g) for g in range(400)]
+    parts = [{d.index for d in draws if d.source == source} for source in (0, 1)]
+    assert [len(part) for part in parts] == [20, 30] and not parts[0] <= parts[1]
+    for number, part in enumerate(parts):
+        assert part == {index for index in range(130) if mixed.holds(number, index)}
+
+
+# ------------------------------------------------------------------------------------------ global batches
+
+
+@pytest.mark.parametrize("size", [64, 50])
+def test_processes_share_a_batch_whatever_their_number(size: int) -> None:
+    mixed = mixture(a=3.0, b=1.0)
+    for step in (0, 7):
+        whole = mixed.batch(step, size)
+        assert Counter(whole) == Counter(mixed.draw(g) for g in range(step * size, (step + 1) * size))
+        for ranks in (2, 3, 4, 64):
+            parts = [mixed.batch(step, size, rank, ranks) for rank in range(ranks)]
+            assert [draw for part in parts for draw in part] == whole
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_a_process_stays_with_its_lanes() -> None:
+    sources = [SourceConfig(path="b")]
+    mixed = Mixture(DataConfig(sources=sources, lanes=8), 0, open_fake)
+    lanes = [{draw.lane for step in range(2) for draw in mixed.batch(step, 64, rank, 4)} for rank in range(4)]
+    assert lanes == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]

@@ -341,8 +341,8 @@ def test_building_gives_the_composers_scenes_whatever_the_processes(
     monkeypatch.setattr(scenes, "CHUNK", 7)
     for processes in (1, 2):
         build(tmp_path / str(processes), 30, 5, "train", processes=processes)
-    for file in (tmp_path / "1").iterdir():
-        assert file.read_bytes() == (tmp_path / "2" / file.name).read_bytes()
+    for file in (f for f in (tmp_path / "1").rglob("*") if f.is_file()):
+        assert file.read_bytes() == (tmp_path / "2" / file.relative_to(tmp_path / "1")).read_bytes()
     reader, composer = ShardReader(tmp_path / "1"), Composer(CUTOUTS, "train", 5)
     assert len(reader) == 30 and {row["package"] for row in reader.licences} == set(WORDS) - {"twemoji"}
     assert reader[29].images[0].tobytes() == composer.scene(29).images[0].tobytes()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,9 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from open_pisces.batch import Question, Sample
+from open_pisces.data import shards
 from open_pisces.data.draws import stream
+from open_pisces.data.indexing import index_folder
 from open_pisces.data.look import look
-from open_pisces.data.shards import ShardError, ShardReader, ShardWriter, data_path
+from open_pisces.data.shard_writer import ShardWriter
+from open_pisces.data.shards import DamagedSample, ShardError, ShardReader, data_path, open_dataset
 
 FIXTURE = data_path("fixture/train")
 
@@ -72,8 +78,10 @@ def test_shards_are_plain_tars_in_the_known_layout(tmp_path: Path) -> None:
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path / name, [sample(i) for i in range(4)])
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    files = [file for file in (tmp_path / "a").rglob("*") if file.is_file()]
+    assert len(files) == 6
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "b" / file.relative_to(tmp_path / "a")).read_bytes()
 
 
 def test_an_error_leaves_nothing_and_keeps_the_older_dataset(tmp_path: Path) -> None:
@@ -93,7 +101,7 @@ def test_an_error_leaves_nothing_and_keeps_the_older_dataset(tmp_path: Path) -> 
 def test_a_new_dataset_replaces_the_older_one_and_nothing_else(tmp_path: Path) -> None:
     write(tmp_path / "set", [sample(i) for i in range(7)])
     assert len(write(tmp_path / "set", [sample(9)])) == 1
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["00000.tar", "index.json"]
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["00000.tar", "index", "index.json"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
     with pytest.raises(ShardError, match="mine is there and is no dataset"):
@@ -113,19 +121,28 @@ def test_every_damaged_byte_of_a_sample_is_noticed(tmp_path: Path) -> None:
     reader = write(tmp_path / "set", [sample(0), sample(1)])
     path = tmp_path / "set" / "00000.tar"
     whole = path.read_bytes()
-    shard, _, members = json.loads((tmp_path / "set" / "index.json").read_text())["samples"][1]
-    for name, offset, size, _ in members:
+    members = reader._members_of(1).tolist()
+    assert [size for _, size, _, _ in members] == [len(reader.pictures(1)[0]), len(_json_of(reader, 1))]
+    for offset, size, _, _ in members:
         for at in (offset, offset + size // 2, offset + size - 1):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-            with pytest.raises(ShardError, match=f"00000.tar: member {name} is damaged"):
+            with pytest.raises(DamagedSample, match="00000.tar: sample 'k1' is damaged") as caught:
                 ShardReader(reader.folder)[1]
+            assert caught.value.cause == "checksum"
             assert ShardReader(reader.folder)[0].key == "k0"  # its neighbour is as good as ever
             with pytest.raises(ShardError, match="SHA-256"):
                 ShardReader(reader.folder).verify()
 
 
+def _json_of(reader: ShardReader, index: int) -> bytes:
+    with tarfile.open(Path(str(reader.folder)) / "00000.tar") as tar:
+        member = tar.extractfile(f"{reader.key(index)}.json")
+        assert member is not None
+        return member.read()
+
+
 def test_missing_and_short_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match="no dataset at .*nowhere: build it with `pisces data build scenes`"):
+    with pytest.raises(ShardError, match="no dataset at .*nowhere: build one .* import one .* or index"):
         ShardReader(tmp_path / "nowhere")
     write(tmp_path / "set", [sample(0)])
     tar, index = tmp_path / "set" / "00000.tar", tmp_path / "set" / "index.json"
@@ -135,12 +152,154 @@ def test_missing_and_short_files_are_named(tmp_path: Path) -> None:
     tar.unlink()
     with pytest.raises(ShardError, match="00000.tar is missing"):
         ShardReader(tmp_path / "set")
-    index.write_text('{"version": 2}')
-    with pytest.raises(ShardError, match="version 2"):
+    index.write_text('{"version": 1}')
+    with pytest.raises(ShardError, match="version 1, not 2: run `pisces data index"):
         ShardReader(tmp_path / "set")
     index.write_text("{")
     with pytest.raises(ShardError, match="index.json is damaged"):
         ShardReader(tmp_path / "set")
+
+
+@pytest.mark.parametrize("table", ["samples", "members", "keys"])
+def test_tables_that_are_missing_cut_short_or_of_another_dataset_are_named(tmp_path: Path, table: str) -> None:
+    write(tmp_path / "set", [sample(i) for i in range(3)])
+    write(tmp_path / "other", [sample(i) for i in range(5)])
+    path = tmp_path / "set" / "index" / f"{table}.npy"
+    whole = path.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], pickle.dumps([1])):
+        path.write_bytes(content)
+        with pytest.raises(ShardError, match=f"index/{table}.npy: cannot be read"):
+            ShardReader(tmp_path / "set")
+    path.unlink()
+    with pytest.raises(ShardError, match=f"index/{table}.npy: cannot be read"):
+        ShardReader(tmp_path / "set")
+    path.write_bytes((tmp_path / "other" / "index" / f"{table}.npy").read_bytes())
+    with pytest.raises(ShardError, match="the tables do not fit index.json"):
+        ShardReader(tmp_path / "set")
+
+
+def test_pictures_given_as_files_are_kept_byte_for_byte(tmp_path: Path) -> None:
+    picture = sample(0).images[0]
+    files = []
+    for kind in ("PNG", "JPEG", "WEBP", "GIF"):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        files.append(buffer.getvalue())
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write(Sample("all", ()), tuple(files))
+        with pytest.raises(ShardError, match="no PNG, JPEG, WebP or GIF"):
+            writer.write(Sample("bad", ()), (b"BM....",))
+    reader = ShardReader(tmp_path / "set")
+    assert reader.pictures(0) == files and [image.size for image in reader[0].images] == [(8, 8)] * 4
+    assert len(reader) == 1
+    with tarfile.open(tmp_path / "set" / "00000.tar") as tar:
+        assert tar.getnames() == ["all.0.png", "all.1.jpg", "all.2.webp", "all.3.gif", "all.json"]
+
+
+def test_digests_follow_the_bytes_they_stand_for(tmp_path: Path) -> None:
+    plain = write(tmp_path / "a", [sample(0), sample(1)])
+    words = write(tmp_path / "b", [sample(0), replace(sample(1), short="other words")])
+    pixels = write(tmp_path / "c", [sample(0), replace(sample(1), images=sample(2).images)])
+    moved = write(tmp_path / "d", [replace(sample(0), images=()), replace(sample(1), images=sample(0).images * 2)])
+    assert len({plain.digest, words.digest, pixels.digest, moved.digest}) == 4
+    assert plain.image_digest == words.image_digest == write(tmp_path / "e", [sample(0), sample(1)]).image_digest
+    assert len({plain.image_digest, pixels.image_digest, moved.image_digest}) == 3
+    assert moved.picture_counts().tolist() == [0, 2]
+
+
+# ---------------------------------------------------------------------------------- addresses and foreign shards
+
+
+def test_a_dataset_behind_an_address_reads_as_the_local_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [sample(i, pictures=i % 3) for i in range(10)]
+    local = write(tmp_path / "set", samples, per_shard=4)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "set"), "/far/set", recursive=True)
+    monkeypatch.setattr(shards, "_READ_AHEAD", 1500)  # members lie across blocks, and blocks are dropped again
+    monkeypatch.setattr(shards, "_KEPT_BLOCKS", 2)
+    for address in ("memory://far/set", f"file://{tmp_path}/set"):
+        reader = pickle.loads(pickle.dumps(ShardReader(address)))
+        assert len(reader) == 10 and reader.digest == local.digest
+        for i in (9, 0, 5, 3, 3, 8, 1):
+            assert fields(reader[i]) == fields(samples[i])
+        reader.verify()
+    assert len(open_dataset("memory://far/set")) == len(open_dataset(tmp_path / "set")) == 10
+    with pytest.raises(ShardError, match="no dataset at memory://far/nothing"):
+        ShardReader("memory://far/nothing")
+    with pytest.raises(ShardError, match="pipe:.*give a folder or an address"):
+        ShardReader("pipe://cat x")
+    memory.pipe_file("/far/set/00001.tar", b"short")
+    with pytest.raises(ShardError, match="00001.tar is of 5 bytes"):
+        ShardReader("memory://far/set")
+
+
+def foreign_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def encoded(number: int, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    sample(number).images[0].save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_foreign_shards_are_read_in_place_once_indexed(tmp_path: Path) -> None:
+    meta = json.dumps({"caption": "from json", "recaption": " long one "}).encode()
+    foreign_tar(tmp_path / "00000.tar", [
+        ("./000000000.jpg", encoded(0)), ("./000000000.txt", b"first "), ("./000000000.json", meta),
+        ("000000001.webp", encoded(1, "WEBP")), ("000000001.txt", b"second"), ("000000001.npy", b"ignored"),
+    ])  # fmt: skip
+    foreign_tar(tmp_path / "00001.tar", [("a/2.seg.png", encoded(2, "PNG")), ("a/2.txt", b"third"), ("b/2.cls", b"0")])
+    before = (tmp_path / "00000.tar").read_bytes()
+    found = index_folder(tmp_path, {"short": "txt", "detailed": "recaption"}, [{"licence": "CC0"}])
+    assert found == {"samples": 3, "shards": 2, "skipped": {"no text": 1}}
+    reader = ShardReader(tmp_path)
+    assert [reader.key(i) for i in range(3)] == ["000000000", "000000001", "a-2"]
+    assert [(s.short, s.detailed) for s in map(reader.__getitem__, range(3))] == [
+        ("first", "long one"), ("second", ""), ("third", ""),
+    ]  # fmt: skip
+    assert reader.pictures(0) == [encoded(0)] and reader.licences == [{"licence": "CC0"}]
+    assert (tmp_path / "00000.tar").read_bytes() == before
+    assert index_folder(tmp_path)["samples"] == 3 and ShardReader(tmp_path)[1].short == "second"  # keeps its fields
+
+
+def test_the_index_of_our_own_shards_can_be_made_anew(tmp_path: Path) -> None:
+    reader = write(tmp_path / "set", [sample(i, pictures=i % 3) for i in range(8)])
+    files = {file: file.read_bytes() for file in (tmp_path / "set").rglob("*") if file.is_file()}
+    shutil.rmtree(tmp_path / "set" / "index")
+    index_folder(tmp_path / "set")
+    assert {file: file.read_bytes() for file in files} == files and ShardReader(reader.folder)[7].key == "k7"
+
+
+def test_tars_that_cannot_be_indexed_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match="holds no .tar files"):
+        index_folder(tmp_path)
+    foreign_tar(tmp_path / "x.tar", [("a.jpg", encoded(0) * 9), ("a.txt", b"one")])
+    whole = (tmp_path / "x.tar").read_bytes()
+    for content in (whole[:3000], b"no tar at all" * 100, b""):
+        (tmp_path / "x.tar").write_bytes(content)
+        with pytest.raises(ShardError, match="x.tar: cut short or no tar|no sample in 1 tar"):
+            index_folder(tmp_path)
+        assert not (tmp_path / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [({"a.jpg": b"\xff\xd8\xff broken", "a.txt": b"x"}, "image"), ({"a.jpg": b"", "a.txt": b"x"}, "image"),
+     ({"a.txt": b"\xff\xfe\xfa", "a.jpg": encoded(0)}, "text"), ({"a.json": b"{", "a.jpg": encoded(0)}, "text"),
+     ({"a.json": b"[1]", "a.jpg": encoded(0)}, "text"), ({"a.json": b'{"questions": [{"q": 1}]}'}, "text")],
+)  # fmt: skip
+def test_what_cannot_be_read_of_a_sample_has_a_cause(tmp_path: Path, content: dict[str, bytes], cause: str) -> None:
+    foreign_tar(tmp_path / "x.tar", [*content.items(), ("b.jpg", encoded(1)), ("b.txt", b"fine")])
+    index_folder(tmp_path, {"short": "txt"} if "a.txt" in content else {})
+    with pytest.raises(DamagedSample, match="'a'") as caught:
+        ShardReader(tmp_path)[0]
+    assert caught.value.cause == cause and ShardReader(tmp_path)[1].key == "b"
+    assert pickle.loads(pickle.dumps(caught.value)).cause == cause  # as it crosses from a worker
 
 
 def test_a_reader_survives_pickling_with_open_files() -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses
 from open_pisces.config import TRAININGS, ConfigError, RunConfig, TrainConfig, load_config
-from open_pisces.data.loader import prefetch
-from open_pisces.data.shards import ShardReader, ShardWriter, data_path
+from open_pisces.data.prefetch import prefetch
+from open_pisces.data.shard_writer import ShardWriter
+from open_pisces.data.shards import ShardReader, data_path
 from open_pisces.generate import Generator
 from open_pisces.model.build import PARTS
 from open_pisces.model.weights import load_part, read_card
@@ -237,7 +238,7 @@ def gradients(config: RunConfig) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Losses and gradients of the first step, added up over its micro-batches."""
     training = build_training(config)
     total: dict[str, float] = {}
-    for batch in training.load(0):
+    for batch in training.load(0).batches:
         losses = training.losses(batch)
         losses.loss.backward()
         total = {name: total.get(name, 0.0) + part.item() for name, part in losses.parts.items()}
@@ -260,7 +261,7 @@ def test_a_step_over_micro_batches_logs_the_global_loss_and_applies_one_update(r
     config = settings(runs, "stage1", "train.accumulate=2")
     training = build_training(config)
     optimizer = build_optimizer(training.module, config.train)
-    batches = training.load(0)
+    batches = training.load(0).batches
     with torch.no_grad():
         expected = sum(training.losses(batch).parts["text"].item() for batch in batches)
     row = train_step(training, batches, optimizer, 0, config.train, torch.device("cpu"))
@@ -286,7 +287,7 @@ def test_a_loss_that_is_not_finite_raises_and_applies_nothing(runs: Path, where:
     training.losses = broken
     optimizer = build_optimizer(training.module, config.train)
     with pytest.raises(FloatingPointError, match="step 7.*not finite: lower train.lr"):
-        train_step(training, training.load(7), optimizer, 7, config.train, torch.device("cpu"))
+        train_step(training, training.load(7).batches, optimizer, 7, config.train, torch.device("cpu"))
     assert not optimizer.state
     assert all(torch.equal(value, before[name]) for name, value in training.module.state_dict().items())
 
@@ -297,7 +298,7 @@ def test_bf16_autocast_trains_close_to_float32(runs: Path) -> None:
         config = settings(runs, "stage1", f"train.precision={precision}")
         training = build_training(config)
         optimizer = build_optimizer(training.module, config.train)
-        rows.append(train_step(training, training.load(0), optimizer, 0, config.train, torch.device("cpu")))
+        rows.append(train_step(training, training.load(0).batches, optimizer, 0, config.train, torch.device("cpu")))
         assert all(p.dtype == torch.float32 for p in training.module.parameters())
     assert rows[1]["text"] == pytest.approx(rows[0]["text"], rel=0.02) and rows[1]["text"] != rows[0]["text"]
 
@@ -421,16 +422,15 @@ def test_the_batches_of_a_step_do_not_depend_on_what_was_read_before(runs: Path,
     for step in (3, 0):
         second.load(step)
     for step in (0, 45, 3):
-        for one, other in zip(first.load(step), second.load(step), strict=True):
+        for one, other in zip(first.load(step).batches, second.load(step).batches, strict=True):
             assert torch.equal(one.ids_BS, other.ids_BS)
             pixels = "pixels_BCHW" if hasattr(one, "pixels_BCHW") else "generation_pixels_BCHW"
             assert torch.equal(getattr(one, pixels), getattr(other, pixels))
 
 
 def test_a_sample_over_the_length_is_refused_by_name(runs: Path) -> None:
-    training = build_training(settings(runs, "stage1", "data.max_length=40"))
-    with pytest.raises(ValueError, match=r"sample 'train-\d+' .* takes \d+ tokens as .*data.max_length is 40"):
-        training.load(0)
+    with pytest.raises(ValueError, match=r"sample 'train-\d+' takes \d+ tokens as .*data.max_length is 40"):
+        build_training(settings(runs, "stage1", "data.max_length=40"))
 
 
 def test_a_training_without_data_is_refused(runs: Path) -> None:
@@ -448,7 +448,7 @@ def test_a_dropped_condition_is_the_mean_target_of_each_place(
     given: list[Tensor] = []
     honest = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda *a: given.append(a[1]) or honest(*a))  # type: ignore[func-returns-value]
-    training.losses(training.load(0)[0])
+    training.losses(training.load(0).batches[0])
     null = statistics.leave(statistics.null_ME)  # type: ignore[union-attr, operator]
     assert [torch.allclose(row, null, atol=1e-5) for row in given[0]] == [share == 1.0] * 4
 

@@ -1,11 +1,14 @@
-"""Batches of a step: a closed-form function of (seed, step, mixture), so a resumed run reads what it would have."""
+"""Batches of a step: a closed-form function of (seed, step, mixture), so a resumed run reads what it would have.
+
+Every process gets its part of the same global batch, whatever their number. A sample that cannot be used leaves a
+hole: it is skipped, counted and named, and no other sample moves.
+"""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,15 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from open_pisces.batch import PairBatch, Sample, SequenceBatch
+from open_pisces.batch import PairBatch, Sample, SequenceBatch, Skip, StepBatches
 from open_pisces.config import DataConfig
 from open_pisces.data.draws import stream
+from open_pisces.data.features import KINDS, FeatureStore, Kind
 from open_pisces.data.images import generation_pixels, understanding_pixels
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.mixture import Draw, Mixture
+from open_pisces.data.packing import pack
 from open_pisces.data.prompts import IGNORED, Rendered, Renderer, SampleError, sample_turns
+from open_pisces.data.shards import DamagedSample
 
 MULTIPLE = 64
 """Sequences are padded to a multiple of this, so that a compiled model meets few shapes."""
@@ -33,7 +39,7 @@ def collate(
     left: bool = False,
     multiple: int = MULTIPLE,
 ) -> SequenceBatch:
-    """Sequences and their pictures to one padded batch.
+    """Sequences and their pictures to one padded batch, a sequence a row.
 
     Args:
         rendered: B sequences.
@@ -46,16 +52,69 @@ def collate(
     """
     longest = max(len(r.ids) for r in rendered)
     S = -(-longest // multiple) * multiple
-    ids_BS = np.full((len(rendered), S), renderer.pad, np.int64)
-    labels_BS = np.full((len(rendered), S), IGNORED, np.int64)
-    understanding_BS, generation_BS = np.zeros((2, len(rendered), S), bool)
-    for row, r in enumerate(rendered):
-        at = slice(S - len(r.ids), S) if left else slice(0, len(r.ids))
+    starts = [S - len(r.ids) if left else 0 for r in rendered]
+    rows = _lay_out(rendered, list(range(len(rendered))), starts, (len(rendered), S), renderer.pad)
+    return _batch(rows, rendered, images, understanding_size, generation_size)
+
+
+def collate_packed(
+    rows: list[list[int]],
+    length: int,
+    rendered: list[Rendered],
+    images: list[tuple[Image, ...]],
+    renderer: Renderer,
+    understanding_size: int,
+    generation_size: int,
+) -> SequenceBatch:
+    """Packed rows: the sequences of a row one after another, each with positions of its own from 0.
+
+    Args:
+        rows: the sequences of each row, by their place in ``rendered``; an empty row is all padding and weighs nothing.
+        length: S.
+        rendered: all sequences.
+        images: the pictures of each.
+        renderer: knows the padding token.
+        understanding_size: side of the understanding encoder's input in pixels.
+        generation_size: side of the generation encoder's input in pixels.
+    """
+    order = [i for row in rows for i in row]
+    number = [r for r, row in enumerate(rows) for _ in row]
+    starts = [sum(len(rendered[j].ids) for j in row[:place]) for row in rows for place in range(len(row))]
+    chosen = [rendered[i] for i in order]
+    laid = _lay_out(chosen, number, starts, (len(rows), length), renderer.pad)
+    batch = _batch(laid, chosen, [images[i] for i in order], understanding_size, generation_size)
+    samples_BS, positions_BS = np.zeros((2, len(rows), length), np.int64)
+    for place, (r, row, start) in enumerate(zip(chosen, number, starts, strict=True)):
+        samples_BS[row, start : start + len(r.ids)] = place + 1
+        positions_BS[row, start : start + len(r.ids)] = np.arange(len(r.ids))
+    return replace(batch, samples_BS=torch.from_numpy(samples_BS), positions_BS=torch.from_numpy(positions_BS))
+
+
+def _lay_out(
+    rendered: list[Rendered], rows: list[int], starts: list[int], shape: tuple[int, int], pad: int
+) -> tuple[np.ndarray, ...]:
+    """ids, labels and the two kinds of places, (B, S) each; sequence i begins at ``starts[i]`` of row ``rows[i]``."""
+    ids_BS, labels_BS = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
+    understanding_BS, generation_BS = np.zeros((2, *shape), bool)
+    for r, row, start in zip(rendered, rows, starts, strict=True):
+        at = slice(start, start + len(r.ids))
         ids_BS[row, at], labels_BS[row, at] = r.ids, r.labels
         understanding_BS[row, at], generation_BS[row, at] = r.understanding, r.generation
+    return ids_BS, labels_BS, understanding_BS, generation_BS
+
+
+def _batch(
+    laid: tuple[np.ndarray, ...],
+    rendered: list[Rendered],
+    images: list[tuple[Image, ...]],
+    understanding_size: int,
+    generation_size: int,
+) -> SequenceBatch:
+    ids_BS, labels_BS, understanding_BS, generation_BS = laid
     supervised = np.flatnonzero(labels_BS != IGNORED)
-    seen = [pictures[i] for r, pictures in zip(rendered, images, strict=True) for i in r.understanding_images]
-    drawn = [pictures[i] for r, pictures in zip(rendered, images, strict=True) for i in r.generation_images]
+    pairs = list(zip(rendered, images, strict=True))
+    seen = [pictures[i] for r, pictures in pairs for i in r.understanding_images] if understanding_size else []
+    drawn = [pictures[i] for r, pictures in pairs for i in r.generation_images] if generation_size else []
     return SequenceBatch(
         ids_BS=torch.from_numpy(ids_BS),
         understanding_at_K=torch.from_numpy(np.flatnonzero(understanding_BS)),
@@ -71,8 +130,90 @@ def _stack(images: list[Image], cut: Callable[[Image, int], np.ndarray], size: i
     return torch.from_numpy(np.stack([cut(i, size) for i in images])) if images else torch.zeros(0, 3, size, size)
 
 
+# ---------------------------------------------------------------------------------------------- bad samples
+
+
+class LengthError(ValueError):
+    """A sequence longer than the settings allow; the message names the sample, its length and the limit."""
+
+
+class TooManyDamaged(ValueError):
+    """More samples had to be skipped than the run allows; the message names the first of them."""
+
+
+@dataclass
+class SkipTally:
+    """Counts what was skipped since the run began, by cause.
+
+    Args:
+        allowed: share of all samples read; up to a thousand samples, of a thousand.
+    """
+
+    allowed: float
+    read: int = 0
+    causes: Counter[str] = field(default_factory=Counter)
+    first: list[Skip] = field(default_factory=list)
+
+    def add(self, step: StepBatches) -> None:
+        """Count a step's samples.
+
+        Raises:
+            TooManyDamaged: above the allowed share.
+        """
+        self.read += step.read
+        self.causes.update(skip.cause for skip in step.skipped)
+        self.first += step.skipped[: 5 - len(self.first)]
+        skipped = sum(self.causes.values())
+        if skipped > self.allowed * max(self.read, 1000):
+            causes = ", ".join(f"{count} {cause}" for cause, count in sorted(self.causes.items()))
+            named = "; ".join(skip.message for skip in self.first)
+            raise TooManyDamaged(
+                f"{skipped} of {self.read:,} samples could not be used ({causes}), data.max_bad allows "
+                f"{self.allowed:.2%}: {named}: filter the dataset (`pisces data filter`) or raise data.max_bad"
+            )
+
+
+def _tried(read: Callable[[Draw], Any], draws: list[Draw], mixture: Mixture) -> tuple[list[Any], tuple[Skip, ...]]:
+    """What could be read, in order, and what could not."""
+    done, skipped = [], []
+    for draw in draws:
+        try:
+            done.append(read(draw))
+        except (DamagedSample, SampleError) as error:
+            cause = error.cause if isinstance(error, DamagedSample) else "no text"
+            source = mixture.sources[draw.source].path
+            skipped.append(Skip(source, mixture.readers[draw.source].key(draw.index), cause, str(error)))
+    return done, tuple(skipped)
+
+
+# -------------------------------------------------------------------------------------------------- loaders
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A rendered sample with its pictures, or with what the encoders make of them."""
+
+    rendered: Rendered
+    images: tuple[Image, ...]
+    features: dict[Kind, tuple[np.ndarray, ...]]
+
+
 class SequenceLoader:
-    """Global batches for the LLM stages, cut into micro-batches of similar length."""
+    """Global batches for the LLM stages: a process's part, packed into rows or padded, cut into micro-batches.
+
+    Args:
+        mixture: the order and the samples.
+        renderer: samples to tokens.
+        config: the data settings.
+        seed: the run's seed.
+        batch_size: samples of the global batch.
+        micro_batches: parts an unpacked batch is cut into.
+        sizes: sides of the understanding and the generation encoder's input in pixels.
+        features: a feature store for each source, where the encoders' outputs are read from a cache.
+        multiple: lengths are a multiple of this.
+        rank: which process this is.
+        ranks: of how many.
+    """
 
     def __init__(
         self,
@@ -83,107 +224,150 @@ class SequenceLoader:
         batch_size: int,
         micro_batches: int,
         sizes: tuple[int, int],
+        features: Sequence[FeatureStore] = (),
+        multiple: int = MULTIPLE,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.mixture, self.renderer, self.config, self.seed = mixture, renderer, config, seed
         self.batch_size, self.micro_batches, self.sizes = batch_size, micro_batches, sizes
+        self.features, self.multiple = features, multiple
+        # What comes from the cache needs no pixels: size 0.
+        cut = [0 if features and kind in features[0] else size for kind, size in zip(KINDS, sizes, strict=True)]
+        self._cut = cut[0], cut[1]
+        self.rank, self.ranks = rank, ranks
 
-    def __call__(self, step: int) -> list[SequenceBatch]:
-        """The micro-batches of a step; every one carries the counts of the whole batch."""
-        pairs = [self._read(g) for g in range(step * self.batch_size, (step + 1) * self.batch_size)]
-        pairs.sort(key=lambda pair: len(pair[0].ids))
-        cuts = np.array_split(np.arange(len(pairs)), self.micro_batches)
-        batches = [
-            collate([pairs[i][0] for i in cut], [pairs[i][1] for i in cut], self.renderer, *self.sizes) for cut in cuts
-        ]
+    def __call__(self, step: int) -> StepBatches:
+        """The micro-batches of a step; every one carries the counts of all of them."""
+        draws = self.mixture.batch(step, self.batch_size, self.rank, self.ranks)
+        read, skipped = _tried(self._read, draws, self.mixture)
+        batches = self._packed(read) if self.config.row_length else self._padded(read)
         text = sum(len(batch.labels_K) for batch in batches)
         vectors = sum(len(batch.generation_at_K) for batch in batches)
-        return [replace(batch, total_text=text, total_vectors=vectors) for batch in batches]
+        batches = [replace(batch, total_text=text, total_vectors=vectors) for batch in batches]
+        real, all_ = sum(len(r.rendered.ids) for r in read), sum(batch.ids_BS.numel() for batch in batches)
+        return StepBatches(batches, len(draws), skipped, real, all_)
 
-    def _read(self, g: int) -> tuple[Rendered, tuple[Image, ...]]:
-        draw = self.mixture.draw(g)
-        sample = self.mixture.sample(draw)
+    def blank(self) -> SequenceBatch:
+        """A micro-batch that weighs nothing, for a process with fewer rows than another."""
+        if self.config.row_length:
+            return self._with_features(collate_packed([[]], self.multiple, [], [], self.renderer, *self._cut), [])
+        nothing = Rendered(ids=[self.renderer.pad], labels=[IGNORED], understanding=[False], generation=[False])
+        return self._with_features(collate([nothing], [()], self.renderer, *self._cut, multiple=self.multiple), [])
+
+    def _packed(self, read: list[_Read]) -> list[SequenceBatch]:
+        rows, length = pack([len(r.rendered.ids) for r in read], self.config.row_length, self.multiple)
+        parts = [rows[at : at + self.config.rows] for at in range(0, len(rows), self.config.rows)]
+        rendered, images = [r.rendered for r in read], [r.images for r in read]
+        return [
+            self._with_features(
+                collate_packed(part, length, rendered, images, self.renderer, *self._cut),
+                [read[i] for row in part for i in row],
+            )
+            for part in parts
+        ] or [self.blank()]
+
+    def _padded(self, read: list[_Read]) -> list[SequenceBatch]:
+        """Micro-batches of similar length; fewer samples than micro-batches leave some blank."""
+        read = sorted(read, key=lambda r: len(r.rendered.ids))
+        parts = [[read[i] for i in cut] for cut in np.array_split(np.arange(len(read)), self.micro_batches)]
+        return [self._padded_part(part) if part else self.blank() for part in parts]
+
+    def _padded_part(self, read: list[_Read]) -> SequenceBatch:
+        rendered, images = [r.rendered for r in read], [r.images for r in read]
+        batch = collate(rendered, images, self.renderer, *self._cut, multiple=self.multiple)
+        return self._with_features(batch, read)
+
+    def _with_features(self, batch: SequenceBatch, read: list[_Read]) -> SequenceBatch:
+        if not self.features:
+            return batch
+        store = self.features[0]
+        if "understanding" in store:
+            seen = [r.features["understanding"][i] for r in read for i in r.rendered.understanding_images]
+            batch = replace(batch, understanding_features_BNE=_tensor(seen, store.shape("understanding")))
+        if "generation" in store:
+            drawn = [r.features["generation"][i] for r in read for i in r.rendered.generation_images]
+            batch = replace(batch, generation_features_BME=_tensor(drawn, store.shape("generation")))
+        return batch
+
+    def _read(self, draw: Draw) -> _Read:
+        reader = self.mixture.readers[draw.source]
+        sample = reader[draw.index] if any(self._cut) else reader.words(draw.index)
         random = stream(self.seed, "render", draw.source, draw.epoch, sample.key)
         turns = sample_turns(sample, draw.task, random, self.config.drop_caption, self.config.questions_per_image)
         rendered = self.renderer.render(turns)
         if len(rendered.ids) > self.config.max_length:
-            raise SampleError(
+            raise LengthError(
                 f"sample {sample.key!r} of {sample.source!r} takes {len(rendered.ids)} tokens as {draw.task}; "
                 f"data.max_length is {self.config.max_length}"
             )
-        return rendered, sample.images
+        store = self.features[draw.source] if self.features else None
+        features = {kind: store.read(kind, draw.index) for kind in KINDS if store and kind in store}
+        count = len(sample.images) if any(self._cut) else len(features["generation"])
+        shown = max((*rendered.understanding_images, *rendered.generation_images), default=-1)
+        if shown >= count:
+            raise SampleError(f"sample {sample.key!r} of {sample.source!r}: picture {shown} is named, it has {count}")
+        return _Read(rendered, sample.images, features)
+
+
+def _tensor(features: list[np.ndarray], shape: tuple[int, int]) -> Tensor:
+    return torch.from_numpy(np.stack(features).astype(np.float32)) if features else torch.zeros(0, *shape)
 
 
 class PairLoader:
-    """Global batches of pictures and captions for gen-CLIP and the decoder."""
+    """Global batches of pictures and captions for gen-CLIP and the decoder: a process's part of them."""
 
     def __init__(
-        self, mixture: Mixture, tokenizer: Any, seed: int, batch_size: int, micro_batches: int, sizes: tuple[int, int]
+        self,
+        mixture: Mixture,
+        tokenizer: Any,
+        seed: int,
+        batch_size: int,
+        micro_batches: int,
+        sizes: tuple[int, int],
+        features: Sequence[FeatureStore] = (),
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
         self.batch_size, self.micro_batches, self.sizes = batch_size, micro_batches, sizes
+        self.features, self.rank, self.ranks = features, rank, ranks
 
-    def __call__(self, step: int) -> list[PairBatch]:
+    def __call__(self, step: int) -> StepBatches:
         """The micro-batches of a step."""
-        draws = [self.mixture.draw(g) for g in range(step * self.batch_size, (step + 1) * self.batch_size)]
-        read = [(draw.epoch, self.mixture.sample(draw)) for draw in draws]
-        cuts = np.array_split(np.arange(len(read)), self.micro_batches)
-        return [self.collate([read[i] for i in cut]) for cut in cuts]
+        draws = self.mixture.batch(step, self.batch_size, self.rank, self.ranks)
+        read, skipped = _tried(self._read, draws, self.mixture)
+        cuts = [cut for cut in np.array_split(np.arange(len(read)), self.micro_batches) if len(cut)]
+        batches = [replace(self.collate([read[i] for i in cut]), total=len(read)) for cut in cuts]
+        return StepBatches(batches, len(draws), skipped)
 
-    def collate(self, read: list[tuple[int, Sample]]) -> PairBatch:
-        """(epoch, sample) pairs to one batch; which of its two captions a sample shows is drawn per epoch."""
+    def collate(self, read: list[tuple[Draw, Sample, str]]) -> PairBatch:
+        """(draw, sample, caption) to one batch."""
         input_size, output_size = self.sizes
-        ids = [self.tokenizer(self._caption(*pair), add_special_tokens=False)["input_ids"][:76] for pair in read]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:76] for *_, text in read]
         ids = [row + [self.tokenizer.eos_token_id] for row in ids]
         longest = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
-        pixels = np.stack([generation_pixels(sample.images[0], input_size) for _, sample in read])
+        pixels = np.stack([generation_pixels(sample.images[0], input_size) for _, sample, _ in read])
         targets = pixels
         if output_size != input_size:
-            targets = np.stack([generation_pixels(sample.images[0], output_size) for _, sample in read])
+            targets = np.stack([generation_pixels(sample.images[0], output_size) for _, sample, _ in read])
+        features = [self.features[draw.source].read("generation", draw.index)[0] for draw, *_ in read if self.features]
         return PairBatch(
             pixels_BCHW=torch.from_numpy(pixels),
             targets_BCHW=torch.from_numpy(targets),
             ids_BS=torch.tensor([row + [pad] * (longest - len(row)) for row in ids]),
             mask_BS=torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in ids]),
-            draws=tuple((epoch, sample.key) for epoch, sample in read),
-            total=self.batch_size,
+            draws=tuple((draw.epoch, sample.key) for draw, sample, _ in read),
+            features_BME=_tensor(features, self.features[0].shape("generation")) if self.features else None,
         )
 
-    def _caption(self, epoch: int, sample: Sample) -> str:
+    def _read(self, draw: Draw) -> tuple[Draw, Sample, str]:
+        """A sample with a picture and one of its captions, which one is drawn per epoch."""
+        sample = self.mixture.sample(draw)
         texts = [text for text in (sample.short, sample.detailed) if text]
-        if not texts:
-            raise SampleError(f"sample {sample.key!r} of {sample.source!r} has no caption: drop it from the source")
-        return texts[int(stream(self.seed, "caption", epoch, sample.key).integers(len(texts)))]
-
-
-def prefetch(load: Callable[[int], Any], steps: range, depth: int = 4) -> Iterator[Any]:
-    """``load(step)`` for every step, prepared by a thread while the last one trains; its errors surface here."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    stop = threading.Event()
-
-    def work() -> None:
-        for step in steps:
-            try:
-                item: tuple[Any, BaseException | None] = (load(step), None)
-            except BaseException as error:
-                item = (None, error)
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if stop.is_set() or item[1] is not None:
-                return
-
-    thread = threading.Thread(target=work, daemon=True, name="prefetch")
-    thread.start()
-    try:
-        for _ in steps:
-            value, error = ready.get()
-            if error is not None:
-                raise error
-            yield value
-    finally:
-        stop.set()
-        thread.join()
+        if not texts or not sample.images:
+            lacks = "no caption" if sample.images else "no picture"
+            raise SampleError(f"sample {sample.key!r} of {sample.source!r} has {lacks}: drop it from the source")
+        chosen = stream(self.seed, "caption", draw.epoch, sample.key).integers(len(texts))
+        return draw, sample, texts[int(chosen)]

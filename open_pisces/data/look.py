@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from open_pisces.data.images import contact_sheet
-from open_pisces.data.shards import ShardError, ShardReader, data_path
+from open_pisces.data.shards import ShardError, open_dataset
 
 
 def look(path: str | Path, out: str | Path = "look.png", count: int = 40, columns: int = 8) -> Path:
@@ -20,7 +20,7 @@ def look(path: str | Path, out: str | Path = "look.png", count: int = 40, column
     Raises:
         ShardError: without a dataset there, or if ``out`` cannot be written there.
     """
-    reader = ShardReader(path if Path(path).is_dir() else data_path(str(path)))
+    reader = open_dataset(path)
     target = Path(out)
     if not target.parent.is_dir():
         raise ShardError(f"{target}: the folder {target.parent} does not exist; create it first")

@@ -1,6 +1,7 @@
 """The order of training: which sample, of which source, with which task, as a closed form of (seed, g, sources).
 
-Draw ``g`` depends on nothing that happened before it, so ranks, workers and restarts agree without any state.
+Draw ``g`` depends on nothing that happened before it, so ranks, workers and restarts agree without any state. Which
+source is a block of draws with exact counts; which sample of it, the walk of ``data/order.py``.
 """
 
 from __future__ import annotations
@@ -9,22 +10,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from open_pisces.batch import Sample
-from open_pisces.config import SourceConfig, Task
+from open_pisces.config import DataConfig, SourceConfig, Task
 from open_pisces.data.draws import stream
-from open_pisces.data.shards import ShardError, ShardReader, data_path
+from open_pisces.data.order import Walk, subset
+from open_pisces.data.shards import ShardError, ShardReader, open_dataset
 
 BLOCK = 100
 """Most draws of a block; inside a block every source has its exact count."""
-
-
-class _Dataset(Protocol):
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Sample: ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Draw:
     source: int
     index: int
     epoch: int
+    lane: int
     task: Task | Literal["pair"]
 
 
@@ -41,36 +39,49 @@ class Mixture:
     """An endless, seeded order over weighted sources.
 
     Args:
-        sources: what is mixed; each source's folder is opened once.
+        data: the sources to mix, the lanes and the window of their walks.
         seed: the run's seed.
         open_source: how a source's path becomes a dataset.
 
     Raises:
-        ShardError: without sources, for a missing or empty one, or a weight too small for a block.
+        ShardError: without sources, for a missing or empty one, one that holds less than is to be taken of it, or a
+            weight too small for a block.
     """
 
     def __init__(
         self,
-        sources: Sequence[SourceConfig],
+        data: DataConfig,
         seed: int,
-        open_source: Callable[[str], _Dataset] = lambda path: ShardReader(data_path(path)),
+        open_source: Callable[[str], ShardReader] = open_dataset,
     ) -> None:
-        if not sources:
+        if not data.sources:
             raise ShardError("a training needs data: name at least one dataset in data.sources")
-        self.sources, self.seed = tuple(sources), seed
-        self.counts = block_counts([source.weight for source in sources])
+        self.sources, self.seed = tuple(data.sources), seed
+        self.counts = block_counts([source.weight for source in self.sources])
         self.block = sum(self.counts)
-        self.readers = [open_source(source.path) for source in sources]
-        for source, count, reader in zip(sources, self.counts, self.readers, strict=True):
-            if not len(reader):
-                raise ShardError(f"the dataset {source.path} is empty: build it again or take it out of data.sources")
-            if not count:
-                raise ShardError(
-                    f"source {source.path}: weight {source.weight} gives less than one draw in {self.block}: "
-                    "raise it or take the source out of data.sources"
-                )
+        self.readers = [open_source(source.path) for source in self.sources]
+        for source, count, reader in zip(self.sources, self.counts, self.readers, strict=True):
+            self._check(source, count, len(reader))
+        self._subsets = [
+            subset(len(reader), source.take, seed, at) if source.take else None
+            for at, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True))
+        ]
+        self._walks = [
+            Walk(source.take or len(reader), seed, at, data.lanes, data.window)
+            for at, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True))
+        ]
         self._blocks: dict[int, np.ndarray] = {}
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+
+    def _check(self, source: SourceConfig, count: int, size: int) -> None:
+        if not size:
+            raise ShardError(f"the dataset {source.path} is empty: build it again or take it out of data.sources")
+        if not count:
+            raise ShardError(
+                f"source {source.path}: weight {source.weight} gives less than one draw in {self.block}: "
+                "raise it or take the source out of data.sources"
+            )
+        if source.take and source.take > size:
+            raise ShardError(f"source {source.path}: take {source.take:,} is more than its {size:,} samples: lower it")
 
     def draw(self, g: int) -> Draw:
         """The ``g``-th draw, counted from 0."""
@@ -78,9 +89,27 @@ class Mixture:
         order = self._block(block)
         source = int(order[place])
         before = int(np.count_nonzero(order[:place] == source))
-        epoch, step = divmod(block * self.counts[source] + before, len(self.readers[source]))
-        index = int(self._order(source, epoch)[step])
-        return Draw(source, index, epoch, self._task(source, epoch, index))
+        step = self._walks[source].step(block * self.counts[source] + before)
+        chosen = self._subsets[source]
+        index = step.index if chosen is None else int(chosen[step.index])
+        return Draw(source, index, step.epoch, step.lane, self._task(source, step.epoch, index))
+
+    def batch(self, step: int, size: int, rank: int = 0, ranks: int = 1) -> list[Draw]:
+        """A process's part of the global batch of a step.
+
+        The batch is ordered by lane and cut into equal parts, so that whatever the number of processes, together they
+        hold the same draws in the same order, and each stays with its lanes.
+        """
+        draws = sorted((self.draw(g) for g in range(step * size, (step + 1) * size)), key=lambda draw: draw.lane)
+        return draws[rank * size // ranks : (rank + 1) * size // ranks]
+
+    def holds(self, source: int, index: int) -> bool:
+        """Whether a sample of a source can be drawn at all."""
+        chosen = self._subsets[source]
+        if chosen is None:
+            return True
+        at = int(np.searchsorted(chosen, index))
+        return at < len(chosen) and int(chosen[at]) == index
 
     def sample(self, draw: Draw) -> Sample:
         """The sample of a draw."""
@@ -92,13 +121,6 @@ class Mixture:
             sources = np.repeat(np.arange(len(self.counts)), self.counts)
             self._blocks = {block: stream(self.seed, "block", block).permutation(sources)}
         return self._blocks[block]
-
-    def _order(self, source: int, epoch: int) -> np.ndarray:
-        """A source's permutation for an epoch; the last one is kept."""
-        if self._orders.get(source, (-1,))[0] != epoch:
-            order = stream(self.seed, "order", source, epoch).permutation(len(self.readers[source]))
-            self._orders[source] = (epoch, order)
-        return self._orders[source][1]
 
     def _task(self, source: int, epoch: int, index: int) -> Task | Literal["pair"]:
         tasks = {name: weight for name, weight in sorted(self.sources[source].tasks.items()) if weight > 0}

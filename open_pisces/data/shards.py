@@ -1,7 +1,10 @@
-"""Datasets on disk: tar shards with a sidecar index, so that any sample is one seek away.
+"""Datasets: tar shards with an index beside them, on a local disk or behind any fsspec address.
 
-A folder holds ``index.json`` and ``00000.tar``, ``00001.tar`` ...; a sample is ``KEY.png`` (``KEY.0.png``,
-``KEY.1.png`` ... with several pictures) and ``KEY.json``, so that WebDataset readers can use the shards too.
+A folder holds ``index.json`` (shards, licences), ``index/*.npy`` (where each sample and each of its members lies) and
+``00000.tar``, ``00001.tar`` ...; a sample is ``KEY.png`` (``KEY.0.png``, ``KEY.1.png`` ... with several pictures) and
+``KEY.json``, so that WebDataset readers can use the shards too. The tables are memory-mapped: opening a dataset of 150
+million samples costs what opening one of a hundred does. Shards of others are read in place once ``pisces data index``
+has written an index for them (``data/indexing.py``).
 """
 
 from __future__ import annotations
@@ -10,25 +13,41 @@ import hashlib
 import io
 import json
 import os
-import shutil
-import tarfile
 import zlib
-from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from PIL import Image as Pillow
+import fsspec
+import numpy as np
 
 from open_pisces.batch import Question, Sample
+from open_pisces.data.images import ImageError, open_image
 
 FIXTURE = Path(__file__).parent / "fixture"
-_BLOCK = 512  # tar's unit: headers and padded contents
+VERSION = 2
+KINDS = ("json", "image", "text")
+TABLES = {
+    "samples": np.dtype([("shard", "<u4"), ("key", "<u8"), ("first", "<u8")]),
+    "members": np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4"), ("kind", "u1")]),
+    "keys": np.dtype("u1"),
+}
+_READ_AHEAD, _KEPT_BLOCKS = 4 << 20, 32  # bytes one request of a remote shard fetches; how many such blocks are kept
 
 
 class ShardError(ValueError):
     """A dataset that cannot be read or written; the message names the file and the remedy."""
+
+
+class DamagedSample(ShardError):
+    """A sample that cannot be used; ``cause`` is a short word for counting, the message says which and why."""
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.cause)
 
 
 def data_path(path: str) -> Path:
@@ -44,137 +63,102 @@ def data_path(path: str) -> Path:
     return Path(os.environ.get("PISCES_DATA") or "data").absolute() / path
 
 
-class ShardWriter:
-    """Writes a dataset: all of it appears when the writer closes, none of it after an error.
+def open_dataset(path: str | Path) -> ShardReader:
+    """A dataset by its address (``s3://bucket/set``), its folder, or its name under the data folder.
 
-    Args:
-        folder: the dataset's folder; an older dataset there is replaced at the end.
-        samples_per_shard: samples in one tar file.
-        licences: rows of the licence table kept in the index.
+    Raises:
+        ShardError: as `ShardReader` does.
     """
+    if "://" in str(path) or Path(path).is_dir():
+        return ShardReader(path)
+    return ShardReader(data_path(str(path)))
 
-    def __init__(
-        self, folder: str | Path, samples_per_shard: int = 2000, licences: Iterable[dict[str, Any]] = ()
-    ) -> None:
-        self.folder = Path(folder).absolute()
-        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not self._is_dataset()):
-            raise ShardError(f"{self.folder} is there and is no dataset; choose another folder or empty it")
-        self._work = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.part")
-        self._per_shard = samples_per_shard
-        self._licences = list(licences)
-        self._shards: list[dict[str, Any]] = []
-        self._samples: list[tuple[int, str, list[tuple[str, int, int, int]]]] = []
-        self._keys: set[str] = set()
-        self._tar: tarfile.TarFile | None = None
 
-    def _is_dataset(self) -> bool:
-        return (self.folder / "index.json").is_file()
-
-    def __enter__(self) -> ShardWriter:
-        shutil.rmtree(self._work, ignore_errors=True)  # of a killed process that had this one's number
-        self._work.mkdir(parents=True)
-        return self
-
-    def write(self, sample: Sample) -> None:
-        """Append a sample.
-
-        Raises:
-            ShardError: for a key that was written before, is empty or holds a dot or slash.
-        """
-        if not sample.key or sample.key in self._keys or set("./\\") & set(sample.key):
-            raise ShardError(f"sample key {sample.key!r}: keys are unique and hold no dots or slashes")
-        self._keys.add(sample.key)
-        if len(self._samples) == len(self._shards) * self._per_shard:
-            self._next_shard()
-        several = len(sample.images) > 1
-        members = [
-            self._add(f"{sample.key}.{i}.png" if several else f"{sample.key}.png", _png(image))
-            for i, image in enumerate(sample.images)
-        ]
-        members.append(self._add(f"{sample.key}.json", _text_of(sample)))
-        self._samples.append((len(self._shards) - 1, sample.key, members))
-
-    def _add(self, name: str, content: bytes) -> tuple[str, int, int, int]:
-        """Append a member; its name, offset, size and CRC-32."""
-        assert self._tar is not None
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        self._tar.addfile(info, io.BytesIO(content))
-        padded = -(-len(content) // _BLOCK) * _BLOCK
-        return name, self._tar.offset - padded, len(content), zlib.crc32(content)
-
-    def _next_shard(self) -> None:
-        self._close_shard()
-        name = f"{len(self._shards):05d}.tar"
-        self._shards.append({"file": name})
-        self._tar = tarfile.open(self._work / name, "w")
-
-    def _close_shard(self) -> None:
-        if self._tar is None:
-            return
-        self._tar.close()
-        path = self._work / self._shards[-1]["file"]
-        self._shards[-1] |= {"size": path.stat().st_size, "sha256": _sha256(path)}
-        self._tar = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._close_shard()
-                self._write_index()
-                self._put_in_place()
-        finally:
-            if self._tar is not None:
-                self._tar.close()
-            shutil.rmtree(self._work, ignore_errors=True)
-
-    def _write_index(self) -> None:
-        index = {"version": 1, "shards": self._shards, "samples": self._samples, "licences": self._licences}
-        (self._work / "index.json").write_text(json.dumps(index, separators=(",", ":")))
-
-    def _put_in_place(self) -> None:
-        """Two renames: a reader finds the old dataset or the new one, never a mixture."""
-        old = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.old")
-        if self.folder.exists():
-            self.folder.rename(old)
-        self._work.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+# --------------------------------------------------------------------------------------------------- the reader
 
 
 class ShardReader:
     """Reads a dataset in any order; safe to share between forked workers (it never moves a file position).
 
+    Args:
+        folder: a folder, or an fsspec address (``s3://bucket/set``), whose index is then held in memory.
+
     Raises:
-        ShardError: no dataset there, an unknown version, or a shard that is missing or of another size.
+        ShardError: no dataset there, an unknown version, a damaged index, or a shard that is missing or of another
+            size.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        path = self.folder / "index.json"
-        if not path.is_file():
-            raise ShardError(f"no dataset at {self.folder}: build it with `pisces data build scenes`")
+        self.folder = folder if "://" in str(folder) else Path(folder)
+        self._remote: Any = None
+        self._root = str(folder)
+        if isinstance(self.folder, str):
+            self._remote, self._root = _open_address(self.folder)
         try:
-            index = json.loads(path.read_text())
+            index = json.loads(self._whole("index.json"))
             version = index["version"]
+        except FileNotFoundError:
+            raise ShardError(
+                f"no dataset at {folder}: build one (`pisces data build scenes`), import one (`pisces data import`), "
+                "or index the tar files there (`pisces data index`)"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"{path} is damaged ({error}): build the dataset again") from None
-        if version != 1:
-            raise ShardError(f"{path}: version {version} is not known here (1 is): update open-pisces")
+            raise ShardError(f"{folder}/index.json is damaged ({error}): index the dataset again") from None
+        if version != VERSION:
+            raise ShardError(f"{folder}/index.json: version {version}, not {VERSION}: run `pisces data index {folder}`")
         self.licences: list[dict[str, Any]] = index["licences"]
-        self._samples: list[Any] = index["samples"]
+        self.digest: str = index["digest"]
+        """Changes with any byte of any sample."""
+        self._fields: dict[str, str] = index.get("fields", {})
         self._shards: list[dict[str, Any]] = index["shards"]
+        self._samples, self._members, self._keys = (self._table(name) for name in TABLES)
+        self._count = int(index["samples"])
+        last = self._samples[-1] if len(self._samples) else None
+        ends = (self._count + 1, len(self._members), len(self._keys))
+        if last is None or (len(self._samples), int(last["first"]), int(last["key"])) != ends:
+            raise ShardError(f"{folder}/index: the tables do not fit index.json: index the dataset again")
         self._files: dict[int, int] = {}
-        for shard in self._shards:
-            self._check_size(shard)
+        self._blocks: dict[tuple[int, int], bytes] = {}
+        self._check_sizes()
 
-    def _check_size(self, shard: dict[str, Any]) -> None:
-        path = self.folder / shard["file"]
-        found = path.stat().st_size if path.is_file() else None
-        if found != shard["size"]:
-            state = "missing" if found is None else f"of {found} bytes"
-            raise ShardError(f"{path} is {state}, the index says {shard['size']} bytes: build the dataset again")
+    # -------------------------------------------------------------------------------------------- opening
+
+    def _opened(self, name: str) -> Any:
+        return Path(self._root, name).open("rb") if self._remote is None else self._remote.open(f"{self._root}/{name}")
+
+    def _whole(self, name: str) -> bytes:
+        with self._opened(name) as file:
+            return file.read()
+
+    def _table(self, name: str) -> np.ndarray:
+        path = f"index/{name}.npy"
+        try:
+            if self._remote is None:
+                table = np.load(Path(self._root, path), mmap_mode="r", allow_pickle=False)
+            else:
+                table = np.load(io.BytesIO(self._whole(path)), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ShardError(f"{self.folder}/{path}: cannot be read ({error}): index the dataset again") from None
+        if table.dtype != TABLES[name] or table.ndim != 1:
+            raise ShardError(f"{self.folder}/{path}: holds {table.dtype}: index the dataset again")
+        return table
+
+    def _check_sizes(self) -> None:
+        for shard in self._shards:
+            found = self._size_of(shard["file"])
+            if found != shard["size"]:
+                state = "missing" if found is None else f"of {found} bytes"
+                said = f"the index says {shard['size']} bytes"
+                remedy = "get a whole copy, or index the dataset again"
+                raise ShardError(f"{self.folder}/{shard['file']} is {state}, {said}: {remedy}")
+
+    def _size_of(self, name: str) -> int | None:
+        try:
+            if self._remote is None:
+                return Path(self._root, name).stat().st_size
+            return int(self._remote.info(f"{self._root}/{name}")["size"])
+        except FileNotFoundError:
+            return None
 
     def verify(self) -> None:
         """Compare every shard with its SHA-256.
@@ -183,73 +167,158 @@ class ShardReader:
             ShardError: naming the first shard that differs.
         """
         for shard in self._shards:
-            found = _sha256(self.folder / shard["file"])
+            with self._opened(shard["file"]) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard["sha256"]:
-                raise ShardError(
-                    f"{self.folder / shard['file']}: SHA-256 {found}, the index says {shard['sha256']}: build it again"
-                )
+                differs = f"SHA-256 {found}, the index says {shard['sha256']}"
+                raise ShardError(f"{self.folder}/{shard['file']}: {differs}: get a whole copy")
+
+    # -------------------------------------------------------------------------------------------- reading
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return self._count
+
+    def key(self, index: int) -> str:
+        """The key of a sample, from the index alone."""
+        start, end = self._samples[index]["key"], self._samples[index + 1]["key"]
+        return bytes(self._keys[start:end]).decode()
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index`` (in the order of writing), its pictures decoded to RGB."""
-        shard, key, members = self._samples[index]
-        *pictures, last = (self._read(shard, *member) for member in members)
-        text = json.loads(last)
-        return Sample(
-            key=key,
-            images=tuple(Pillow.open(io.BytesIO(raw)).convert("RGB") for raw in pictures),
-            short=text["short"],
-            detailed=text["detailed"],
-            questions=tuple(Question(**question) for question in text["questions"]),
-            conversation=tuple(text["conversation"]),
-            source=text["source"],
-            facts=text["facts"],
-        )
+        """The sample at ``index`` (in the order of the shards), its pictures decoded to RGB.
+
+        Raises:
+            DamagedSample: bytes that differ from the index, a picture or text that cannot be read.
+        """
+        sample = self.words(index)
+        images = []
+        for number, raw in enumerate(self.pictures(index)):
+            try:
+                images.append(open_image(raw))
+            except ImageError as error:
+                raise DamagedSample(
+                    f"{self.folder}: sample {sample.key!r}, picture {number}: {error}", "image"
+                ) from None
+        return replace(sample, images=tuple(images))
+
+    def words(self, index: int) -> Sample:
+        """A sample without its pictures."""
+        text = self.text(index)
+        try:
+            return Sample(
+                key=text["key"],
+                images=(),
+                short=_string(text.get("short")),
+                detailed=_string(text.get("detailed")),
+                questions=tuple(Question(**question) for question in text.get("questions") or ()),
+                conversation=tuple(text.get("conversation") or ()),
+                source=_string(text.get("source")) or Path(str(self.folder)).name,
+                facts=text.get("facts"),
+            )
+        except TypeError as error:
+            raise DamagedSample(f"{self.folder}: sample {text['key']!r}: {error}", "text") from None
 
     def text(self, index: int) -> dict[str, Any]:
         """Everything but the pictures, as a dictionary with the fields of `Sample`."""
-        shard, key, members = self._samples[index]
-        return {"key": key, **json.loads(self._read(shard, *members[-1]))}
+        key = self.key(index)
+        raw = self._read_kinds(index, ("json", "text"))
+        try:
+            written = {kind: content.decode() for kind, content in raw}
+            fields = json.loads(written["json"]) if "json" in written else {}
+        except ValueError as error:
+            raise DamagedSample(f"{self.folder}: sample {key!r}: its text cannot be read ({error})", "text") from None
+        if not isinstance(fields, dict):
+            raise DamagedSample(f"{self.folder}: sample {key!r}: its JSON is no object", "text")
+        for name, field in self._fields.items():
+            value = written.get("text") if field == "txt" else fields.get(field)
+            fields[name] = value.strip() if isinstance(value, str) else value
+        return {**fields, "key": key}
 
-    def _read(self, shard: int, name: str, offset: int, size: int, crc32: int) -> bytes:
+    def pictures(self, index: int) -> list[bytes]:
+        """The files of a sample's pictures, as they were written."""
+        return [content for _, content in self._read_kinds(index, ("image",))]
+
+    def image_members(self, index: int) -> list[tuple[int, int]]:
+        """(size, CRC-32) of a sample's pictures, from the index alone: what their content is known by."""
+        members = self._members_of(index)
+        return [(int(m["size"]), int(m["crc32"])) for m in members if KINDS[m["kind"]] == "image"]
+
+    def picture_counts(self) -> np.ndarray:
+        """Pictures of each sample, from the index alone: ``(samples,)``."""
+        starts = self._samples["first"][:-1].astype(np.int64)
+        pictures = np.asarray(self._members["kind"] == KINDS.index("image"), np.int64)
+        total = np.concatenate([[0], np.cumsum(pictures)])
+        return total[self._samples["first"][1:].astype(np.int64)] - total[starts]
+
+    @property
+    def image_digest(self) -> str:
+        """Changes with any byte of any picture, and with nothing else."""
+        pictures = self._members[self._members["kind"] == KINDS.index("image")]
+        content = np.stack([pictures["size"].astype("<u8"), pictures["crc32"].astype("<u8")])
+        return hashlib.sha256(content.tobytes() + self.picture_counts().astype("<u8").tobytes()).hexdigest()
+
+    def _members_of(self, index: int) -> np.ndarray:
+        return self._members[self._samples[index]["first"] : self._samples[index + 1]["first"]]
+
+    def _read_kinds(self, index: int, kinds: tuple[str, ...]) -> list[tuple[str, bytes]]:
+        if not 0 <= index < self._count:
+            raise IndexError(f"sample {index} of {self._count}")
+        shard, found = int(self._samples[index]["shard"]), []
+        for offset, size, crc32, kind in self._members_of(index).tolist():
+            if KINDS[kind] not in kinds:
+                continue
+            content = self._bytes(shard, offset, size)
+            if zlib.crc32(content) != crc32:
+                name = f"{self.folder}/{self._shards[shard]['file']}"
+                raise DamagedSample(
+                    f"{name}: sample {self.key(index)!r} is damaged (checksum differs): get a whole copy", "checksum"
+                )
+            found.append((KINDS[kind], content))
+        return found
+
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
+        if self._remote is not None:
+            return self._remote_bytes(shard, offset, size)
         if shard not in self._files:
-            self._files[shard] = os.open(self.folder / self._shards[shard]["file"], os.O_RDONLY)
-        content = os.pread(self._files[shard], size, offset)
-        if zlib.crc32(content) != crc32:
-            path = self.folder / self._shards[shard]["file"]
-            raise ShardError(f"{path}: member {name} is damaged (checksum differs): build the dataset again")
-        return content
+            self._files[shard] = os.open(Path(self._root, self._shards[shard]["file"]), os.O_RDONLY)
+        return os.pread(self._files[shard], size, offset)
+
+    def _remote_bytes(self, shard: int, offset: int, size: int) -> bytes:
+        """Through blocks of `_READ_AHEAD` bytes, the last few of which are kept: the order of training stays near."""
+        first, last = offset // _READ_AHEAD, (offset + size - 1) // _READ_AHEAD
+        path, end = f"{self._root}/{self._shards[shard]['file']}", self._shards[shard]["size"]
+        parts = []
+        for block in range(first, last + 1):
+            if (shard, block) not in self._blocks:
+                start = block * _READ_AHEAD
+                self._blocks[shard, block] = self._remote.cat_file(path, start, min(start + _READ_AHEAD, end))
+                while len(self._blocks) > _KEPT_BLOCKS:
+                    self._blocks.pop(next(iter(self._blocks)))
+            parts.append(self._blocks[shard, block])
+        start = offset - first * _READ_AHEAD
+        return b"".join(parts)[start : start + size]
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickled reader opens its files anew."""
-        return self.__dict__ | {"_files": {}}
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["folder"])  # type: ignore[misc]
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
             os.close(file)
 
 
-def _png(image: Pillow.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
+def _string(value: Any) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise TypeError(f"a text that is {value!r}")
 
 
-def _text_of(sample: Sample) -> bytes:
-    """A sample's JSON member: all fields but key and pictures."""
-    fields = {
-        "short": sample.short,
-        "detailed": sample.detailed,
-        "questions": [asdict(question) for question in sample.questions],
-        "conversation": list(sample.conversation),
-        "source": sample.source,
-        "facts": sample.facts,
-    }
-    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _open_address(address: str) -> tuple[Any, str]:
+    """The file system of an fsspec address, and the path on it."""
+    try:
+        system, root = fsspec.core.url_to_fs(address)
+    except (ValueError, ImportError) as error:
+        raise ShardError(f"{address}: {error}; give a folder or an address such as s3://bucket/set") from None
+    return system, root.rstrip("/")

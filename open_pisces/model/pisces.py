@@ -76,9 +76,14 @@ class Pisces(nn.Module):
             ``(B, S, D)`` embeddings, image places filled; ``(pictures, M, E)`` targets.
         """
         words_BSD = self.llm.get_input_embeddings()(batch.ids_BS)
-        seen_BND = self.understand(_at_least_one(batch.understanding_pixels_BCHW))
+        if batch.understanding_features_BNE is None:
+            seen_BND = self.understand(_at_least_one(batch.understanding_pixels_BCHW))
+        else:
+            seen_BND = self.bridge.understanding_projector(_at_least_one(batch.understanding_features_BNE))
         targets_BME = batch.generation_vectors_BME
-        if targets_BME is None:
+        if targets_BME is None and batch.generation_features_BME is not None:
+            targets_BME = self.bridge.statistics.enter(_at_least_one(batch.generation_features_BME).float())
+        elif targets_BME is None:
             targets_BME = self.generation_vectors(_at_least_one(batch.generation_pixels_BCHW))
         fed_BMD = self.bridge.generation_projector(targets_BME.to(words_BSD.dtype))
         flat = words_BSD.flatten(0, 1)
@@ -94,7 +99,7 @@ class Pisces(nn.Module):
         Logits exist only where a token is supervised: at 128k words a full set would cost more than the LLM.
         """
         inputs_BSD, targets_BME = self.embed(batch)
-        hidden_KD = self.hidden(inputs_BSD).flatten(0, 1)
+        hidden_KD = self.hidden(inputs_BSD, **self.packing(batch)).flatten(0, 1)
         logits_KV = self.llm.get_output_embeddings()(hidden_KD[batch.text_at_K])
         text = F.cross_entropy(logits_KV.float(), batch.labels_K, reduction="sum") / max(batch.total_text, 1)
         # One left of each vector's place sits what predicts it: [IMG], or the vector before.
@@ -108,6 +113,18 @@ class Pisces(nn.Module):
         """The LLM's last hidden states, ``(B, S, D)``, after its final norm."""
         return self.llm.base_model(inputs_embeds=inputs_BSD, **{"use_cache": False, **cache}).last_hidden_state
 
+    def packing(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        """What keeps the samples of packed rows apart; nothing for rows of one sample.
+
+        The mask is our own: transformers infers packing from positions alone, and silently stops doing so when a
+        padding mask or a cache is set. Flash attention takes no such mask and has only that route.
+        """
+        if batch.samples_BS is None or batch.positions_BS is None:
+            return {}
+        if "flash" in (self.llm.config._attn_implementation or ""):
+            return {"position_ids": batch.positions_BS}
+        return {"position_ids": batch.positions_BS, "attention_mask": block_mask(batch.samples_BS)}
+
     # ------------------------------------------------------------------------------------------ vectors out
 
     def next_vector(self, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,9 +133,15 @@ class Pisces(nn.Module):
         return vector_BE, self.bridge.generation_projector(vector_BE)
 
 
-def _at_least_one(pixels_BCHW: Tensor) -> Tensor:
+def block_mask(samples_BS: Tensor) -> Tensor:
+    """Which place sees which, ``(B, 1, S, S)`` bool: earlier ones of its own sample. Padding sees padding."""
+    same = samples_BS[:, None, :, None] == samples_BS[:, None, None, :]
+    return same.tril_()
+
+
+def _at_least_one(pictures: Tensor) -> Tensor:
     """A blank picture where a batch has none: every module runs on every step, or sharded ranks would hang."""
-    return pixels_BCHW if len(pixels_BCHW) else pixels_BCHW.new_zeros(1, *pixels_BCHW.shape[1:])
+    return pictures if len(pictures) else pictures.new_zeros(1, *pictures.shape[1:])
 
 
 def _place(flat_KD: Tensor, at_K: Tensor, vectors_BND: Tensor) -> Tensor:

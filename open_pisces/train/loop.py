@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from open_pisces.batch import StepBatches
 from open_pisces.config import RunConfig, TrainConfig
-from open_pisces.data.loader import prefetch
-from open_pisces.data.shards import ShardReader, data_path
+from open_pisces.data.loader import SkipTally
+from open_pisces.data.prefetch import prefetch
+from open_pisces.data.shards import open_dataset
 from open_pisces.model.weights import write_folder
 from open_pisces.paint import pick_device
 from open_pisces.train.checkpoint import load_state, read_progress, save_state
@@ -53,15 +55,16 @@ def train(config: RunConfig) -> Path:
         load_state(progress, module, optimizer, average)
     describe_run(config.folder, config)
     metrics, clock = Metrics(config.folder, progress["step"]), Clock(progress["seconds"])
-    steps = range(progress["step"], config.train.steps)
+    steps, tally = range(progress["step"], config.train.steps), SkipTally(config.data.max_bad)
     with stop_signals() as stop, progress_bar(config.name, len(range(progress["step"])), config.train.steps) as tell:
-        for step, batches in zip(steps, prefetch(training.load, steps), strict=True):
-            row = train_step(training, batches, optimizer, step, config.train, device)
+        for step, given in zip(steps, prefetch(training.load, steps, workers=config.data.workers), strict=True):
+            tally.add(given)
+            row = train_step(training, given.batches, optimizer, step, config.train, device)
             average.update(step)
             tell("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "lr"))
             last = step + 1 == config.train.steps
             if step % LOG_EVERY == 0 or last:
-                metrics.write({"step": step, **row, "seconds": round(clock.seconds, 2)})
+                metrics.write({"step": step, **row, **_data_row(given, tally), "seconds": round(clock.seconds, 2)})
             if last or (step + 1) % config.train.probe_every == 0:
                 # Eager: a cache grows by one place a token, and each length would be compiled anew.
                 with average.applied(), torch.compiler.set_stance("force_eager"):
@@ -108,6 +111,12 @@ def train_step(
     return {**totals, "norm": norm, "lr": lr_at(step, config)}
 
 
+def _data_row(given: StepBatches, tally: SkipTally) -> dict[str, float]:
+    """What the log says of a step's data: share of places that are no padding, samples skipped so far by cause."""
+    row: dict[str, float] = {f"skipped_{cause.replace(' ', '_')}": n for cause, n in sorted(tally.causes.items())}
+    return {**({"real_tokens": given.real_tokens / given.all_tokens} if given.all_tokens else {}), **row}
+
+
 def _learning(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
@@ -124,7 +133,7 @@ def save(
 
     In this order, because the state says how far the run is: killed in between, it goes back a little and writes both.
     """
-    licences = [entry for s in config.data.sources for entry in ShardReader(data_path(s.path)).licences]
+    licences = [entry for s in config.data.sources for entry in open_dataset(s.path).licences]
     record = {
         "name": config.name,
         "steps": step,

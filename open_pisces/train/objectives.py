@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from open_pisces.batch import Losses, PairBatch, SequenceBatch
-from open_pisces.config import ConfigError, ModelConfig, RunConfig
+from open_pisces.batch import Losses, PairBatch, SequenceBatch, StepBatches
+from open_pisces.config import ConfigError, RunConfig
 from open_pisces.data.draws import stream
-from open_pisces.data.loader import PairLoader, SequenceLoader
+from open_pisces.data.lengths import check_lengths
+from open_pisces.data.loader import MULTIPLE, PairLoader, SequenceLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import Renderer
-from open_pisces.data.shards import ShardReader, data_path
+from open_pisces.data.shards import open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+from open_pisces.frozen import get_part, in_start, open_features
 from open_pisces.model.bridge import VisualTokenPooler
-from open_pisces.model.build import assemble, build_part
+from open_pisces.model.build import assemble
 from open_pisces.model.gen_clip import GenCLIP
-from open_pisces.model.weights import load_part
 
 
 @dataclass
@@ -35,8 +36,8 @@ class Training:
 
     module: nn.Module
     """Everything that is moved, saved and resumed; parameters that need a gradient learn."""
-    load: Callable[[int], list[Any]]
-    """The micro-batches of a step."""
+    load: Callable[[int], StepBatches]
+    """What a step trains on."""
     losses: Callable[[Any], Losses]
     """One micro-batch's share of the global loss."""
     parts: dict[str, Any]
@@ -62,7 +63,7 @@ def _contrastive(config: RunConfig) -> Training:
     if config.train.accumulate > 1:
         raise ConfigError("train.accumulate must be 1 here: a contrastive loss compares the whole batch at once")
     name = f"{config.contrastive.tower}_encoder"
-    tokenizer, vision = get_tokenizer(config), _part(name, config)
+    tokenizer, vision = get_tokenizer(config), get_part(name, config.model)
     vision.requires_grad_(True)
     module = GenCLIP(vision, config.contrastive, len(tokenizer))
     visible = max(1, round(config.model.generation.grid**2 * config.contrastive.visible))
@@ -82,11 +83,14 @@ def _contrastive(config: RunConfig) -> Training:
 def _decoder(config: RunConfig) -> Training:
     """The diffusion decoder on true vectors: the whole U-Net learns (as in Emu2), the encoders do not."""
     tokenizer = get_tokenizer(config)
-    encoder, bridge = _part("generation_encoder", config).requires_grad_(False), _part("bridge", config)
-    decoder = _part("decoder", config)
+    encoder = get_part("generation_encoder", config.model).requires_grad_(False)
+    bridge, decoder = get_part("bridge", config.model), get_part("decoder", config.model)
     sizes = encoder.image_size, decoder.image_size
     mixture = _mixture(config)
-    loader = PairLoader(mixture, tokenizer, config.seed, config.train.batch_size, config.train.accumulate, sizes)
+    features = open_features(config, mixture)
+    loader = PairLoader(
+        mixture, tokenizer, config.seed, config.train.batch_size, config.train.accumulate, sizes, features
+    )
     pooler, statistics = VisualTokenPooler(config.model.generation.pool), bridge.statistics
     if not statistics.taken:
         statistics.take(_raw_targets(config, encoder, pooler, loader), config.model.bridge.standardise)
@@ -95,7 +99,9 @@ def _decoder(config: RunConfig) -> Training:
 
     def losses(batch: PairBatch) -> Losses:
         with torch.no_grad():
-            raw_BME = pooler(encoder.features(batch.pixels_BCHW)).float()
+            raw_BME = batch.features_BME
+            if raw_BME is None:
+                raw_BME = pooler(encoder.features(batch.pixels_BCHW)).float()
             latents = decoder.encode(batch.targets_BCHW)
         draws = [_draw(config, d, "diffusion") for d in batch.draws]
         noise = torch.from_numpy(np.stack([d.standard_normal(latents.shape[1:], np.float32) for d in draws]))
@@ -119,7 +125,7 @@ def _time(draw: np.random.Generator, flow: bool, shift: float) -> float:
 def _raw_targets(config: RunConfig, encoder: Any, pooler: VisualTokenPooler, loader: PairLoader) -> Tensor:
     """Pooled raw features of the first pictures the run will see, on the CPU: ``(pictures, M, E)``."""
     steps = -(-config.diffusion.statistics_samples // config.train.batch_size)
-    batches = (batch for step in range(steps) for batch in loader(step))
+    batches = (batch for step in range(steps) for batch in loader(step).batches)
     return torch.cat([pooler(encoder.features(batch.pixels_BCHW)) for batch in batches])
 
 
@@ -130,29 +136,34 @@ def _pisces(config: RunConfig) -> Training:
     """Cross-entropy on text, squared error on vectors; LLM and MLPs learn, encoders do not (the paper, all stages)."""
     tokenizer = get_tokenizer(config)
     names = ("llm", "understanding_encoder", "generation_encoder", "bridge")
-    parts = {name: _part(name, config, len(tokenizer)) for name in names}
-    decoder = _part("decoder", config) if _in_start(config.model, "decoder") else None
+    parts = {name: get_part(name, config.model, len(tokenizer)) for name in names}
+    decoder = get_part("decoder", config.model) if in_start(config.model, "decoder") else None
     pisces = assemble(config.model, {**parts, "decoder": decoder}, config.loss)
     for name in config.train.freeze:
         if getattr(pisces, name, None) is not None:
             getattr(pisces, name).requires_grad_(False)
     N, M = pisces.understanding_encoder.vectors, config.model.generation.vectors
     sizes = pisces.understanding_encoder.image_size, pisces.generation_encoder.image_size
+    mixture, renderer = _mixture(config), Renderer(tokenizer, config.model.template, N, M)
+    check_lengths(mixture, renderer, config.data)
     loader = SequenceLoader(
-        _mixture(config),
-        Renderer(tokenizer, config.model.template, N, M),
+        mixture,
+        renderer,
         config.data,
         config.seed,
         config.train.batch_size,
         config.train.accumulate,
         sizes,
+        open_features(config, mixture),
+        # A compiled LLM gets few lengths to compile; otherwise rows are as short as they can be.
+        MULTIPLE if config.train.compile or not config.data.row_length else 8,
     )
 
     def losses(batch: SequenceBatch) -> Losses:
         return pisces(batch)
 
     # What learns is written; what is frozen only where the folder this training starts from does not hold it.
-    trained = {n: p for n, p in parts.items() if n not in config.train.freeze or not _in_start(config.model, n)}
+    trained = {n: p for n, p in parts.items() if n not in config.train.freeze or not in_start(config.model, n)}
     return Training(pisces, loader, losses, trained, tokenizer, pisces.llm.base_model)
 
 
@@ -165,24 +176,13 @@ def _draw(config: RunConfig, drawn: tuple[int, str], purpose: str) -> np.random.
 
 
 def _mixture(config: RunConfig) -> Mixture:
-    return Mixture(list(config.data.sources), config.seed)
-
-
-def _in_start(model: ModelConfig, name: str) -> bool:
-    return bool(model.start) and (Path(model.start or "") / name).is_dir()
-
-
-def _part(name: str, config: RunConfig, vocabulary: int | None = None) -> Any:
-    """The part as the start folder has it, or else a new one."""
-    if _in_start(config.model, name):
-        return load_part(config.model.start or "", name, config.model)
-    return build_part(name, config.model, vocabulary)
+    return Mixture(config.data, config.seed)
 
 
 def get_tokenizer(config: RunConfig) -> Any:
     """The start folder's tokenizer, or the one the settings describe."""
     model = config.model
-    if _in_start(model, "tokenizer"):
+    if in_start(model, "tokenizer"):
         return load_tokenizer(Path(model.start or "") / "tokenizer", model.template)
     if model.tokenizer == "bytes":
         return byte_tokenizer(model.template)
@@ -194,7 +194,7 @@ def get_tokenizer(config: RunConfig) -> Any:
 def _texts(config: RunConfig, most: int = 20_000) -> Iterator[str]:
     """Captions, questions and answers of the run's datasets, at most so many samples of each."""
     for source in config.data.sources:
-        reader = ShardReader(data_path(source.path))
+        reader = open_dataset(source.path)
         for index in range(min(most, len(reader))):
             words = reader.text(index)
             yield from (words.get("short", ""), words.get("detailed", ""))

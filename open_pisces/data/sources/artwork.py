@@ -24,7 +24,8 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 
 from open_pisces.batch import Sample
-from open_pisces.data.shards import ShardWriter, data_path
+from open_pisces.data.shard_writer import ShardWriter
+from open_pisces.data.shards import data_path
 
 HERE = Path(__file__).parent
 CUTOUT = 96

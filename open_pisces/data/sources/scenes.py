@@ -22,7 +22,8 @@ from PIL.Image import Image
 
 from open_pisces.batch import Sample
 from open_pisces.data.draws import stream
-from open_pisces.data.shards import ShardError, ShardWriter, data_path
+from open_pisces.data.shard_writer import ShardWriter
+from open_pisces.data.shards import ShardError, data_path
 from open_pisces.data.sources.artwork import fit
 from open_pisces.data.sources.scene_texts import detailed_caption, questions, short_caption
 

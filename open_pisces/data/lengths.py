@@ -1,0 +1,173 @@
+"""How long the samples of a dataset are under a tokenizer, so that one too long is refused before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from open_pisces.batch import Question, Sample
+from open_pisces.config import DataConfig, SourceConfig, Task
+from open_pisces.data.loader import LengthError
+from open_pisces.data.mixture import Mixture
+from open_pisces.data.prompts import Renderer, SampleError, sample_turns, wordings
+from open_pisces.data.shards import DamagedSample, ShardReader, data_path
+
+COLUMNS = ("short", "detailed", "questions", "conversation", "asked", "turns", "pictures")
+"""Tokens of the texts, then how many questions, turns and pictures a sample has."""
+_CHUNK = 1000
+_JOINTS = 4  # tokens that joining a text to its wording may cost
+
+
+def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig) -> None:
+    """Refuse a mixture that holds a sample too long for ``data.max_length`` in any wording of its tasks.
+
+    The table of tokens sorts out nearly all samples; only those near the limit are rendered.
+
+    Raises:
+        LengthError: naming the sample, its length and the limit.
+    """
+    for number, (source, reader) in enumerate(zip(mixture.sources, mixture.readers, strict=True)):
+        table = token_table(reader, renderer.tokenizer)
+        for task in (task for task, weight in source.tasks.items() if weight > 0):
+            bound = _bound(table, task, renderer, config.questions_per_image)
+            for index in np.flatnonzero(bound > config.max_length):
+                if mixture.holds(number, int(index)):
+                    _check(reader, int(index), task, renderer, source, config)
+
+
+def token_table(reader: ShardReader, tokenizer: Any) -> np.ndarray:
+    """Tokens of every sample's texts, ``(samples, COLUMNS)``; computed once per dataset and tokenizer.
+
+    It is kept under ``lengths/`` in the data folder, or only in memory where that cannot be written.
+    """
+    path = data_path("lengths") / f"{_name(reader, tokenizer)}.npy"
+    if path.is_file():
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    rows = iter(range(len(reader)))
+    chunks = iter(lambda: list(islice(rows, _CHUNK)), [])
+    table = np.concatenate([_count([_words(reader, i) for i in chunk], tokenizer) for chunk in chunks])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{os.getpid()}.{path.name}")
+        np.save(part, table, allow_pickle=False)
+        part.replace(path)
+    except OSError:
+        pass
+    return table
+
+
+def _name(reader: ShardReader, tokenizer: Any) -> str:
+    """Changes with the dataset and with anything the tokenizer does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spelled = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{reader.digest} {spelled}".encode()).hexdigest()[:20]
+
+
+def _words(reader: ShardReader, index: int) -> Sample:
+    try:
+        return reader.words(index)
+    except DamagedSample:
+        return Sample("", ())  # met again, and counted, when it is drawn
+
+
+def _count(samples: list[Sample], tokenizer: Any) -> np.ndarray:
+    """One row for each sample; all texts are encoded in one call."""
+    groups = [list(_texts(sample)) for sample in samples]
+    texts = [text for group in groups for kind in group for text in kind]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
+    lengths = iter(map(len, encoded))
+    rows = []
+    for sample, group in zip(samples, groups, strict=True):
+        tokens = [sum(next(lengths) for _ in kind) for kind in group]
+        shown = sum(isinstance(part, dict) for turn in sample.conversation for part in turn["content"])
+        rows.append([*tokens, len(sample.questions), len(sample.conversation), shown])
+    return np.array(rows, np.int32)
+
+
+def _texts(sample: Sample) -> Iterator[list[str]]:
+    yield [sample.short] if sample.short else []
+    yield [sample.detailed] if sample.detailed else []
+    yield [text for asked in sample.questions for text in (asked.question, asked.answer)]
+    yield [part for turn in sample.conversation for part in turn["content"] if isinstance(part, str)]
+
+
+def _bound(table: np.ndarray, task: Task, renderer: Renderer, questions: int) -> np.ndarray:
+    """At least as many tokens as each sample can take for a task."""
+    frame = len(renderer.render(()).ids) + 2 * _turn(renderer)
+    picture = max(renderer.N, renderer.M) + 2
+    column = {name: table[:, at] for at, name in enumerate(COLUMNS)}
+    if task == "conversation":
+        pieces = column["turns"] + column["pictures"]
+        drawn = 2 * picture * column["pictures"]  # a picture that was drawn comes again, to be asked about
+        return frame + column["conversation"] + column["turns"] * _turn(renderer) + drawn + _JOINTS * pieces
+    if task == "question":
+        asked = np.minimum(column["asked"], questions)
+        return frame + column["questions"] + picture + asked * (2 * _turn(renderer) + 2 * _JOINTS)
+    wording = wordings()["generate" if task.startswith("generate") else task]
+    longest = max(len(renderer.text_ids(text)) for text in wording)
+    words = column["short" if task.endswith("short") else "detailed"]
+    return frame + longest + words + picture + _JOINTS
+
+
+def _turn(renderer: Renderer) -> int:
+    """Tokens that a turn costs besides its content."""
+    return 1 + max(len(renderer.frame_ids(piece)) for piece in renderer.frame["open"].values())
+
+
+def _check(
+    reader: ShardReader, index: int, task: Task, renderer: Renderer, source: SourceConfig, config: DataConfig
+) -> None:
+    """Render a sample in each way its task may be worded.
+
+    Raises:
+        LengthError: if one of them is too long.
+    """
+    shown: Any = (None,) * len(reader.image_members(index))  # the pictures' number is all that rendering asks for
+    sample = _longest_questions(_words(reader, index), shown, config.questions_per_image, renderer)
+    ways = len(wordings().get("generate" if task.startswith("generate") else task, [""])) if task != "question" else 1
+    for way in range(ways):
+        try:
+            turns = sample_turns(sample, task, _Fixed(way), 0.0, config.questions_per_image)  # type: ignore[arg-type]
+        except SampleError:
+            return  # lacks what the task needs: skipped and counted when it is drawn
+        length = len(renderer.render(turns).ids)
+        if length > config.max_length:
+            raise LengthError(
+                f"{source.path}: sample {sample.key!r} takes {length} tokens as {task}, data.max_length is "
+                f"{config.max_length}: raise it, or drop the sample (`pisces data filter`)"
+            )
+
+
+class _Fixed:
+    """A random stream that always chooses the same wording and drops nothing."""
+
+    def __init__(self, way: int) -> None:
+        self.way = way
+
+    def random(self) -> float:
+        """Never below a chance of dropping."""
+        return 1.0
+
+    def integers(self, high: int) -> int:
+        """The wording."""
+        return min(self.way, high - 1)
+
+    def permutation(self, count: int) -> np.ndarray:
+        """The questions as they stand."""
+        return np.arange(count)
+
+
+def _longest_questions(sample: Sample, images: Any, most: int, renderer: Renderer) -> Sample:
+    """The same sample with its pictures, and its longest questions first."""
+
+    def tokens(asked: Question) -> int:
+        return len(renderer.text_ids(asked.question)) + len(renderer.text_ids(asked.answer))
+
+    return replace(sample, images=images, questions=tuple(sorted(sample.questions, key=tokens, reverse=True)[:most]))

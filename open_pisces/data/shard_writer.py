@@ -1,0 +1,210 @@
+"""Writing datasets: our own tar shards, and the index that makes any tar shards readable."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from open_pisces.batch import Sample
+from open_pisces.data.shards import KINDS, TABLES, VERSION, ShardError
+
+_BLOCK = 512  # tar's unit: headers and padded contents
+
+
+class IndexWriter:
+    """Collects what an index says of each sample, and writes it: shared by our own shards and those of others."""
+
+    def __init__(self, licences: Iterable[dict[str, Any]] = (), fields: dict[str, str] | None = None) -> None:
+        self.licences, self.fields = list(licences), fields or {}
+        self.shards: list[dict[str, Any]] = []
+        # Packed as they are on disk: 24 bytes a sample and 21 a member, so that writing millions stays small.
+        self._samples, self._members, self._keys = bytearray(), bytearray(), bytearray()
+
+    def __len__(self) -> int:
+        return len(self._samples) // TABLES["samples"].itemsize
+
+    def add(self, key: str, members: list[tuple[int, int, int, str]]) -> None:
+        """Note a sample of the last shard: (offset, size, CRC-32, kind) of its members, pictures in their order."""
+        self._samples += self._row(len(self.shards) - 1)
+        self._keys += key.encode()
+        rows = [(offset, size, crc, KINDS.index(kind)) for offset, size, crc, kind in members]
+        self._members += np.array(rows, TABLES["members"]).tobytes()
+
+    def _row(self, shard: int) -> bytes:
+        """Where a sample of a shard begins: in the keys and in the members."""
+        members = len(self._members) // TABLES["members"].itemsize
+        return np.array((shard, len(self._keys), members), TABLES["samples"]).tobytes()
+
+    def write(self, folder: Path) -> None:
+        """``index.json`` last: a folder without it is no dataset."""
+        raw = {"samples": self._samples + self._row(len(self.shards)), "members": self._members, "keys": self._keys}
+        tables = {name: np.frombuffer(bytes(raw[name]), dtype) for name, dtype in TABLES.items()}
+        (folder / "index").mkdir(parents=True, exist_ok=True)
+        for name, table in tables.items():
+            np.save(folder / "index" / f"{name}.npy", table, allow_pickle=False)
+        digest = hashlib.sha256(tables["members"].tobytes() + tables["keys"].tobytes()).hexdigest()
+        index = {"version": VERSION, "samples": len(self), "digest": digest, "shards": self.shards}
+        index |= {"licences": self.licences, **({"fields": self.fields} if self.fields else {})}
+        part = folder / f".index.json.{os.getpid()}"
+        part.write_text(json.dumps(index, indent=1))
+        part.replace(folder / "index.json")
+
+
+class ShardWriter:
+    """Writes a dataset: all of it appears when the writer closes, none of it after an error.
+
+    Args:
+        folder: the dataset's folder; an older dataset there is replaced at the end.
+        samples_per_shard: samples in one tar file.
+        licences: rows of the licence table kept in the index.
+    """
+
+    def __init__(
+        self, folder: str | Path, samples_per_shard: int = 2000, licences: Iterable[dict[str, Any]] = ()
+    ) -> None:
+        if "://" in str(folder):
+            raise ShardError(f"{folder}: datasets are written to a local folder; copy it to its address afterwards")
+        self.folder = Path(folder).absolute()
+        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not self._is_dataset()):
+            raise ShardError(f"{self.folder} is there and is no dataset; choose another folder or empty it")
+        self._work = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.part")
+        self._per_shard = samples_per_shard
+        self._index = IndexWriter(licences)
+        self._keys: set[str] = set()
+        self._tar: tarfile.TarFile | None = None
+
+    def _is_dataset(self) -> bool:
+        return (self.folder / "index.json").is_file()
+
+    def __enter__(self) -> ShardWriter:
+        shutil.rmtree(self._work, ignore_errors=True)  # of a killed process that had this one's number
+        self._work.mkdir(parents=True)
+        return self
+
+    def __len__(self) -> int:
+        """Samples written so far."""
+        return len(self._index)
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a sample of this key was written."""
+        return key in self._keys
+
+    def write(self, sample: Sample, encoded: tuple[bytes, ...] = ()) -> None:
+        """Append a sample.
+
+        Args:
+            sample: words, and pictures unless they are given as files.
+            encoded: the files of its pictures, kept byte for byte (PNG, JPEG, WebP or GIF) instead of ``images``.
+
+        Raises:
+            ShardError: for a key that was written before, is empty or holds a dot or slash, or for a picture or text
+                that cannot be written; nothing of the sample is then in the shards.
+        """
+        if not sample.key or sample.key in self._keys or set("./\\") & set(sample.key):
+            raise ShardError(f"sample key {sample.key!r}: keys are unique and hold no dots or slashes")
+        pictures = encoded or tuple(_png(image) for image in sample.images)
+        several = len(pictures) > 1
+        names = [f".{i}.{_suffix(raw)}" if several else f".{_suffix(raw)}" for i, raw in enumerate(pictures)]
+        members = [*zip(names, pictures, ["image"] * len(names), strict=True), (".json", _text_of(sample), "json")]
+        if len(self._index) == len(self._index.shards) * self._per_shard:
+            self._next_shard()
+        self._keys.add(sample.key)
+        self._index.add(sample.key, [(*self._add(f"{sample.key}{name}", raw), kind) for name, raw, kind in members])
+
+    def _add(self, name: str, content: bytes) -> tuple[int, int, int]:
+        """Append a member; its offset, size and CRC-32."""
+        assert self._tar is not None
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        self._tar.addfile(info, io.BytesIO(content))
+        self._tar.members.clear()  # type: ignore[attr-defined]  # else the tar file keeps a record of every member in memory
+        padded = -(-len(content) // _BLOCK) * _BLOCK
+        return self._tar.offset - padded, len(content), zlib.crc32(content)
+
+    def _next_shard(self) -> None:
+        self._close_shard()
+        name = f"{len(self._index.shards):05d}.tar"
+        self._index.shards.append({"file": name})
+        self._tar = tarfile.open(self._work / name, "w")
+
+    def _close_shard(self) -> None:
+        if self._tar is None:
+            return
+        self._tar.close()
+        path = self._work / self._index.shards[-1]["file"]
+        self._index.shards[-1] |= {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        self._tar = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._close_shard()
+                self._index.write(self._work)
+                self._put_in_place()
+        finally:
+            if self._tar is not None:
+                self._tar.close()
+            shutil.rmtree(self._work, ignore_errors=True)
+
+    def _put_in_place(self) -> None:
+        """Two renames: a reader finds the old dataset or the new one, never a mixture."""
+        old = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.old")
+        if self.folder.exists():
+            self.folder.rename(old)
+        self._work.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _suffix(raw: bytes) -> str:
+    """The usual ending of a picture's format, from its first bytes."""
+    if raw[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    if raw[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
+        return "webp"
+    if raw[:4] == b"GIF8":
+        return "gif"
+    raise ShardError(f"a picture that begins with {raw[:8]!r} is no PNG, JPEG, WebP or GIF: convert it first")
+
+
+def _text_of(sample: Sample) -> bytes:
+    """A sample's JSON member: all fields but key and pictures."""
+    fields = {
+        "short": sample.short,
+        "detailed": sample.detailed,
+        "questions": [asdict(question) for question in sample.questions],
+        "conversation": list(sample.conversation),
+        "source": sample.source,
+        "facts": sample.facts,
+    }
+    try:
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise ShardError(f"sample {sample.key!r}: a text that is no Unicode ({error}): clean it first") from None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

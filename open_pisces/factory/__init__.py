@@ -1,0 +1,1 @@
+"""Bulk work with models over datasets."""
