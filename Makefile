@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test lint install wheel clean
+.PHONY: demo test prove lint install wheel clean
 
 demo: $(READY) ## draw a sheet, caption it, answer questions; writes demo.png
 	$(BIN)/pisces demo --out demo.png
 
 test: $(READY) ## every test that runs on every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+prove: $(READY) ## long proofs: kills, many processes, large imports; writes docs/proof.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m prove --timeout 3600 tests/prove
 
 lint: $(READY) ## format, rules and types
 	$(BIN)/ruff format --check open_pisces tests

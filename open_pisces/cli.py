@@ -1,4 +1,4 @@
-"""The command line: ``pisces train | generate | ask | reconstruct | info | export | data | eval | demo``.
+"""The command line: ``pisces train | generate | ask | reconstruct | info | export | data | eval | bench | demo``.
 
 Only argparse is imported here; PyTorch and the rest load inside the command that needs them, so that ``--help``
 answers at once. With ``--json`` a command's result is one JSON object on the last line of standard output. An
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from open_pisces.generate import Generator
+
+BENCHES = ("loader", "packing", "feature_cache")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,6 +178,19 @@ def evaluate_placement(args: argparse.Namespace) -> Result:
     return _scored(args, result)
 
 
+def bench(args: argparse.Namespace) -> Result:
+    """Measure one of the speed claims."""
+    from importlib import import_module
+
+    quiet()
+    result = import_module(f"open_pisces.bench.{args.name}").run(args.pairs)
+    if not args.json:
+        from open_pisces.show import print_counts
+
+        print_counts(result)
+    return result
+
+
 def demo(args: argparse.Namespace) -> Result:
     """Draw a sheet, caption it, talk about two scenes."""
     from open_pisces.demo import run_demo
@@ -282,6 +297,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_data(add_command(commands, "data", None, "build datasets and look at them"))
     _add_eval(add_command(commands, "eval", None, "measure a model"))
+
+    command = add_command(commands, "bench", bench, "measure a speed claim: two ways side by side")
+    command.add_argument("name", choices=BENCHES, metavar="NAME", help=", ".join(BENCHES))
+    command.add_argument("--pairs", type=at_least(2), default=15, help="pairs of runs (default: 15)")
+    add_json(command)
 
     command = add_command(
         commands, "demo", demo, "draw a sheet, caption it, talk about two scenes", model=True, json=False

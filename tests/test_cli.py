@@ -355,3 +355,59 @@ def test_programming_errors_keep_their_traceback(photo: str, monkeypatch: pytest
     monkeypatch.setattr(cli, "_generator", fail)
     with pytest.raises(type(error), match=str(error).strip("'")):
         main(["ask", photo, "What is it?"])
+
+
+# ------------------------------------------------------------------------------------------------ data commands
+
+
+def test_a_folder_of_pictures_becomes_a_dataset_that_is_counted_and_filtered(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PISCES_DATA", str(work / "data"))
+    (work / "photos").mkdir()
+    for number in range(6):
+        Image.effect_noise((40 + number, 40), 90 + number).convert("RGB").save(work / "photos" / f"{number}.png")
+    (work / "photos" / "captions.csv").write_text(
+        "file,caption\n" + "".join(f"{number}.png,caption {'word ' * number}\n" for number in range(6))
+    )
+    assert main(["data", "import", "folder", "photos", "mine", "--licence", "MIT", "--json"]) == 0
+    assert json_of(capsys)["written"] == 6 and (work / "data" / "mine" / "index.json").is_file()
+    assert main(["data", "stats", "mine", "--png", "stats.png", "--json"]) == 0
+    assert json_of(capsys)["samples"] == 6 and Image.open("stats.png").width > 400
+    assert main(["data", "stats", "mine"]) == 0 and "6" in capsys.readouterr().out
+    assert main(["data", "filter", "mine", "fewer", "--rule", "caption_length=3:99", "--json"]) == 0
+    assert json_of(capsys)["kept"] == 4
+    shutil.rmtree(work / "data" / "fewer" / "index")
+    assert main(["data", "index", "fewer"]) == 0 and "samples: 4" in capsys.readouterr().out
+    assert main(["data", "look", "fewer"]) == 0 and Path("look.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("data import foldr photos out", "folder"),
+        ("data import folder nowhere out", "nowhere"),
+        ("data index nowhere", "holds no .tar files"),
+        ("data stats nowhere", "no dataset at"),
+        ("data stats fixture/train --png no/such/stats.png", "does not exist"),
+        ("data filter fixture/train out --rule siz=3", "size"),
+        ("data filter fixture/train out", "--rule"),
+        ("data encode tiny/stage1", "data.features is not set"),
+        ("bench nothing", "loader"),
+    ],
+)
+def test_data_commands_refuse_what_they_cannot_use(
+    work: Path, monkeypatch: pytest.MonkeyPatch, line: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PISCES_DATA", str(work))
+    assert says in refusal(line.split(), capsys)
+
+
+def test_a_benchmark_prints_its_ratio(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from open_pisces.bench import loader
+
+    monkeypatch.setattr(loader, "SAMPLES", 20)
+    assert main(["bench", "loader", "--pairs", "2", "--json"]) == 0
+    found = json_of(capsys)
+    assert {"name", "ratio", "low", "high", "n", "figures"} <= set(found) and found["name"] == "loader"
+    assert 0 < found["low"] <= found["ratio"] <= found["high"] and found["n"] == 2

@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
-from open_pisces.config import ConfigError
+from open_pisces.config import ConfigError, LossConfig
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Turn, generation_turns
 from open_pisces.generate import Generator, PromptError
@@ -346,3 +346,27 @@ def test_a_bf16_model_answers_draws_and_reconstructs(nano_pisces: Pisces, nano_t
     for ours, theirs in ((g.image(["a ball"], steps=2)[0][0] for g in (narrow, wide)),):
         assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).mean() < 8
     assert narrow.reconstruct([picture(0)], steps=1)[0].size == (32, 32)
+
+
+def test_after_m_passes_training_feeds_what_generation_feeds(exact: Generator) -> None:
+    """`Pisces.feed_own`: pass k makes vector k the one that drawing would feed; the loss is then that of drawing."""
+    pisces, captions = exact.pisces, PROMPTS[:3]
+    turns = [(*generation_turns(caption), Turn("assistant", (0,))) for caption in captions]
+    images = [(picture(i),) for i in range(3)]
+    batch = collate([exact.renderer.render(t) for t in turns], images, exact.renderer, *exact.sizes)
+    batch = replace(batch, total_vectors=len(batch.generation_at_K))
+    written = exact.vectors(captions).double()
+    with torch.no_grad():
+        inputs, targets = pisces.embed(batch)
+        for _ in range(exact.renderer.M):
+            inputs = pisces.feed_own(inputs, batch)
+        fed = inputs.flatten(0, 1)[batch.generation_at_K]
+        assert torch.allclose(fed, pisces.bridge.generation_projector(written).flatten(0, 1), atol=1e-5)
+        before = pisces.weights
+        try:
+            pisces.weights = LossConfig(own_passes=exact.renderer.M)
+            free = pisces(batch).parts["vectors"]
+        finally:
+            pisces.weights = before
+        assert torch.allclose(free, (written - targets).pow(2).mean().to(free.dtype), rtol=1e-5)
+        assert not torch.allclose(free, pisces(batch).parts["vectors"], rtol=1e-3)

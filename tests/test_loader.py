@@ -61,13 +61,18 @@ def test_every_sample_is_in_one_row_and_none_is_too_full(lengths: list[int], cap
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS.filter(bool), st.integers(64, 200))
-def test_rows_are_shortened_while_they_do_not_become_more(lengths: list[int], capacity: int) -> None:
-    rows, length = pack(lengths, capacity, multiple=4)
-    plain = first_fit_decreasing(lengths, capacity)
-    assert len(rows) <= len(plain) and (length % 4 == 0 or length == capacity)
-    for shorter in range(max(max(lengths), 4), length, 4):
-        if shorter % 4 == 0:
-            assert len(first_fit_decreasing(lengths, shorter)) > len(rows)
+def test_rows_have_the_length_that_wastes_least(lengths: list[int], capacity: int) -> None:
+    rows, length = pack(lengths, capacity, multiple=8)
+    assert length % 8 == 0 or length == capacity
+    for other in {capacity, *range(capacity // 8 * 8, max(*lengths, capacity // 2, 1) - 1, -8)}:
+        assert len(rows) * length <= len(first_fit_decreasing(lengths, other)) * other
+
+
+def test_a_large_batch_is_nearly_all_tokens() -> None:
+    lengths = np.random.default_rng(0).integers(30, 125, 64).tolist()
+    for row_length in (256, 512):
+        rows, length = pack(lengths, row_length)
+        assert sum(lengths) / (len(rows) * length) > 0.95
 
 
 def test_first_fit_takes_the_longest_first_and_the_first_row_with_room() -> None:
@@ -345,7 +350,18 @@ def test_lengths_are_what_rendering_gives(monkeypatch: pytest.MonkeyPatch, tmp_p
         load = SequenceLoader(Mixture(config, 0), RENDERER, config, 0, 160, 1, (32, 32), multiple=1)
         longest = max(load(step).batches[0].ids_BS.shape[1] for step in range(8))
         assert limit - 12 <= longest <= limit
-    assert len(list((tmp_path / "lengths").glob("*.npy"))) == 1  # one table for one dataset and tokenizer
+    assert list((tmp_path / "lengths").glob("*.npy"))
+
+
+def test_short_samples_are_passed_by_their_bytes_alone(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be too long is not even read: millions of samples are checked from the index."""
+    config = DataConfig(sources=[SourceConfig(path=str(written), tasks=TASKS)], max_length=512)
+    mixture = Mixture(config, 0)
+    monkeypatch.setattr(ShardReader, "words", lambda *_: pytest.fail("a sample was read"))
+    check_lengths(mixture, RENDERER, config)
+    sizes = ShardReader(written).text_bytes()
+    with tarfile.open(written / "00000.tar") as tar:
+        assert sizes[:10].tolist() == [tar.getmember(f"s{i}.json").size for i in range(10)] and len(sizes) == 40
 
 
 def test_the_token_table_counts_each_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,13 +371,14 @@ def test_the_token_table_counts_each_text(tmp_path: Path, monkeypatch: pytest.Mo
         writer.write(replace(scene(1), conversation=turns))
         writer.write(Sample("none", ()))
     reader = ShardReader(tmp_path / "set")
-    table = token_table(reader, RENDERER.tokenizer)
+    table = token_table(reader, RENDERER.tokenizer, np.arange(2))
     expected = [len("short 1"), len("a long text about 1"), len("what is 1?") + len("number 1"), 7, 1, 2, 1]
     assert table.tolist() == [expected, [0] * len(COLUMNS)]
-    assert np.array_equal(token_table(reader, RENDERER.tokenizer), table)
+    assert np.array_equal(token_table(reader, RENDERER.tokenizer, np.arange(2)), table)
+    assert token_table(reader, RENDERER.tokenizer, np.array([1])).tolist() == [[0] * len(COLUMNS)]
     (tmp_path / "lengths").rename(tmp_path / "gone")
     (tmp_path / "lengths").write_text("a file where the folder should be")
-    assert np.array_equal(token_table(reader, RENDERER.tokenizer), table)  # in memory, then
+    assert token_table(reader, RENDERER.tokenizer, np.array([0])).tolist() == [expected]  # in memory, then
 
 
 # ------------------------------------------------------------------------------------------------- settings

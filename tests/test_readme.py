@@ -85,6 +85,18 @@ def test_lines_that_are_not_run_still_parse(line: str) -> None:
             load_config(recipe, args.overrides)
 
 
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_lines_of_the_docs_parse(path: Path) -> None:
+    for kind, block in re.findall(r"```(\w+)\n(.*?)```", path.read_text(), re.DOTALL):
+        for line in (line for line in block.splitlines() if kind == "sh" and line.strip()):
+            args = build_parser().parse_args(shlex.split(line, comments=True)[1:])
+            if args.run.__name__ in ("train", "encode"):
+                load_config(args.recipe, args.overrides)
+
+
 @pytest.mark.usefixtures("packaged_model")
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = [block for kind, block in BLOCKS if kind == "python"]

@@ -29,7 +29,7 @@ class IndexWriter:
     def __init__(self, licences: Iterable[dict[str, Any]] = (), fields: dict[str, str] | None = None) -> None:
         self.licences, self.fields = list(licences), fields or {}
         self.shards: list[dict[str, Any]] = []
-        # Packed as they are on disk: 24 bytes a sample and 21 a member, so that writing millions stays small.
+        # Packed as they are on disk: 20 bytes a sample and 21 a member, so that writing millions stays small.
         self._samples, self._members, self._keys = bytearray(), bytearray(), bytearray()
 
     def __len__(self) -> int:

@@ -237,6 +237,10 @@ class ShardReader:
         """The files of a sample's pictures, as they were written."""
         return [content for _, content in self._read_kinds(index, ("image",))]
 
+    def members(self, index: int) -> list[bytes]:
+        """All files of a sample that are read: its pictures and its texts."""
+        return [content for _, content in self._read_kinds(index, KINDS)]
+
     def image_members(self, index: int) -> list[tuple[int, int]]:
         """(size, CRC-32) of a sample's pictures, from the index alone: what their content is known by."""
         members = self._members_of(index)
@@ -248,6 +252,13 @@ class ShardReader:
         pictures = np.asarray(self._members["kind"] == KINDS.index("image"), np.int64)
         total = np.concatenate([[0], np.cumsum(pictures)])
         return total[self._samples["first"][1:].astype(np.int64)] - total[starts]
+
+    def text_bytes(self) -> np.ndarray:
+        """Bytes of each sample's texts, JSON's own signs included, from the index alone: ``(samples,)``."""
+        sizes = np.where(self._members["kind"] == KINDS.index("image"), 0, self._members["size"]).astype(np.int64)
+        total = np.concatenate([[0], np.cumsum(sizes)])
+        starts = self._samples["first"].astype(np.int64)
+        return total[starts[1:]] - total[starts[:-1]]
 
     @property
     def image_digest(self) -> str:

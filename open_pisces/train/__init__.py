@@ -1,1 +1,1 @@
-"""Training: one loop, three objectives, six recipes."""
+"""Training: one loop, three objectives."""

@@ -48,7 +48,8 @@ def train(config: RunConfig) -> Path:
     training = build_training(config)
     module = training.module.to(device)
     if config.train.compile and training.compiled is not None:
-        training.compiled.compile(dynamic=False)  # padded lengths are few; each gets its own fast code
+        # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
+        training.compiled.compile(dynamic=None if config.data.row_length else False)
     optimizer, average = build_optimizer(module, config.train), AveragedWeights(module, config.train.ema)
     progress = read_progress(config.folder / "state") or {"step": 0, "seconds": 0.0}
     if progress["step"]:

@@ -1,4 +1,4 @@
-"""The three objectives behind the six trainings: contrastive (two towers), diffusion (the decoder), and Pisces itself.
+"""The three objectives behind all trainings: contrastive (two towers), diffusion (the decoder), and Pisces itself.
 
 Each is described to the loop by one `Training`. Everything random about a sample is drawn from (seed, epoch,
 sample, purpose), so neither the order of work nor the number of processes can change it.

@@ -1,0 +1,87 @@
+"""A training step that reads the feature cache, against the same step with the encoders taken out of the model.
+
+The first pays for all that a run pays for: drawing, reading, collating ahead in a thread, the step. The second has
+its batches in memory and no encoders. Ratio 1 means that the cache costs nothing. The losses of a run with the cache
+and of one that encodes on the fly stand beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_pisces.bench.pairs import compare
+from open_pisces.config import RunConfig, load_config
+from open_pisces.data.prefetch import prefetch
+from open_pisces.factory.encode import encode
+from open_pisces.model.weights import WEIGHTS
+from open_pisces.train.loop import train_step
+from open_pisces.train.objectives import Training, build_training
+from open_pisces.train.optim import build_optimizer
+
+STEPS = 6
+
+
+def run(pairs: int = 15) -> dict[str, Any]:
+    """Seconds of a step without encoders over seconds of a step with the cache: at least 0.95 is wanted."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = os.environ.get("PISCES_DATA")
+        os.environ["PISCES_DATA"] = folder
+        try:
+            return _measure(Path(folder), pairs)
+        finally:
+            os.environ.pop("PISCES_DATA") if before is None else os.environ.update(PISCES_DATA=before)
+
+
+def _recipe(folder: Path, features: str, *over: str) -> RunConfig:
+    source = "data.sources.0.path=fixture/train"
+    return load_config("tiny/stage3", [source, f"model.start={WEIGHTS}", f"data.features='{features}'", *over])
+
+
+def _measure(folder: Path, pairs: int) -> dict[str, Any]:
+    cached = _recipe(folder, "float32")
+    encode(cached)
+    with_cache, without = build_training(cached), build_training(cached)
+    for name in ("understanding_encoder", "generation_encoder"):
+        setattr(without.module, name, torch.nn.Identity())
+    ahead = _endless(with_cache)
+    kept = [without.load(step).batches for step in range(STEPS)]
+    optimizers = [build_optimizer(training.module, cached.train) for training in (with_cache, without)]
+    found = compare(
+        "feature_cache",
+        lambda: [_step(with_cache, next(ahead), optimizers[0], cached) for _ in range(STEPS)],
+        lambda: [_step(without, batches, optimizers[1], cached) for batches in kept],
+        pairs,
+    )
+    curves = {name: _curve(_recipe(folder, features, "train.precision=fp32")) for name, features in WAYS.items()}
+    apart = max(abs(a - b) / abs(b) for a, b in zip(curves["cache"], curves["on_the_fly"], strict=True))
+    found["figures"] |= {"losses": curves, "largest_relative_difference_of_losses": apart}
+    return found
+
+
+WAYS = {"cache": "float32", "on_the_fly": ""}
+
+
+def _endless(training: Training) -> Iterator[list[Any]]:
+    steps = itertools.count()
+    while True:
+        start = next(steps) * 1000
+        yield from (given.batches for given in prefetch(training.load, range(start, start + 1000)))
+
+
+def _step(training: Training, batches: list[Any], optimizer: Any, config: RunConfig) -> dict[str, float]:
+    return train_step(training, batches, optimizer, 0, config.train, torch.device("cpu"))
+
+
+def _curve(config: RunConfig) -> list[float]:
+    """The losses of the first steps of a run."""
+    training = build_training(config)
+    optimizer = build_optimizer(training.module, config.train)
+    rows = [_step(training, training.load(step).batches, optimizer, config) for step in range(STEPS)]
+    return [row["text"] + row["vectors"] for row in rows]

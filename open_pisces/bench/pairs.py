@@ -1,0 +1,53 @@
+"""How a claim is measured: A and B in turns, the ratio of each pair, the median of the ratios and its interval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from open_pisces.data.draws import stream
+
+
+def compare(
+    name: str, ours: Callable[[], Any], other: Callable[[], Any], pairs: int = 15, warm: int = 1
+) -> dict[str, Any]:
+    """Time two ways of doing the same work.
+
+    Which goes first changes from pair to pair, so that a machine that slows down or warms up favours neither.
+
+    Args:
+        name: of the claim.
+        ours: one run of our way.
+        other: one run of what it is compared with.
+        pairs: how many pairs.
+        warm: runs of each before the clock starts.
+
+    Returns:
+        ``name``; ``ratio``, the median of ``other``'s time over ``ours``, so more is faster; ``low`` and ``high``, its
+        95 % bootstrap interval; ``n``; ``figures`` with the median seconds of both.
+    """
+    for _ in range(warm):
+        ours()
+        other()
+    seconds = np.zeros((pairs, 2))
+    for pair in range(pairs):
+        for way in ((0, 1), (1, 0))[pair % 2]:
+            start = time.perf_counter()
+            (ours, other)[way]()
+            seconds[pair, way] = time.perf_counter() - start
+    ratios = seconds[:, 1] / seconds[:, 0]
+    low, high = interval(ratios)
+    medians = {"seconds_ours": float(np.median(seconds[:, 0])), "seconds_other": float(np.median(seconds[:, 1]))}
+    found = {"name": name, "ratio": float(np.median(ratios)), "low": low, "high": high, "n": pairs}
+    return {**found, "figures": {**medians, "threads": torch.get_num_threads()}}
+
+
+def interval(ratios: np.ndarray, rounds: int = 2000) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median."""
+    chosen = stream(0, "bench").integers(len(ratios), size=(rounds, len(ratios)))
+    low, high = np.percentile(np.median(ratios[chosen], axis=1), [2.5, 97.5])
+    return float(low), float(high)
