@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from open_pisces.arguments import Result, add_command, add_json, at_least, check_out, device_name, quiet
+from open_pisces.arguments import OutputError, Result, add_command, add_json, at_least, check_out, device_name, quiet
 
 FORMATS = ("folder", "webdataset", "huggingface", "llava", "parquet", "pixelprose", "cambrian", "onevision")
 OPTIONS = (
@@ -51,13 +51,21 @@ def look(args: argparse.Namespace) -> Result:
     return None
 
 
+def _out(path: str) -> Path:
+    """Where a dataset is written: a folder, never an address."""
+    if "://" in path:
+        raise OutputError(f"{path}: datasets are written to a folder; copy it to its address afterwards")
+    from open_pisces.data.shards import data_path
+
+    return data_path(path)
+
+
 def import_(args: argparse.Namespace) -> Result:
     """Write a dataset of others as our shards."""
     from open_pisces.data.importing import import_dataset
-    from open_pisces.data.shards import data_path
 
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
-    return _counted(args, import_dataset(args.format, args.source, data_path(args.out), **options))
+    return _counted(args, import_dataset(args.format, args.source, _out(args.out), **options))
 
 
 def index(args: argparse.Namespace) -> Result:
@@ -73,9 +81,8 @@ def index(args: argparse.Namespace) -> Result:
 def filter_(args: argparse.Namespace) -> Result:
     """Write the samples of a dataset that pass rules."""
     from open_pisces.data.curate import filter_dataset
-    from open_pisces.data.shards import data_path
 
-    return _counted(args, filter_dataset(args.source, data_path(args.out), args.rule))
+    return _counted(args, filter_dataset(args.source, _out(args.out), args.rule))
 
 
 def stats(args: argparse.Namespace) -> Result:

@@ -41,6 +41,13 @@ class FrozenEncoder(nn.Module):
         """Side of the square input in pixels."""
         return self.encoder.image_size
 
+    def architecture(self) -> dict[str, Any]:
+        """What its outputs depend on besides weights: heads, activations, norms."""
+        if self.kind == "generation":
+            return self.encoder.config.model_dump(exclude={"source"})
+        asked = ("num_attention_heads", "num_hidden_layers", "hidden_act", "layer_norm_eps", "patch_size")
+        return {name: getattr(self.encoder.tower.config, name) for name in asked}
+
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] to ``(B, vectors, width)``."""
         if self.kind == "understanding":
@@ -84,6 +91,7 @@ def encoder_keys(
     keys: dict[Kind, dict[str, Any]] = {}
     for kind, encoder in encoders.items():
         preprocessing: dict[str, Any] = {"size": encoder.image_size, "resample": "bicubic"}
+        preprocessing |= {"architecture": encoder.architecture()}
         if kind == "understanding":
             preprocessing |= {"shape": "stretched to a square"}
             preprocessing |= {"mean": config.model.understanding_mean, "std": config.model.understanding_std}

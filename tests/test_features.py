@@ -116,6 +116,32 @@ def test_cached_steps_decode_no_picture_and_call_no_encoder(
     assert losses.loss.item() > 0
 
 
+def test_conversations_train_from_the_cache_as_without_it(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PISCES_DATA", str(tmp_path / "data"))
+    turns = (
+        {"role": "user", "content": [{"image": 1}, "And this?", {"image": 0}]},
+        {"role": "assistant", "content": ["Yes."]},
+    )
+    scenes = open_dataset("fixture/train")
+    with ShardWriter(tmp_path / "data" / "small") as writer:
+        for number in range(8):
+            pair = (scenes[number].images[0], scenes[number + 8].images[0])
+            writer.write(Sample(f"c{number}", pair, conversation=turns))
+    sources = "data.sources=[{path: small, tasks: {conversation: 1.0}}]"
+    losses = []
+    for features in ("", "float32"):
+        config = recipe(start, "stage1", sources, features=features)
+        if features:
+            encode(config)
+        training = build_training(config)
+        step = training.load(0)
+        assert not step.skipped
+        losses.append(sum(training.losses(batch).loss.item() for batch in step.batches))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_one_kind_may_be_cached_alone(start: Path, small: Path, tmp_path: Path) -> None:
     over = ("data.feature_kinds=[generation]", f"out={tmp_path / 'run'}", "train.steps=2")
     config = recipe(start, "stage1", *over)
@@ -145,6 +171,13 @@ def test_whatever_the_numbers_depend_on_makes_another_store(start: Path, small: 
     assert "of other preprocessing" in refused(recipe(start, "stage1", "model.generation_mean=[0.4,0.5,0.5]"))
     other = tmp_path / "other"
     shutil.copytree(start, other)
+    encoders = load_encoders(config)
+    before = encoder_keys(config, ShardReader(small), encoders)
+    tower = encoders["generation"].encoder
+    tower.config = tower.config.model_copy(update={"activation": "quick_gelu"})  # no tensor differs, every output does
+    encoders["understanding"].encoder.tower.config.hidden_act = "relu"
+    after = encoder_keys(config, ShardReader(small), encoders)
+    assert all(before[kind] != after[kind] and before[kind]["encoder"] == after[kind]["encoder"] for kind in before)
     path = other / "generation_encoder"
     change_weights(path)
     assert "of other encoder" in refused(recipe(other))

@@ -267,6 +267,38 @@ def test_foreign_shards_are_read_in_place_once_indexed(tmp_path: Path) -> None:
     assert index_folder(tmp_path)["samples"] == 3 and ShardReader(tmp_path)[1].short == "second"  # keeps its fields
 
 
+def test_a_header_that_is_damaged_in_the_middle_does_not_hide_what_follows(tmp_path: Path) -> None:
+    foreign_tar(tmp_path / "x.tar", [(f"{n}.{kind}", b"some text") for n in range(6) for kind in ("txt", "cls")])
+    whole = bytearray((tmp_path / "x.tar").read_bytes())
+    whole[512 * 8 + 150] ^= 1  # in the checksum of the fifth header
+    (tmp_path / "x.tar").write_bytes(whole)
+    with pytest.raises(ShardError, match="x.tar: cut short .*no header where one should be, at byte 4096"):
+        index_folder(tmp_path)
+
+
+def test_the_companions_of_macos_are_no_samples(tmp_path: Path) -> None:
+    names = ["._1.jpg", "1.jpg", "._1.json", "1.json", ".DS_Store", "a/._2.txt", "a/2.txt"]
+    foreign_tar(tmp_path / "x.tar", [(name, encoded(0) if name.endswith("jpg") else b"{}") for name in names])
+    assert index_folder(tmp_path) == {"samples": 2, "shards": 1, "skipped": {}}
+    assert ShardReader(tmp_path).key(1) == "a-2" and len(ShardReader(tmp_path).pictures(0)) == 1
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_OPEN_FILES", 3)
+    reader = write(tmp_path / "set", [sample(i) for i in range(10)], per_shard=1)
+    assert [reader[i].key for i in (*range(10), 0, 9, 4)] == [f"k{i}" for i in (*range(10), 0, 9, 4)]
+    assert len(reader._files) == 3
+
+
+def test_another_choice_of_fields_is_another_digest(tmp_path: Path) -> None:
+    foreign_tar(tmp_path / "x.tar", [("1.json", b'{"caption": "a", "long": "b"}')])
+    digests = set()
+    for fields_ in ({}, {"short": "caption"}, {"short": "long"}):
+        index_folder(tmp_path, fields_)
+        digests.add(ShardReader(tmp_path).digest)
+    assert len(digests) == 3
+
+
 def test_the_index_of_our_own_shards_can_be_made_anew(tmp_path: Path) -> None:
     reader = write(tmp_path / "set", [sample(i, pictures=i % 3) for i in range(8)])
     files = {file: file.read_bytes() for file in (tmp_path / "set").rglob("*") if file.is_file()}

@@ -18,6 +18,7 @@ from open_pisces.data.shards import ShardError
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "gif")
 TEXTS = ("txt", "caption")
+_BLOCK = 512
 Members = list[tuple[int, int, int, str]]
 
 
@@ -83,8 +84,8 @@ def samples_of(path: Path) -> Iterator[tuple[str, Members]]:
     try:
         with path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
             for info in tar:
-                if not info.isfile():
-                    continue
+                if not info.isfile() or info.name.rpartition("/")[2].startswith("."):
+                    continue  # folders, and the companions that macOS puts beside each file
                 stem, suffix = _split(info.name)
                 if stem != key and key:
                     yield key, _in_order(members)
@@ -97,6 +98,10 @@ def samples_of(path: Path) -> Iterator[tuple[str, Members]]:
                         raise tarfile.ReadError("unexpected end of data")
                     members.append((suffix, (info.offset_data, info.size, zlib.crc32(content), kind)))
                 tar.members.clear()  # type: ignore[attr-defined]
+            raw.seek(tar.offset)
+            rest = raw.read(_BLOCK)
+            if any(rest) or len(rest) % _BLOCK:
+                raise tarfile.ReadError(f"no header where one should be, at byte {tar.offset}")
     except tarfile.TarError as error:
         raise ShardError(f"{path}: cut short or no tar file ({error}): get a whole copy or take it away") from None
     if key:

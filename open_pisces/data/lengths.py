@@ -38,7 +38,10 @@ def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig) -> N
         tasks = [task for task, weight in source.tasks.items() if weight > 0]
         if not tasks:
             continue
-        left = np.flatnonzero(_most(reader, renderer) > config.max_length)
+        # A conversation may name a picture any number of times: its bytes say nothing.
+        left = np.arange(len(reader))
+        if "conversation" not in tasks:
+            left = np.flatnonzero(_most(reader, renderer) > config.max_length)
         table = token_table(reader, renderer.tokenizer, left)
         for task in tasks:
             bound = _bound(table, task, renderer, config.questions_per_image)
@@ -48,11 +51,14 @@ def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig) -> N
 
 
 def _most(reader: ShardReader, renderer: Renderer) -> np.ndarray:
-    """At least as many tokens as each sample can take, were every byte a token; JSON's own signs pay for the turns."""
+    """At least as many tokens as each sample can take, were every byte a token; JSON's own signs pay for the turns.
+
+    For all tasks but conversations, which show one picture.
+    """
     asked = [text for texts in wordings().values() if isinstance(texts, list) for text in texts]
     longest = max(len(renderer.text_ids(text)) for text in asked)
-    pictures = np.maximum(reader.picture_counts(), 1) * 2 * (max(renderer.N, renderer.M) + 2)
-    return len(renderer.render(()).ids) + 2 * _turn(renderer) + longest + _JOINTS + pictures + reader.text_bytes()
+    frame = len(renderer.render(()).ids) + 2 * _turn(renderer) + longest + _JOINTS
+    return frame + max(renderer.N, renderer.M) + 2 + reader.text_bytes()
 
 
 def token_table(reader: ShardReader, tokenizer: Any, samples: np.ndarray) -> np.ndarray:

@@ -292,7 +292,7 @@ class SequenceLoader:
 
     def _read(self, draw: Draw) -> _Read:
         reader = self.mixture.readers[draw.source]
-        sample = reader[draw.index] if any(self._cut) else reader.words(draw.index)
+        sample = reader[draw.index] if any(self._cut) else reader.without_pixels(draw.index)
         random = stream(self.seed, "render", draw.source, draw.epoch, sample.key)
         turns = sample_turns(sample, draw.task, random, self.config.drop_caption, self.config.questions_per_image)
         rendered = self.renderer.render(turns)
@@ -303,8 +303,10 @@ class SequenceLoader:
             )
         store = self.features[draw.source] if self.features else None
         features = {kind: store.read(kind, draw.index) for kind in KINDS if store and kind in store}
-        count = len(sample.images) if any(self._cut) else len(features["generation"])
-        shown = max((*rendered.understanding_images, *rendered.generation_images), default=-1)
+        shown, count = (
+            max((*rendered.understanding_images, *rendered.generation_images), default=-1),
+            len(sample.images),
+        )
         if shown >= count:
             raise SampleError(f"sample {sample.key!r} of {sample.source!r}: picture {shown} is named, it has {count}")
         return _Read(rendered, sample.images, features)
@@ -341,33 +343,34 @@ class PairLoader:
         batches = [replace(self.collate([read[i] for i in cut]), total=len(read)) for cut in cuts]
         return StepBatches(batches, len(draws), skipped)
 
-    def collate(self, read: list[tuple[Draw, Sample, str]]) -> PairBatch:
-        """(draw, sample, caption) to one batch."""
+    def collate(self, read: list[tuple[Draw, Sample, str, np.ndarray | None]]) -> PairBatch:
+        """(draw, sample, caption, features) to one batch."""
         input_size, output_size = self.sizes
-        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:76] for *_, text in read]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:76] for _, _, text, _ in read]
         ids = [row + [self.tokenizer.eos_token_id] for row in ids]
         longest = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
-        pixels = np.stack([generation_pixels(sample.images[0], input_size) for _, sample, _ in read])
+        pixels = np.stack([generation_pixels(sample.images[0], input_size) for _, sample, *_ in read])
         targets = pixels
         if output_size != input_size:
-            targets = np.stack([generation_pixels(sample.images[0], output_size) for _, sample, _ in read])
-        features = [self.features[draw.source].read("generation", draw.index)[0] for draw, *_ in read if self.features]
+            targets = np.stack([generation_pixels(sample.images[0], output_size) for _, sample, *_ in read])
+        features = [found for *_, found in read if found is not None]
         return PairBatch(
             pixels_BCHW=torch.from_numpy(pixels),
             targets_BCHW=torch.from_numpy(targets),
             ids_BS=torch.tensor([row + [pad] * (longest - len(row)) for row in ids]),
             mask_BS=torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in ids]),
-            draws=tuple((draw.epoch, sample.key) for draw, sample, _ in read),
+            draws=tuple((draw.epoch, sample.key) for draw, sample, *_ in read),
             features_BME=_tensor(features, self.features[0].shape("generation")) if self.features else None,
         )
 
-    def _read(self, draw: Draw) -> tuple[Draw, Sample, str]:
-        """A sample with a picture and one of its captions, which one is drawn per epoch."""
+    def _read(self, draw: Draw) -> tuple[Draw, Sample, str, np.ndarray | None]:
+        """A sample with a picture, one of its captions (which one is drawn per epoch), and its cached features."""
         sample = self.mixture.sample(draw)
         texts = [text for text in (sample.short, sample.detailed) if text]
         if not texts or not sample.images:
             lacks = "no caption" if sample.images else "no picture"
             raise SampleError(f"sample {sample.key!r} of {sample.source!r} has {lacks}: drop it from the source")
         chosen = stream(self.seed, "caption", draw.epoch, sample.key).integers(len(texts))
-        return draw, sample, texts[int(chosen)]
+        features = self.features[draw.source].read("generation", draw.index)[0] if self.features else None
+        return draw, sample, texts[int(chosen)], features

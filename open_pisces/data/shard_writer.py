@@ -52,9 +52,13 @@ class IndexWriter:
         raw = {"samples": self._samples + self._row(len(self.shards)), "members": self._members, "keys": self._keys}
         tables = {name: np.frombuffer(bytes(raw[name]), dtype) for name, dtype in TABLES.items()}
         (folder / "index").mkdir(parents=True, exist_ok=True)
-        for name, table in tables.items():
-            np.save(folder / "index" / f"{name}.npy", table, allow_pickle=False)
-        digest = hashlib.sha256(tables["members"].tobytes() + tables["keys"].tobytes()).hexdigest()
+        (folder / "index.json").unlink(missing_ok=True)
+        for name, table in tables.items():  # renamed into place: a reader keeps the table that it has mapped
+            part = folder / "index" / f".{os.getpid()}.{name}.npy"
+            np.save(part, table, allow_pickle=False)
+            part.replace(folder / "index" / f"{name}.npy")
+        spelled = json.dumps(self.fields, sort_keys=True).encode()
+        digest = hashlib.sha256(tables["members"].tobytes() + tables["keys"].tobytes() + spelled).hexdigest()
         index = {"version": VERSION, "samples": len(self), "digest": digest, "shards": self.shards}
         index |= {"licences": self.licences, **({"fields": self.fields} if self.fields else {})}
         part = folder / f".index.json.{os.getpid()}"

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,8 @@ TABLES = {
     "members": np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4"), ("kind", "u1")]),
     "keys": np.dtype("u1"),
 }
-_READ_AHEAD, _KEPT_BLOCKS = 4 << 20, 32  # bytes one request of a remote shard fetches; how many such blocks are kept
+_READ_AHEAD, _KEPT_BLOCKS = 1 << 20, 256  # bytes one request of a remote shard fetches; how many such blocks are kept
+_OPEN_FILES = 128
 
 
 class ShardError(ValueError):
@@ -119,6 +121,7 @@ class ShardReader:
             raise ShardError(f"{folder}/index: the tables do not fit index.json: index the dataset again")
         self._files: dict[int, int] = {}
         self._blocks: dict[tuple[int, int], bytes] = {}
+        self._process, self._lock = os.getpid(), threading.Lock()
         self._check_sizes()
 
     # -------------------------------------------------------------------------------------------- opening
@@ -217,6 +220,11 @@ class ShardReader:
         except TypeError as error:
             raise DamagedSample(f"{self.folder}: sample {text['key']!r}: {error}", "text") from None
 
+    def without_pixels(self, index: int) -> Sample:
+        """A sample with its pictures counted but not read: ``images`` holds None for each."""
+        images: Any = (None,) * len(self.image_members(index))
+        return replace(self.words(index), images=images)
+
     def text(self, index: int) -> dict[str, Any]:
         """Everything but the pictures, as a dictionary with the fields of `Sample`."""
         key = self.key(index)
@@ -289,12 +297,17 @@ class ShardReader:
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         if self._remote is not None:
             return self._remote_bytes(shard, offset, size)
-        if shard not in self._files:
-            self._files[shard] = os.open(Path(self._root, self._shards[shard]["file"]), os.O_RDONLY)
-        return os.pread(self._files[shard], size, offset)
+        with self._lock:  # threads share a reader, and one may close what another reads from
+            if shard not in self._files:
+                if len(self._files) >= _OPEN_FILES:
+                    os.close(self._files.pop(next(iter(self._files))))
+                self._files[shard] = os.open(Path(self._root, self._shards[shard]["file"]), os.O_RDONLY)
+            return os.pread(self._files[shard], size, offset)
 
     def _remote_bytes(self, shard: int, offset: int, size: int) -> bytes:
         """Through blocks of `_READ_AHEAD` bytes, the last few of which are kept: the order of training stays near."""
+        if os.getpid() != self._process:  # a forked worker: file systems with an event loop do not survive that
+            (self._remote, _), self._process, self._blocks = _open_address(str(self.folder)), os.getpid(), {}
         first, last = offset // _READ_AHEAD, (offset + size - 1) // _READ_AHEAD
         path, end = f"{self._root}/{self._shards[shard]['file']}", self._shards[shard]["size"]
         parts = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,17 @@ def encode(config: RunConfig, batch_size: int = 64, device: str = "auto") -> lis
 
 
 def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: FrozenEncoder, batch_size: int) -> None:
-    """Encode all pictures into ``folder``, which appears when it is whole; what an interrupted run did is kept."""
+    """Encode all pictures into ``folder``, which appears when it is whole; what an interrupted run did is kept.
+
+    Two runs that want the same store take turns; the second finds it there.
+    """
     work = folder.with_name(f".{folder.name}.part")
     rows, side, kind = int(picture_rows(reader)[-1]), encoder.image_size, encoder.kind
     device = next(encoder.parameters()).device
-    with torch.inference_mode():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder), torch.inference_mode():
+        if (folder / "key.json").is_file():
+            return
         shape = tuple(encoder(torch.zeros(1, 3, side, side, device=device)).shape[1:])
         values, valid, start = _open(work, (rows, *shape), key["dtype"])
         cut = generation_pixels if kind == "generation" else understanding_pixels
@@ -76,11 +84,18 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
             values[at:end], valid[at:end] = found.astype(key["dtype"]), good
             if number % FLUSH == 0:
                 _note(work, values, valid, end)
-    _note(work, values, valid, rows)
-    (work / "done").unlink()
-    (work / "key.json").write_text(json.dumps(key, indent=1))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(work, folder)
+        _note(work, values, valid, rows)
+        (work / "done").unlink()
+        (work / "key.json").write_text(json.dumps(key, indent=1))
+        os.replace(work, folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time, machine-wide; the lock goes with the process that holds it."""
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _open(work: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -99,7 +114,8 @@ def _open(work: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, n
 def _note(work: Path, values: Any, valid: np.ndarray, end: int) -> None:
     """What is on disk up to ``end`` counts from now on."""
     values.flush()
-    np.save(work / "valid.npy", valid)
+    np.save(work / "valid.part.npy", valid)
+    (work / "valid.part.npy").replace(work / "valid.npy")
     part = work / ".done"
     part.write_text(str(end))
     part.replace(work / "done")

@@ -136,8 +136,12 @@ class Pisces(nn.Module):
         """
         if batch.samples_BS is None or batch.positions_BS is None:
             return {}
-        if "flash" in (self.llm.config._attn_implementation or ""):
+        kind = self.llm.config._attn_implementation
+        if "flash" in kind and len(batch.positions_BS) == 1:
             return {"position_ids": batch.positions_BS}
+        if kind != "sdpa":
+            found = f"attention {kind!r} with {len(batch.positions_BS)} rows"
+            raise ValueError(f"{found} would let packed samples see each other: use sdpa, or flash with data.rows=1")
         return {"position_ids": batch.positions_BS, "attention_mask": block_mask(batch.samples_BS)}
 
     # ------------------------------------------------------------------------------------------ vectors out

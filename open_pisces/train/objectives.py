@@ -22,7 +22,7 @@ from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import MULTIPLE, PairLoader, SequenceLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import Renderer
-from open_pisces.data.shards import open_dataset
+from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 from open_pisces.frozen import get_part, in_start, open_features
 from open_pisces.model.bridge import VisualTokenPooler
@@ -196,7 +196,10 @@ def _texts(config: RunConfig, most: int = 20_000) -> Iterator[str]:
     for source in config.data.sources:
         reader = open_dataset(source.path)
         for index in range(min(most, len(reader))):
-            words = reader.text(index)
-            yield from (words.get("short", ""), words.get("detailed", ""))
-            for asked in words.get("questions", []):
-                yield from (asked["question"], asked["answer"])
+            try:
+                words = reader.words(index)
+            except DamagedSample:
+                continue  # met again, and counted, when it is drawn
+            yield from (words.short, words.detailed)
+            for asked in words.questions:
+                yield from (asked.question, asked.answer)

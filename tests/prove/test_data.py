@@ -179,11 +179,13 @@ FORMATS: dict[str, tuple[Callable[[Path, int], None], str]] = {
     "pixelprose": (write_named, "data.parquet"),
 }
 MEASURED = """
-import json, resource, sys
+import json, sys
 from open_pisces.data.importing import import_dataset
 format, source, out, images = sys.argv[1:]
 found = import_dataset(format, source, out, **({"images": images} if images else {}))
-print(json.dumps({**found, "megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+# The peak of this program alone: getrusage would count what its parent held when it was forked.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({**found, "megabytes": int(peak.split()[1]) / 1024}))
 """
 
 
