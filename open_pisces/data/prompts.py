@@ -67,6 +67,7 @@ class Renderer:
     def __init__(self, tokenizer: Any, template: str, understanding_vectors: int, generation_vectors: int) -> None:
         self.tokenizer, self.frame = tokenizer, read_template(template)
         self.N, self.M = understanding_vectors, generation_vectors
+        self._pieces: dict[str, list[int]] = {}  # the template's own few pieces, which come in every sample
         self.begin_image, self.end_image, self.placeholder = (
             tokenizer.convert_tokens_to_ids(token) for token in (BEGIN_IMAGE, END_IMAGE, PLACEHOLDER)
         )
@@ -80,7 +81,9 @@ class Renderer:
 
     def frame_ids(self, piece: str) -> list[int]:
         """A piece of the template itself, the only text that may hold special tokens."""
-        return self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if piece not in self._pieces:
+            self._pieces[piece] = self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return self._pieces[piece]
 
     def render(self, turns: tuple[Turn, ...], answer_next: bool = False) -> Rendered:
         """Lay out a conversation.
