@@ -109,6 +109,12 @@ def build_decoder(config: ModelConfig) -> ImageDecoder:
     unet = _unet(config, vae.config.latent_channels, width)
     arguments = dict(settings.scheduler)
     scheduler = _scheduler(arguments.pop("class", "EulerDiscreteScheduler"), arguments)
+    return assemble_decoder(config, unet, vae, scheduler)
+
+
+def assemble_decoder(config: ModelConfig, unet: Any, vae: Any, scheduler: Any) -> ImageDecoder:
+    """A decoder from parts that were built or loaded."""
+    settings = config.decoder
     return ImageDecoder(
         unet,
         vae,

@@ -32,8 +32,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from open_pisces.config import GenerationEncoderConfig, LossConfig, ModelConfig, validate
-from open_pisces.model.build import PARTS, assemble, build_part
-from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE
+from open_pisces.model.build import PARTS, assemble, assemble_decoder, build_part
+from open_pisces.model.decoder import PixelUnshuffleVAE
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.pisces import Pisces
 
@@ -300,16 +300,7 @@ def _load_decoder(path: Path, config: ModelConfig) -> nn.Module:
         vae.requires_grad_(False)
     kind = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(path / "scheduler")
-    settings = config.decoder
-    decoder = ImageDecoder(
-        unet,
-        vae,
-        scheduler,
-        config.generation.vectors,
-        settings.image_size,
-        settings.spatial_condition,
-        settings.predicts == "clean",
-    )
+    decoder = assemble_decoder(config, unet, vae, scheduler)
     decoder.condition.load_state_dict(_floats(path / "condition.safetensors"))
     return decoder
 
