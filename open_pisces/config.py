@@ -219,6 +219,8 @@ class LossConfig(Settings):
 
     text: float = 1.0
     vectors: float = 1.0
+    kernel: Literal["chunked", "liger", "cut_cross_entropy"] = "chunked"
+    """How the cross-entropy is computed: our chunks, or a fused kernel of a package that has to be installed (CUDA)."""
     own_passes: int = Field(default=0, ge=0)
     """How often the vectors that are fed are replaced by the LLM's own before the loss is taken; 0 is the paper's
     teacher forcing. A measured deviation, for ``tiny``."""
@@ -231,7 +233,7 @@ class TrainConfig(Settings):
     batch_size: int = Field(default=8, ge=1)
     """Samples of one optimizer step, over all ranks and micro-batches."""
     accumulate: int = Field(default=1, ge=1)
-    """Micro-batches a step is cut into; contrastive losses keep whole batches and refuse more than 1."""
+    """Micro-batches a step is cut into; contrastive losses still compare the whole batch (in two passes)."""
     lr: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
@@ -241,8 +243,11 @@ class TrainConfig(Settings):
     clip: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     """Decay of the averaged weights; 0 turns them off. Warmed up as (1 + step) / (10 + step)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """What is computed in; weights, optimizer and reductions stay float32 with ``bf16``. ``fp64`` is for proofs."""
     compile: bool = False
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activations computed again instead of kept: all of a block's, or all but those of matrix products."""
     freeze: list[str] = ["understanding_encoder", "generation_encoder", "decoder"]
     """Parts of the model that do not learn; the LLM and the MLPs learn in all stages (paper: training stages)."""
     save_every: int = Field(default=500, ge=1)
@@ -250,6 +255,27 @@ class TrainConfig(Settings):
     """Steps between sample grids and answers in the run folder."""
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's own choice."""
+    replicas: int = Field(default=1, ge=1)
+    """Groups of processes that each hold the whole model in shards (HSDP: one for each node); 1: one group of all."""
+    shard_frozen_above: int = Field(default=1_000_000_000, ge=0)
+    """Frozen parts with more parameters are sharded like the rest; smaller ones stay whole in every process."""
+    save_async: bool = True
+    """Write checkpoints while the training goes on; it waits only for the copy to memory."""
+    keep: int = Field(default=2, ge=2)
+    """Checkpoints kept; never fewer than two, so that one damaged does not end a run."""
+    grace: float = Field(default=300.0, gt=0)
+    """Seconds after a signal to stop until the process gives up saving and exits with an error."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds after which a process that others wait for counts as hung; they end and name it."""
+    on_bad: Literal["skip", "rewind", "fatal"] = "fatal"
+    """What follows a loss or gradient that is not finite, which never changes a weight: leave the batch out; go back
+    to the last checkpoint and leave it out; or end the run."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Batches that may be left out before the run ends after all."""
+    spike: float = Field(default=0.0, ge=0)
+    """A loss above so many times the median of the last 100 steps also counts as bad; 0: none does."""
+    track: list[Literal["wandb", "trackio"]] = []
+    """Trackers that get what TensorBoard gets; each has to be installed (``pip install open-pisces[track]``)."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
