@@ -36,6 +36,17 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
+def share(text: str) -> float:
+    """The type of a fraction above 0, at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share: use a number above 0, at most 1, such as 0.4")
+    return value
+
+
 def device_name(text: str) -> str:
     """The name of a device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):

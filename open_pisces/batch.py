@@ -17,8 +17,8 @@ Shape legend, used as suffixes throughout the package:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -53,13 +53,22 @@ class Sample:
     facts: dict[str, Any] | None = None
 
 
+def wide(x: Tensor) -> Tensor:
+    """``x`` in float32, which losses and statistics are taken in; float64 stays, for proofs."""
+    import torch
+
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class _Movable:
     """Moves every tensor field of a frozen dataclass."""
 
-    def to(self, device: str | torch.device) -> Any:
-        """A copy whose tensors live on ``device``."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        moved = {name: value.to(device) for name, value in moved.items() if hasattr(value, "to")}
+    def to(self, device: str | torch.device, floats: torch.dtype | None = None) -> Any:
+        """A copy whose tensors live on ``device``, those of fractions in ``floats`` if it is given."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        moved = {name: value.to(device) for name, value in found.items() if hasattr(value, "to")}
+        if floats:
+            moved |= {name: value.to(floats) for name, value in moved.items() if value.is_floating_point()}
         return replace(self, **moved)  # type: ignore[type-var]
 
 
@@ -89,6 +98,8 @@ class SequenceBatch(_Movable):
     """Supervised tokens of the *global* batch: what the text loss is divided by."""
     total_vectors: int = 0
     """Generation vectors of the *global* batch: what the vector loss is divided by."""
+    total_seen: int = 0
+    """Understanding vectors of the *global* batch."""
     generation_vectors_BME: Tensor | None = None
     """Vectors to use instead of encoding ``generation_pixels_BCHW``, in the LLM's space: pictures the model drew."""
     generation_features_BME: Tensor | None = None
@@ -115,8 +126,12 @@ class PairBatch(_Movable):
     """bool, True at caption tokens."""
     draws: tuple[tuple[int, str], ...]
     """(epoch, sample key) of each picture: what every random choice about it is derived from."""
+    captions_B: Tensor
+    """int64, a digest of each caption: pairs whose captions are the same do not tell each other apart."""
     total: int = 0
     """Pictures of the *global* batch."""
+    blank: bool = False
+    """A stand-in for a process that has no picture: it weighs nothing."""
     features_BME: Tensor | None = None
     """Pooled features of gen-CLIP from the feature cache, instead of encoding ``pixels_BCHW``."""
 
@@ -140,16 +155,17 @@ class StepBatches:
     read: int
     """Samples drawn for it, those skipped included."""
     skipped: tuple[Skip, ...] = ()
+    totals: dict[str, int] = field(default_factory=dict)
+    """What this process adds to the ``total`` fields of its batches, by their names."""
     real_tokens: int = 0
     """Tokens that are not padding, LLM stages only."""
     all_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What a training step minimises, with its parts for the log."""
+class Losses(NamedTuple):
+    """What a training step minimises, with its parts for the log. A tuple, because sharding looks into those."""
 
     loss: Tensor
     """Scalar with gradient."""
     parts: dict[str, Tensor]
-    """Detached scalars, already divided by the global counts, so that micro-batches add up."""
+    """Detached scalars, already divided by the global counts, so that micro-batches and processes add up."""

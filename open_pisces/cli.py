@@ -1,4 +1,4 @@
-"""The command line: ``pisces train | generate | ask | reconstruct | info | export | data | eval | bench | demo``.
+"""The command line: ``pisces train | plan | generate | ask | reconstruct | info | export | data | eval | bench | demo``.
 
 Only argparse is imported here; PyTorch and the rest load inside the command that needs them, so that ``--help``
 answers at once. With ``--json`` a command's result is one JSON object on the last line of standard output. An
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_pisces.arguments import Parser, Result, add_command, add_json, at_least, check_out, quiet
+from open_pisces.arguments import Parser, Result, add_command, add_json, at_least, check_out, quiet, share
 from open_pisces.cli_data import add_data
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from open_pisces.generate import Generator
 
-BENCHES = ("loader", "packing", "feature_cache")
+BENCHES = ("loader", "packing", "feature_cache", "supervised_logits", "stage_step", "mixed_batch", "compile")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +81,26 @@ def train(args: argparse.Namespace) -> Result:
         if not is_done(config):
             print(f"{name}: stopped early; the same command goes on from {folder}")
             break
+    return None
+
+
+def plan(args: argparse.Namespace) -> Result:
+    """Say what a training needs, before anything is fetched; an error if it does not fit."""
+    from open_pisces.config import load_config
+    from open_pisces.train.layout import PlanError
+    from open_pisces.train.plan import plan as make
+    from open_pisces.train.plan import refusal
+
+    quiet()
+    found = make(load_config(args.recipe, args.overrides), args.gpus, args.gpu, args.utilisation, args.picture_kb)
+    if args.json:
+        print(json.dumps(found))
+    else:
+        from open_pisces.show import print_plan
+
+        print_plan(found)
+    if not found["fits"]:
+        raise PlanError(refusal(found))
     return None
 
 
@@ -268,6 +288,17 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_command(commands, "train", train, "run a training, or all of a scale's that are not done")
     command.add_argument("recipe", metavar="RECIPE", help="tiny/stage1, a YAML file, or a scale: nano, tiny")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as train.lr=3e-4")
+
+    command = add_command(commands, "plan", plan, "what a training needs: memory, time, disk; nothing is fetched")
+    command.add_argument("recipe", metavar="RECIPE", help="8b/stage1, or a YAML file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as data.rows=1")
+    command.add_argument("--gpus", type=at_least(1), required=True, help="how many, one process each")
+    command.add_argument("--gpu", default="h100", help="what kind: h100 (default), h200, b200, a100-80 ...")
+    text = "share of the peak that is reached (default: 0.4)"
+    command.add_argument("--utilisation", type=share, default=0.4, metavar="SHARE", help=text)
+    text = "assumed size of a picture's file (default: 100)"
+    command.add_argument("--picture-kb", type=at_least(1), default=100, metavar="KB", help=text)
+    add_json(command)
 
     command = add_command(commands, "generate", generate, "draw pictures from prompts", model=True)
     command.add_argument("prompts", nargs="+", metavar="PROMPT")

@@ -246,6 +246,9 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """What is computed in; weights, optimizer and reductions stay float32 with ``bf16``. ``fp64`` is for proofs."""
     compile: bool = False
+    reduce_each: bool = False
+    """Add up gradients over processes after every micro-batch instead of once a step: slower, but no process then
+    holds a whole gradient (4 bytes a parameter)."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activations computed again instead of kept: all of a block's, or all but those of matrix products."""
     freeze: list[str] = ["understanding_encoder", "generation_encoder", "decoder"]

@@ -1,4 +1,4 @@
-"""How results look in a terminal: tables for ``pisces info`` and ``pisces eval``."""
+"""How results look in a terminal: tables for ``pisces info``, ``pisces eval`` and ``pisces plan``."""
 
 from __future__ import annotations
 
@@ -50,6 +50,40 @@ def print_score(result: dict[str, Any]) -> None:
             console.print(f"  {key}", markup=False)
             for row in rows:
                 console.print(f"    {row}", markup=False)
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """Print what `train.plan.plan` found: parts and memory as a table, the rest a line each."""
+    console = Console()
+    table = Table(title=f"{plan['recipe']} on {plan['gpus']} x {plan['gpu']}", title_justify="left")
+    for column in ("part", "parameters", "learning", "on each GPU", "GiB"):
+        table.add_column(column, justify="right" if column in ("parameters", "learning", "GiB") else "left")
+    parts = [(name, f"{n['parameters']:,}", f"{n['learning']:,}") for name, n in plan["parts"].items()]
+    memory = [(name, f"{size:.1f}") for name, size in plan["memory_gib"].items() if size and name != "total"]
+    for row in range(max(len(parts), len(memory))):
+        left, right = (rows[row] if row < len(rows) else ("",) * 3 for rows in (parts, memory))
+        table.add_row(*left, *right[:2])
+    table.add_section()
+    sums = [f"{sum(n[key] for n in plan['parts'].values()):,}" for key in ("parameters", "learning")]
+    table.add_row("all", *sums, f"all, of {plan['gpu_gib']:g}", f"{plan['memory_gib']['total']:.1f}")
+    console.print(table)
+    for line in _plan_lines(plan):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    """Start, step, run and disk of a plan in words."""
+    step, run, disk, start = plan["step"], plan["run"], plan["disk_gb"], plan["start_gib"]
+    tokens = f", {step['tokens']:,.0f} tokens" if "tokens" in step else ""
+    work = f"{step['samples']:,} samples{tokens}, {step['flops'] / 1e15:,.3g} PFLOP"
+    kept = f"{disk['checkpoint']:,.3g} GB a checkpoint, {disk['checkpoints_kept']:,.3g} GB all that are kept"
+    return [
+        f"at the start: {start['gpu']:.1f} GiB of each GPU, {start['host_per_machine']:,.0f} GiB of a machine's memory",
+        f"a step: {work}, in {step['micro_batches']:,} micro-batches a GPU: {step['seconds']:,.3g} s",
+        f"the run: {run['steps']:,} steps: {run['days']:,.3g} days, {run['gpu_hours']:,.0f} GPU-hours",
+        f"on disk: {kept}, {disk['model']:,.3g} GB the model; {disk['data_read']:,.0f} GB of pictures are read",
+        f"assumed: {', '.join(plan['assumed'])}",
+    ]
 
 
 def _parts(name: str, parts: dict[str, dict[str, Any]]) -> Table:

@@ -6,7 +6,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from open_pisces.bench import compile, mixed_batch, stage_batches, stage_step, supervised_logits
 from open_pisces.bench.pairs import compare, interval
 
 
@@ -32,3 +35,53 @@ def test_the_interval_is_that_of_the_median() -> None:
     low, high = interval(ratios)
     assert low < np.median(ratios) < high and 0.02 < high - low < 0.15
     assert interval(np.ones(5)) == (1.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------- training steps
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of few samples that are not compiled: what is computed, not how fast."""
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: None)
+    for bench in (stage_step, mixed_batch, compile):
+        monkeypatch.setattr(bench, "ROWS", 2)
+        monkeypatch.setattr(bench, "STEPS", 1)
+
+
+def test_logits_at_supervised_places_take_a_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORDS": 1000, "WIDTH": 8, "PLACES": 64, "SUPERVISED": 16}.items():
+        monkeypatch.setattr(supervised_logits, name, value)
+    found = supervised_logits.run(2)["figures"]
+    bytes_ours, bytes_full = (found["peak_bytes"][name]["loss"] for name in ("ours", "other"))
+    assert 2 * 4 * 16 * 1000 < bytes_ours < 2.1 * 4 * 16 * 1000  # logits and their softmax
+    assert 3 * 4 * 64 * 1000 < bytes_full < 3.1 * 4 * 64 * 1000  # and the gradient of either, each on its own
+    assert found["bytes_over_full"] == bytes_ours / bytes_full
+
+
+@pytest.mark.usefixtures("small")
+def test_a_stage_step_learns_the_words_that_the_bare_llama_learns() -> None:
+    found = stage_step.run(2)["figures"]["loss_without_pictures"]
+    assert found["pisces"] == pytest.approx(found["llama"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_mixed_batch_has_both_tasks_and_its_words_neither() -> None:
+    found = mixed_batch.run(2)["figures"]
+    generator = stage_batches.shipped()
+    mixed = stage_batches.read(generator, stage_batches.MIX, 4)
+    words = stage_batches.words_only(mixed)
+    assert len(mixed.understanding_at_K) and len(mixed.generation_at_K) and found["tokens"][0] == 2
+    assert not len(words.understanding_at_K) and not len(words.generation_at_K)
+    assert torch.equal(words.ids_BS, mixed.ids_BS) and torch.equal(words.labels_K, mixed.labels_K)
+    with torch.no_grad():
+        assert generator.pisces(words).parts["vectors"] == 0 < generator.pisces(mixed).parts["vectors"]
+
+
+@pytest.mark.usefixtures("small")
+def test_ragged_batches_have_the_few_shapes_of_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile, "RAGGED", 20)
+    found = compile.run(2)["figures"]
+    assert found["ragged"]["shapes"] == [(2, 64), (2, 128), (2, 192), (2, 256)]
+    assert found["ragged"]["recompiles"] == 0 == found["ragged"]["graphs_of_warm_up"]  # nothing is compiled here
+    assert found["ways"][0].startswith("compiled") and found["ways"][1].startswith("eager")

@@ -28,6 +28,7 @@ LAYERS = (
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
 LIGHT = ("__init__", "cli", "cli_data", "arguments", "config", "batch")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
+DISTRIBUTIONS |= {"cut_cross_entropy": "cut-cross-entropy", "liger_kernel": "liger-kernel"}
 BANNED_NAMES = re.compile(r"(^|_)(utils?|helpers?|misc|common|legacy|v\d+|stuff)($|_)")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

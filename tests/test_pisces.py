@@ -22,7 +22,7 @@ from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn
 from open_pisces.model.build import build_pisces
 from open_pisces.model.pisces import Pisces
-from open_pisces.model.weights import _without_sources
+from open_pisces.model.weights import without_sources
 
 SAY = (Turn("user", ("How are you?",)), Turn("assistant", ("Fine, thank you.",)))
 SEE = (Turn("user", (0, "What is it?")), Turn("assistant", ("A cat.",)))
@@ -271,7 +271,7 @@ def test_an_understanding_encoder_that_is_not_frozen_learns(model: Pisces, rende
 @pytest.fixture(scope="module")
 def full_size() -> tuple[Pisces, FakeTensorMode]:
     """The paper's model with fake weights: shapes are real, memory is not."""
-    config = _without_sources(load_config("8b/stage1").model)
+    config = without_sources(load_config("8b/stage1").model)
     mode = FakeTensorMode()
     with mode, no_init_weights():  # drawing SigLIP's start asks for values, which fake tensors do not have
         return build_pisces(config, 128256 + 3), mode

@@ -142,10 +142,10 @@ def test_a_done_training_is_done_until_its_model_is_gone_and_then_writes_it_agai
 def interrupting(at: int, interrupt: Callable[[], None]) -> Callable[..., dict[str, float]]:
     """`train_step` that is interrupted while it works on step ``at``."""
 
-    def step(training: Any, batches: Any, optimizer: Any, number: int, *rest: Any) -> dict[str, float]:
+    def step(run: Any, batches: Any, number: int) -> dict[str, float]:
         if number == at:
             interrupt()
-        return train_step(training, batches, optimizer, number, *rest)
+        return train_step(run, batches, number)
 
     return step
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,8 @@ class _Read:
 class SequenceLoader:
     """Global batches for the LLM stages: a process's part, packed into rows or padded, cut into micro-batches.
 
+    The totals that its batches carry are this process's own; the loop adds up those of all.
+
     Args:
         mixture: the order and the samples.
         renderer: samples to tokens.
@@ -238,15 +241,18 @@ class SequenceLoader:
         self.rank, self.ranks = rank, ranks
 
     def __call__(self, step: int) -> StepBatches:
-        """The micro-batches of a step; every one carries the counts of all of them."""
+        """The micro-batches of a step."""
         draws = self.mixture.batch(step, self.batch_size, self.rank, self.ranks)
         read, skipped = _tried(self._read, draws, self.mixture)
         batches = self._packed(read) if self.config.row_length else self._padded(read)
-        text = sum(len(batch.labels_K) for batch in batches)
-        vectors = sum(len(batch.generation_at_K) for batch in batches)
-        batches = [replace(batch, total_text=text, total_vectors=vectors) for batch in batches]
+        totals = {
+            "total_text": sum(len(batch.labels_K) for batch in batches),
+            "total_vectors": sum(len(batch.generation_at_K) for batch in batches),
+            "total_seen": sum(len(batch.understanding_at_K) for batch in batches),
+        }
+        batches = [replace(batch, **totals) for batch in batches]
         real, all_ = sum(len(r.rendered.ids) for r in read), sum(batch.ids_BS.numel() for batch in batches)
-        return StepBatches(batches, len(draws), skipped, real, all_)
+        return StepBatches(batches, len(draws), skipped, totals, real, all_)
 
     def blank(self) -> SequenceBatch:
         """A micro-batch that weighs nothing, for a process with fewer rows than another."""
@@ -316,6 +322,10 @@ def _tensor(features: list[np.ndarray], shape: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.stack(features).astype(np.float32)) if features else torch.zeros(0, *shape)
 
 
+def _digest(ids: list[int]) -> int:
+    return int.from_bytes(blake2b(str(ids).encode(), digest_size=8).digest(), "big", signed=True)
+
+
 class PairLoader:
     """Global batches of pictures and captions for gen-CLIP and the decoder: a process's part of them."""
 
@@ -341,7 +351,22 @@ class PairLoader:
         read, skipped = _tried(self._read, draws, self.mixture)
         cuts = [cut for cut in np.array_split(np.arange(len(read)), self.micro_batches) if len(cut)]
         batches = [replace(self.collate([read[i] for i in cut]), total=len(read)) for cut in cuts]
-        return StepBatches(batches, len(draws), skipped)
+        return StepBatches(batches, len(draws), skipped, {"total": len(read)})
+
+    def blank(self) -> PairBatch:
+        """A micro-batch that weighs nothing, for a process with fewer than another."""
+        end = self.tokenizer.eos_token_id
+        shape = self.features[0].shape("generation") if self.features else (0, 0)
+        return PairBatch(
+            pixels_BCHW=torch.zeros(1, 3, self.sizes[0], self.sizes[0]),
+            targets_BCHW=torch.zeros(1, 3, self.sizes[1], self.sizes[1]),
+            ids_BS=torch.tensor([[end]]),
+            mask_BS=torch.tensor([[True]]),
+            draws=((0, "blank"),),
+            captions_B=torch.zeros(1, dtype=torch.int64),
+            blank=True,
+            features_BME=torch.zeros(1, *shape) if self.features else None,
+        )
 
     def collate(self, read: list[tuple[Draw, Sample, str, np.ndarray | None]]) -> PairBatch:
         """(draw, sample, caption, features) to one batch."""
@@ -361,6 +386,7 @@ class PairLoader:
             ids_BS=torch.tensor([row + [pad] * (longest - len(row)) for row in ids]),
             mask_BS=torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in ids]),
             draws=tuple((draw.epoch, sample.key) for draw, sample, *_ in read),
+            captions_B=torch.tensor([_digest(row) for row in ids]),
             features_BME=_tensor(features, self.features[0].shape("generation")) if self.features else None,
         )
 

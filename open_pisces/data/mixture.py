@@ -103,6 +103,11 @@ class Mixture:
         draws = sorted((self.draw(g) for g in range(step * size, (step + 1) * size)), key=lambda draw: draw.lane)
         return draws[rank * size // ranks : (rank + 1) * size // ranks]
 
+    def names(self, step: int, size: int) -> list[str]:
+        """The samples of a global batch, as ``source:key``."""
+        draws = (self.draw(g) for g in range(step * size, (step + 1) * size))
+        return [f"{self.sources[d.source].path}:{self.readers[d.source].key(d.index)}" for d in draws]
+
     def holds(self, source: int, index: int) -> bool:
         """Whether a sample of a source can be drawn at all."""
         chosen = self._subsets[source]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import queue
+import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
 
-def prefetch(load: Callable[[int], Any], steps: range, depth: int = 4, workers: int = 0) -> Iterator[Any]:
+def prefetch(load: Callable[[int], Any], steps: Sequence[int], depth: int = 4, workers: int = 0) -> Iterator[Any]:
     """``load(step)`` for every step in order, prepared while the last one trains; errors surface here.
 
     Args:
@@ -21,7 +22,13 @@ def prefetch(load: Callable[[int], Any], steps: range, depth: int = 4, workers: 
     """
     if workers and len(steps):
         yield from DataLoader(
-            _Steps(load), batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=2, collate_fn=_as_it_is
+            _Steps(load),
+            batch_size=None,
+            sampler=steps,
+            num_workers=workers,
+            prefetch_factor=2,
+            collate_fn=_as_it_is,
+            worker_init_fn=_deaf,
         )
         return
     yield from _by_thread(load, steps, depth)
@@ -37,11 +44,17 @@ class _Steps(Dataset[Any]):
         return self.load(step)
 
 
+def _deaf(worker: int) -> None:
+    """Signals to stop often go to all processes of a group: the training decides when its readers end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _as_it_is(step: Any) -> Any:
     return step
 
 
-def _by_thread(load: Callable[[int], Any], steps: range, depth: int) -> Iterator[Any]:
+def _by_thread(load: Callable[[int], Any], steps: Sequence[int], depth: int) -> Iterator[Any]:
     ready: queue.Queue[Any] = queue.Queue(depth)
     stop = threading.Event()
 

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from open_pisces.batch import wide
 from open_pisces.config import ModelConfig
 
 
@@ -122,4 +123,4 @@ class Bridge(nn.Module):
 
     def targets(self, features_BGE: Tensor) -> Tensor:
         """gen-CLIP's last layer ``(B, grid * grid, E)`` to the vectors the LLM learns to write, ``(B, M, E)``."""
-        return self.statistics.enter(self.pooler(features_BGE).float())
+        return self.statistics.enter(wide(self.pooler(features_BGE)))

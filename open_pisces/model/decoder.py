@@ -10,6 +10,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DCond
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from open_pisces.batch import wide
+
 
 class PixelUnshuffleVAE:
     """`AutoencoderKL`'s interface over a plain rearrangement: pixels of ``factor`` x ``factor`` become channels.
@@ -125,7 +127,7 @@ class ImageDecoder(nn.Module):
             velocity = self._noiser.config.prediction_type == "v_prediction"
             target = self._noiser.get_velocity(latents_BCHW, noise_BCHW, steps) if velocity else noise_BCHW
         predicted = self.denoise(noisy, steps, vectors_BME)
-        return (predicted.float() - target.float()).pow(2).mean((1, 2, 3))
+        return (wide(predicted) - wide(target)).pow(2).mean((1, 2, 3))
 
     @torch.no_grad()
     def sample(

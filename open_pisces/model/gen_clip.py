@@ -8,6 +8,7 @@ class trains ``tiny``'s understanding encoder.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from open_pisces.batch import Losses, PairBatch
+from open_pisces.batch import PairBatch, wide
 from open_pisces.config import ConfigError, ContrastiveConfig
 from open_pisces.model.encoders import Block, GenerationEncoder, UnderstandingEncoder
 
@@ -47,8 +48,36 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / (variance + 1e-4).sqrt()
 
 
+class Temperature(nn.Module):
+    """What similarities are multiplied with before the softmax: learnt, starting at 1 / 0.07, at most 100 (CLIP)."""
+
+    keep_float32 = True
+    """Rounded to bfloat16 it would move in steps of a percent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # sharding takes no scalars
+
+    def forward(self) -> Tensor:
+        """``(1,)``."""
+        return self.log_scale.clamp(max=math.log(100)).exp()
+
+
+class Embedded(NamedTuple):
+    """What becomes of a micro-batch before anything is compared. A tuple, because sharding looks into those."""
+
+    images_BE: Tensor
+    """Unit vectors of pictures."""
+    texts_BE: Tensor
+    """Unit vectors of their captions."""
+    scale: Tensor
+    """The temperature's ``(1,)``."""
+    masked_B: Tensor | None
+    """MAE's error for each picture."""
+
+
 class GenCLIP(nn.Module):
-    """A vision tower, a text tower and the two losses that train them."""
+    """A vision tower, a text tower, and what both losses need of them (`contrast`, `GenCLIP.reconstruct`)."""
 
     def __init__(
         self, vision: GenerationEncoder | UnderstandingEncoder, config: ContrastiveConfig, vocabulary: int
@@ -60,7 +89,7 @@ class GenCLIP(nn.Module):
         self.text = CLIPTextModel(CLIPTextConfig(**{**config.text, **ids, "vocab_size": vocabulary}))
         self.vision_projection = nn.Linear(vision.width, config.width, bias=False)
         self.text_projection = nn.Linear(self.text.config.hidden_size, config.width, bias=False)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.temperature = Temperature()
         self.mae = None
         if config.mae_weight > 0:
             if not isinstance(vision, GenerationEncoder):
@@ -69,43 +98,53 @@ class GenCLIP(nn.Module):
 
     def embed_images(self, pixels_BCHW: Tensor) -> Tensor:
         """Pictures in [0, 1] to unit vectors ``(B, width)``."""
-        return F.normalize(self.vision_projection(self.vision.summary(pixels_BCHW)).float(), dim=-1)
+        return F.normalize(wide(self.vision_projection(self.vision.summary(pixels_BCHW))), dim=-1)
 
     def embed_texts(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Captions to unit vectors ``(B, width)``: the last token's, which has seen all others."""
         hidden_BSD = self.text(input_ids=ids_BS, attention_mask=mask_BS.long()).last_hidden_state
         last = hidden_BSD[torch.arange(len(ids_BS), device=ids_BS.device), mask_BS.sum(1) - 1]
-        return F.normalize(self.text_projection(last).float(), dim=-1)
-
-    def contrast(self, images_BE: Tensor, texts_BE: Tensor, same_BB: Tensor) -> tuple[Tensor, Tensor]:
-        """CLIP's loss and the share of captions that find their picture, both over this batch.
-
-        Pairs with the same caption (``same_BB``) are neither right nor wrong: they leave the comparison.
-        """
-        scores_BB = self.log_scale.clamp(max=math.log(100)).exp() * images_BE @ texts_BE.T
-        twins = same_BB & ~torch.eye(len(same_BB), dtype=torch.bool, device=same_BB.device)
-        scores_BB = scores_BB.masked_fill(twins, float("-inf"))
-        right_B = torch.arange(len(scores_BB), device=scores_BB.device)
-        loss = (F.cross_entropy(scores_BB, right_B) + F.cross_entropy(scores_BB.T, right_B)) / 2
-        return loss, (scores_BB.argmax(0) == right_B).float().mean()
+        return F.normalize(wide(self.text_projection(last)), dim=-1)
 
     def reconstruct(self, pixels_BCHW: Tensor, keep_BK: Tensor) -> Tensor:
-        """MAE's error on the patches that were hidden: a scalar."""
+        """MAE's mean error on the patches that were hidden, per picture: ``(B,)``."""
         assert self.mae is not None
-        predicted = self.mae(self.vision(pixels_BCHW, keep_BK), keep_BK).float()
+        predicted = wide(self.mae(self.vision(pixels_BCHW, keep_BK), keep_BK))
         error_BS = (predicted - self.mae.targets(pixels_BCHW)).pow(2).mean(-1)
         hidden_BS = torch.ones_like(error_BS).scatter(1, keep_BK, 0.0)
-        return (error_BS * hidden_BS).sum() / hidden_BS.sum()
+        return (error_BS * hidden_BS).sum(1) / hidden_BS.sum(1)
 
-    def forward(self, batch: PairBatch, keep_BK: Tensor) -> Losses:
-        """Both losses on a whole batch; ``keep_BK`` names the patches that the MAE pass sees."""
-        ids = batch.ids_BS.masked_fill(~batch.mask_BS, -1)
-        same_BB = (ids[:, None] == ids[None]).all(-1)
+    def forward(self, batch: PairBatch, keep_BK: Tensor) -> Embedded:
+        """Everything the losses need of a micro-batch; ``keep_BK`` names the patches that the MAE pass sees."""
         images, texts = self.embed_images(batch.pixels_BCHW), self.embed_texts(batch.ids_BS, batch.mask_BS)
-        loss, retrieval = self.contrast(images, texts, same_BB)
-        parts = {"contrastive": loss.detach(), "retrieval": retrieval.detach()}
-        if self.mae is not None:
-            masked = self.reconstruct(batch.pixels_BCHW, keep_BK)
-            parts["mae"] = masked.detach()
-            loss = loss + self.config.mae_weight * masked
-        return Losses(loss, parts)
+        masked = self.reconstruct(batch.pixels_BCHW, keep_BK) if self.mae is not None else None
+        return Embedded(images, texts, self.temperature(), masked)
+
+
+def contrast(
+    images_KE: Tensor, texts_KE: Tensor, scale: Tensor, captions_K: Tensor, first: int = 0, count: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """CLIP's loss and the share of captions that find their picture.
+
+    Pairs with the same caption are neither right nor wrong: they leave the comparison.
+
+    Args:
+        images_KE: unit vectors of all pictures of the global batch.
+        texts_KE: of their captions.
+        scale: what similarities are multiplied with, ``(1,)``.
+        captions_K: digests of the captions.
+        first: the first pair whose share of the loss is wanted.
+        count: how many pairs from there; None takes all that follow.
+
+    Returns:
+        Two scalars, both divided by the number of *all* pairs, so that shares add up.
+    """
+    mine_R = torch.arange(len(images_KE), device=images_KE.device)[first:][:count]
+    twins_RK = captions_K[mine_R][:, None] == captions_K[None]
+    twins_RK = twins_RK.scatter(1, mine_R[:, None], False)
+    loss, found = scale.new_zeros(()), scale.new_zeros(())
+    for ours, others in ((images_KE, texts_KE), (texts_KE, images_KE)):
+        scores_RK = (scale * ours[mine_R] @ others.T).masked_fill(twins_RK, float("-inf"))
+        loss = loss + F.cross_entropy(scores_RK, mine_R, reduction="sum")
+        found = (scores_RK.argmax(1) == mine_R).sum()
+    return loss / (2 * len(images_KE)), found.detach() / len(images_KE)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from open_pisces.batch import Losses, SequenceBatch
+from open_pisces.batch import Losses, SequenceBatch, wide
 from open_pisces.config import LossConfig, ModelConfig
 from open_pisces.model.bridge import Bridge
+from open_pisces.model.cross_entropy import head_cross_entropy
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 
@@ -82,7 +82,7 @@ class Pisces(nn.Module):
             seen_BND = self.bridge.understanding_projector(_at_least_one(batch.understanding_features_BNE))
         targets_BME = batch.generation_vectors_BME
         if targets_BME is None and batch.generation_features_BME is not None:
-            targets_BME = self.bridge.statistics.enter(_at_least_one(batch.generation_features_BME).float())
+            targets_BME = self.bridge.statistics.enter(wide(_at_least_one(batch.generation_features_BME)))
         elif targets_BME is None:
             targets_BME = self.generation_vectors(_at_least_one(batch.generation_pixels_BCHW))
         fed_BMD = self.bridge.generation_projector(targets_BME.to(words_BSD.dtype))
@@ -102,14 +102,18 @@ class Pisces(nn.Module):
         for _ in range(self.weights.own_passes):
             inputs_BSD = self.feed_own(inputs_BSD, batch)
         hidden_KD = self.hidden(inputs_BSD, **self.packing(batch)).flatten(0, 1)
-        logits_KV = self.llm.get_output_embeddings()(hidden_KD[batch.text_at_K])
-        text = F.cross_entropy(logits_KV.float(), batch.labels_K, reduction="sum") / max(batch.total_text, 1)
+        head, kernel = self.llm.get_output_embeddings(), self.weights.kernel
+        summed = head_cross_entropy(head, hidden_KD[batch.text_at_K], batch.labels_K, kernel)
+        text = summed / max(batch.total_text, 1)
         # One left of each vector's place sits what predicts it: [IMG], or the vector before.
         predicted_KE = self.bridge.head(hidden_KD[batch.generation_at_K - 1])
-        error_KE = (predicted_KE.float() - targets_BME.flatten(0, 1)).pow(2)
-        vectors = error_KE.mean(-1).sum() / max(batch.total_vectors, 1)
+        targets_KE, drawn = targets_BME.flatten(0, 1), max(batch.total_vectors, 1)
+        vectors = (wide(predicted_KE) - targets_KE).pow(2).mean(-1).sum() / drawn
         loss = self.weights.text * text + self.weights.vectors * vectors
-        return Losses(loss, {"text": text.detach(), "vectors": vectors.detach()})
+        # Squared error shrinks what it cannot know: the two norms drift apart before pictures turn grey.
+        norms = {"norm_predicted": predicted_KE, "norm_target": targets_KE}
+        parts = {name: wide(value.detach()).norm(dim=-1).sum() / drawn for name, value in norms.items()}
+        return Losses(loss, {"text": text.detach(), "vectors": vectors.detach(), **parts})
 
     def feed_own(self, inputs_BSD: Tensor, batch: SequenceBatch) -> Tensor:
         """The same input with the vectors the LLM would write there, given what it was fed, in place of the true ones.

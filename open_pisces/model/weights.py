@@ -200,7 +200,7 @@ def _fill(
         tokenizer.save_pretrained(str(fresh / "tokenizer"))
     for file in fresh.rglob("*config.json"):
         _forget_origin(file)
-    settings = _without_sources(config).model_dump(mode="json")
+    settings = without_sources(config).model_dump(mode="json")
     records = before["record"] + ([record] if record else [])
     hashes = {name: _hashes(fresh / name) for name in [*PARTS, "tokenizer"] if (fresh / name).is_dir()}
     card = {"format": FORMAT, "model": settings, "parts": hashes, "record": records}
@@ -232,7 +232,8 @@ def _cast(module: Any, dtype: torch.dtype | None) -> Any:
     return copy.deepcopy(module).to(dtype)
 
 
-def _without_sources(config: ModelConfig) -> ModelConfig:
+def without_sources(config: ModelConfig) -> ModelConfig:
+    """The same shapes with fresh weights: nothing to read or fetch."""
     none = {"source": None}
     return config.model_copy(
         update={
@@ -377,7 +378,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     sources = dict(zip(PARTS, _sources(config), strict=True))
     for name in PARTS:
         with torch.device("meta"):
-            module = build_part(name, _without_sources(config))
+            module = build_part(name, without_sources(config))
         parts[name] = {"parameters": _count(module), "bytes": 2 * _count(module), "source": sources[name]}
         if name == "decoder":
             parts[name]["unet"] = _count(module.unet)  # type: ignore[arg-type]

@@ -1,86 +1,336 @@
-"""What a run needs to go on as if nothing had happened: weights, optimizer, averages, step; no pickle."""
+"""What a run needs to go on as if nothing had happened, in checkpoints that are whole or not there.
+
+::
+
+    state/latest              the name of the newest
+    state/step-00000500/      PyTorch's distributed checkpoint: shards of any number of processes
+        progress.json         how far the run is
+        manifest.json         sizes and sha256 of all files; names and shapes of all tensors
+
+A checkpoint is written under a hidden name, verified to be complete, and renamed; `latest` moves last. It is local to
+its run (PyTorch's index is a pickle): what is shared is the model folder.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from open_pisces.train.distributed import World
 from open_pisces.train.optim import AveragedWeights
+
+FORMAT = 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not fit the run or cannot be read."""
+    """A checkpoint that cannot be written or read, or does not fit the run; the message names it."""
 
 
-def save_state(
-    folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedWeights,
-    progress: dict[str, Any],
-) -> None:
-    """Write ``folder`` whole or not at all; the checkpoint before it stays as ``folder.old`` until then."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    tensors = {f"weights/{name}": p.detach() for name, p in module.state_dict().items() if isinstance(p, Tensor)}
-    tensors |= {f"average/{name}": value for name, value in average.values.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, fresh / "state.safetensors")
-    (fresh / "progress.json").write_text(json.dumps(progress))
-    for file in fresh.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is complete by its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far the run was."""
+        return json.loads((self.folder / "progress.json").read_text())
 
 
-def read_progress(folder: Path) -> dict[str, Any] | None:
-    """The progress of the newest readable checkpoint, or None where there is none."""
-    for candidate in (folder, folder.with_name(folder.name + ".old")):
-        if (candidate / "progress.json").is_file():
-            return {**json.loads((candidate / "progress.json").read_text()), "folder": str(candidate)}
+def state_of(module: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedWeights) -> dict[str, Tensor]:
+    """All tensors that change, by name: weights that learn, buffers, averages, the optimizer's moments."""
+    state: dict[str, Tensor] = {}
+    kept = set(module.state_dict())
+    state |= {f"weights/{name}": buffer for name, buffer in module.named_buffers() if name in kept}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            state[f"weights/{name}"] = p.detach()
+            state |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[p].items()}
+    return state | {f"average/{name}": value for name, value in average.values.items()}
+
+
+# -------------------------------------------------------------------------------------------------- reading
+
+
+def find(state: Path) -> list[Found]:
+    """The checkpoints of a run that have a manifest, the newest first; their files are not yet verified."""
+    latest = state / "latest"
+    named = latest.read_text().strip() if latest.is_file() else ""
+    folders = sorted(state.glob("step-*"), key=lambda folder: (folder.name == named, folder.name), reverse=True)
+    found = []
+    for folder in folders:
+        try:
+            found.append(Found(folder, json.loads((folder / "manifest.json").read_text())))
+        except (OSError, json.JSONDecodeError):
+            warnings.warn(
+                f"{folder / 'manifest.json'}: missing or damaged; this checkpoint is passed over", stacklevel=2
+            )
+    return found
+
+
+def read_progress(state: Path) -> dict[str, Any] | None:
+    """How far a run is by its newest checkpoint, or None where there is none."""
+    for found in find(state):
+        try:
+            return found.progress
+        except (OSError, json.JSONDecodeError):
+            continue
     return None
 
 
-def load_state(
-    progress: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedWeights
-) -> None:
-    """Put a checkpoint back.
+def faults(found: Found, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a share of a checkpoint's files, each with its path."""
+    wrong = []
+    for name, expected in sorted(found.manifest["files"].items())[part::parts]:
+        path = found.folder / name
+        if not path.is_file():
+            wrong.append(f"{path}: missing")
+        elif path.stat().st_size != expected["size"]:
+            wrong.append(f"{path}: {path.stat().st_size} bytes instead of {expected['size']}")
+        elif _sha256(path) != expected["sha256"]:
+            wrong.append(f"{path}: differs from its checksum")
+    return wrong
+
+
+def load_latest(state: Path, tensors: dict[str, Tensor], world: World) -> dict[str, Any] | None:
+    """Put the newest good checkpoint back in place, for whatever number of processes; returns its progress.
+
+    Damaged ones are put aside, and the file is named on standard error. None means that there is no checkpoint.
 
     Raises:
-        CheckpointError: if it cannot be read, or belongs to another model.
+        CheckpointError: if there are only damaged ones, or the newest good one is of another model or a newer version.
     """
-    path = Path(progress["folder"]) / "state.safetensors"
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); remove the folder to go on without it") from None
-    weights = _under(tensors, "weights/")
-    expected = module.state_dict()
-    odd = set(weights) ^ set(expected) or {n for n in weights if weights[n].shape != expected[n].shape}
+    told = []
+    for name in world.gather_objects([found.folder.name for found in find(state)])[0]:
+        found = Found(state / name, json.loads((state / name / "manifest.json").read_text()))
+        if found.manifest.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{found.folder}: written by another version (format {found.manifest.get('format')}, this one reads "
+                f"{FORMAT}): update open_pisces, or choose another out=FOLDER"
+            )
+        wrong = [line for lines in world.gather_objects(faults(found, world.rank, world.ranks)) for line in lines]
+        if not wrong:
+            _check_fit(found, tensors)
+            dcp.load(tensors, checkpoint_id=found.folder, process_group=world.saving, no_dist=world.ranks == 1)
+            return found.progress
+        told += wrong
+        if world.is_first:
+            aside = found.folder.with_name(f"damaged-{name}")
+            print(f"pisces: checkpoint put aside as {aside}: {'; '.join(wrong)}", file=sys.stderr)
+            shutil.rmtree(aside, ignore_errors=True)
+            found.folder.rename(aside)
+    if told or any(state.glob("step-*")):
+        what = told[0] if told else f"{state}: its checkpoints have no manifest"
+        raise CheckpointError(f"no checkpoint is good ({what}): bring one back, or remove {state} to begin anew")
+    return None
+
+
+def _check_fit(found: Found, tensors: dict[str, Tensor]) -> None:
+    written, wanted = found.manifest["tensors"], {name: list(value.shape) for name, value in tensors.items()}
+    odd = sorted(name for name in {*written, *wanted} if written.get(name) != wanted.get(name))
     if odd:
-        raise CheckpointError(f"{path}: belongs to another model (see {sorted(odd)[0]}): choose another out=FOLDER")
-    module.load_state_dict(weights)
-    for name, value in _under(tensors, "average/").items():
-        average.values[name].copy_(value)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in _under(tensors, "optimizer/").items():
-        index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        was, now = (shapes.get(odd[0], "not there") for shapes in (written, wanted))
+        raise CheckpointError(
+            f"{found.folder}: belongs to another model ({odd[0]}: {was}, now {now}): choose another out=FOLDER"
+        )
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+# -------------------------------------------------------------------------------------------------- writing
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, one at a time, in the background if asked.
+
+    Args:
+        state: the folder.
+        world: the processes that write together.
+        keep: how many to keep.
+        background: return when the tensors are copied; otherwise when all is on disk.
+    """
+
+    def __init__(self, state: Path, world: World, keep: int = 2, background: bool = True) -> None:
+        self.state, self.world, self.keep, self.background = state, world, keep, background
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._job: Future[None] | None = None
+        if world.is_first:
+            state.mkdir(parents=True, exist_ok=True)
+            for left in state.glob(".*"):  # of a process that died while it wrote
+                shutil.rmtree(left, ignore_errors=True)
+
+    def save(
+        self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], before: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write a checkpoint.
+
+        Args:
+            step: the number it is known by.
+            tensors: what changes.
+            progress: how far the run is, as JSON takes it.
+            before: what the first process writes before the checkpoint counts: the model folder.
+
+        Raises:
+            CheckpointError: if this or the one before could not be written; those already there are untouched.
+        """
+        self.wait()
+        fresh = self.state / f".step-{step:08d}"
+        alone = self.world.ranks == 1
+        shapes = {name: list(value.shape) for name, value in tensors.items()}
+        options: dict[str, Any] = {"checkpoint_id": fresh, "process_group": self.world.saving, "no_dist": alone}
+        if not self.background:
+            return self._finish(fresh, shapes, progress, before, lambda: dcp.save(tensors, **options))
+        written = dcp.async_save(tensors, **options)
+        self._job = self._pool.submit(self._finish, fresh, shapes, progress, before, written.result)
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is on disk; raises what went wrong with it."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def close(self) -> None:
+        """Wait, and let the thread go."""
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def _finish(
+        self,
+        fresh: Path,
+        shapes: dict[str, list[int]],
+        progress: dict[str, Any],
+        before: Callable[[], None],
+        write: Callable[[], Any],
+    ) -> None:
+        problem, files = "", {}
+        for act in (before if self.world.is_first else lambda: None, write):
+            try:
+                act()
+            except BaseException as error:
+                problem = problem or f"{fresh}: cannot be written: {_cause(error)}"
+        if not problem:
+            own = [*fresh.glob(f"__{self.world.rank}_*"), *(fresh.glob(".metadata") if self.world.is_first else ())]
+            files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in own}
+        gathered = self.world.gather_objects((problem, files), self.world.saving)
+        problem = next((told for told, _ in gathered if told), "")
+        if not problem and self.world.is_first:
+            try:
+                self._commit(fresh, {k: v for _, part in gathered for k, v in part.items()}, shapes, progress)
+            except OSError as error:
+                problem = f"{error.filename or fresh}: cannot be written: {_cause(error)}"
+        problem = self.world.gather_objects(problem, self.world.saving)[0]
+        if problem:
+            if self.world.is_first:
+                shutil.rmtree(fresh, ignore_errors=True)
+            left = ", ".join(found.folder.name for found in find(self.state)) or "none"
+            raise CheckpointError(f"{problem} (checkpoints that are there: {left})")
+
+    def _commit(
+        self, fresh: Path, files: dict[str, Any], shapes: dict[str, list[int]], progress: dict[str, Any]
+    ) -> None:
+        _write(fresh / "progress.json", json.dumps(progress))
+        told = fresh / "progress.json"
+        files[told.name] = {"size": told.stat().st_size, "sha256": _sha256(told)}
+        manifest = {"format": FORMAT, "processes": self.world.ranks, "files": files, "tensors": shapes}
+        _write(fresh / "manifest.json", json.dumps(manifest))
+        _sync(fresh)
+        place = self.state / fresh.name.removeprefix(".")
+        if place.exists():  # a run that went back comes by again
+            place.rename(self.state / f".old-{place.name}")
+        fresh.rename(place)
+        _write(self.state / ".latest", place.name)
+        os.replace(self.state / ".latest", self.state / "latest")
+        _sync(self.state)
+        for old in sorted(self.state.glob("step-*"), reverse=True)[self.keep :]:
+            old.rename(self.state / f".old-{old.name}")
+        for old in self.state.glob(".old-*"):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _cause(error: BaseException) -> str:
+    """What lies at the bottom of PyTorch's wrapping: the first process's own error."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Make renames inside a folder last."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ one writer
+
+
+@contextmanager
+def own_folder(folder: Path, world: World) -> Iterator[None]:
+    """Nobody else writes into a run folder inside this block; the lock falls with the process, however it ends.
+
+    Raises:
+        CheckpointError: if another run has it; its process is named.
+    """
+    with ExitStack() as held:
+        problem = ""
+        if world.is_first:
+            try:
+                held.enter_context(_lock(folder))
+            except (CheckpointError, OSError) as error:
+                problem = str(error)
+        problem = world.gather_objects(problem)[0]
+        if problem:
+            raise CheckpointError(problem)
+        yield
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise CheckpointError(
+                f"{folder}: {holder} is training into it: wait for it, or choose another out=FOLDER"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

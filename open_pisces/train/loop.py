@@ -2,31 +2,73 @@
 
 from __future__ import annotations
 
-import signal
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from open_pisces.batch import StepBatches
-from open_pisces.config import RunConfig, TrainConfig
+from open_pisces.config import RunConfig
 from open_pisces.data.loader import SkipTally
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import open_dataset
 from open_pisces.model.weights import write_folder
-from open_pisces.paint import pick_device
-from open_pisces.train.checkpoint import load_state, read_progress, save_state
-from open_pisces.train.log import Metrics, describe_run, progress_bar
+from open_pisces.train.checkpoint import Checkpoints, load_latest, own_folder, read_progress, state_of
+from open_pisces.train.distributed import World, full, join_world, recompute, reduce_gradients, shard
+from open_pisces.train.flops import meta_twin
+from open_pisces.train.log import Log, describe_run
 from open_pisces.train.objectives import Training, build_training
-from open_pisces.train.optim import AveragedWeights, build_optimizer, lr_at
-from open_pisces.train.probes import probe
+from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at
+from open_pisces.train.probes import Probe, probe
+from open_pisces.train.signals import Stop, stop_signals
 
-LOG_EVERY = 10
+LOSSES = ("text", "vectors", "diffusion", "contrastive", "mae")
+"""What is watched for spikes."""
+SPIKE_STEPS = 100
+
+
+class BadStep(FloatingPointError):
+    """A loss or gradient that is not finite, or a spike; the step was not applied."""
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside its tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    left_out: list[int] = field(default_factory=list)
+    """Steps whose batches are not trained on."""
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """The last losses, to tell a spike by."""
+    read: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Everything a running training consists of."""
+
+    config: RunConfig
+    world: World
+    training: Training
+    optimizer: torch.optim.Optimizer
+    average: AveragedWeights
+    checkpoints: Checkpoints
+    log: Log
+    twins: dict[str, nn.Module]
+    progress: Progress
+    probes: Sequence[Probe]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds."""
+        return state_of(self.training.module, self.optimizer, self.average)
 
 
 def is_done(config: RunConfig) -> bool:
@@ -35,147 +77,241 @@ def is_done(config: RunConfig) -> bool:
     return progress is not None and progress["step"] >= config.train.steps and (config.folder / "model").is_dir()
 
 
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, probes: Sequence[Probe] = (probe,)) -> Path:
     """Run one training, or continue it from its last checkpoint; returns the run folder.
 
-    SIGINT and SIGTERM end it after the current step with everything saved; the same command then continues to the
-    bit. The run folder holds ``model/`` (the model folder), ``state/`` (to resume), ``config.yaml``,
-    ``versions.json``, ``metrics.jsonl`` and ``samples/``.
+    Under torchrun all its processes train together. SIGINT, SIGTERM and SIGUSR1 end it after the current step with
+    everything saved; the same command then continues to the bit, with any number of processes. The run folder holds
+    ``model/`` (the model folder), ``state/`` (to resume), ``config.yaml``, ``versions.json``, ``metrics.jsonl``,
+    ``events.jsonl``, ``tensorboard/`` and ``samples/``.
+
+    Args:
+        config: the recipe.
+        probes: called every ``train.probe_every`` steps, to judge the run by looking.
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    device = pick_device(config.device)
-    training = build_training(config)
-    module = training.module.to(device)
-    if config.train.compile and training.compiled is not None:
-        # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
-        training.compiled.compile(dynamic=None if config.data.row_length else False)
-    optimizer, average = build_optimizer(module, config.train), AveragedWeights(module, config.train.ema)
-    progress = read_progress(config.folder / "state") or {"step": 0, "seconds": 0.0}
-    if progress["step"]:
-        load_state(progress, module, optimizer, average)
-    describe_run(config.folder, config)
-    metrics, clock = Metrics(config.folder, progress["step"]), Clock(progress["seconds"])
-    steps, tally = range(progress["step"], config.train.steps), SkipTally(config.data.max_bad)
-    with stop_signals() as stop, progress_bar(config.name, len(range(progress["step"])), config.train.steps) as tell:
-        for step, given in zip(steps, prefetch(training.load, steps, workers=config.data.workers), strict=True):
-            tally.add(given)
-            row = train_step(training, given.batches, optimizer, step, config.train, device)
-            average.update(step)
-            tell("  ".join(f"{k} {v:.4g}" for k, v in row.items() if k != "lr"))
-            last = step + 1 == config.train.steps
-            if step % LOG_EVERY == 0 or last:
-                metrics.write({"step": step, **row, **_data_row(given, tally), "seconds": round(clock.seconds, 2)})
-            if last or (step + 1) % config.train.probe_every == 0:
-                # Eager: a cache grows by one place a token, and each length would be compiled anew.
-                with average.applied(), torch.compiler.set_stance("force_eager"):
-                    probe(config, training, config.folder / "samples", step + 1)
-            if last or stop or (step + 1) % config.train.save_every == 0:
-                save(config, training, optimizer, average, step + 1, clock.seconds)
-            if stop:
-                break
-    if not steps and not is_done(config):  # all steps are in the state, but model/ was taken away
-        save(config, training, optimizer, average, progress["step"], progress["seconds"])
+    with join_world(config) as world, own_folder(config.folder, world):
+        run = start(config, world, probes)
+        try:
+            with stop_signals(config.train.grace) as stop, run.log:
+                while not work(run, stop):
+                    pass
+                run.checkpoints.wait()
+        finally:
+            run.checkpoints.close()
     return config.folder
 
 
-def train_step(
-    training: Training,
-    batches: list[Any],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    config: TrainConfig,
-    device: torch.device,
-) -> dict[str, float]:
-    """One optimizer step over the micro-batches of one global batch; returns what to log.
+def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
+    """Build everything, spread it over the processes, and put the last checkpoint back."""
+    settings = config.train
+    training = build_training(config, world)
+    module = training.module.to(world.device, torch.float64 if settings.precision == "fp64" else None)
+    twins = {name: meta_twin(part) for name, part in training.parts.items()}
+    recompute(module, settings.checkpointing)
+    if settings.compile and training.compiled is not None:
+        # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
+        training.compiled.compile(dynamic=None if config.data.row_length else False)
+    shard(module, world, settings)
+    optimizer, average = build_optimizer(module, settings), AveragedWeights(module, settings.ema)
+    state = config.folder / "state"
+    found = load_latest(state, state_of(module, optimizer, average), world)
+    progress = Progress(**found) if found else Progress()
+    if world.is_first:
+        describe_run(config.folder, config)
+    log = Log(config, training, world, progress.step, progress.seconds)
+    if found:
+        log.event(progress.step, "resumed", processes=world.ranks)
+    checkpoints = Checkpoints(state, world, settings.keep, settings.save_async)
+    return Run(config, world, training, optimizer, average, checkpoints, log, twins, progress, probes)
+
+
+def work(run: Run, stop: Stop) -> bool:
+    """Train from where the run is to its end; False if it went back to a checkpoint and has to begin again there."""
+    settings, progress = run.config.train, run.progress
+    tally = SkipTally(run.config.data.max_bad, progress.read)
+    tally.causes.update(progress.skipped)
+    left_out = set(progress.left_out)
+    steps = [step for step in range(progress.step, settings.steps) if step not in left_out]
+    read_ahead = prefetch(run.training.load, steps, workers=run.config.data.workers)
+    for step, given in zip(steps, run.log.waiting(read_ahead), strict=True):
+        row: dict[str, float] = {}
+        batches, whole, stop.asked = run.world.even(given, run.training.load, stop.asked)
+        tally.add(whole)
+        progress.read, progress.skipped = tally.read, dict(tally.causes)
+        try:
+            row = train_step(run, batches, step)
+            run.average.update(step)
+        except BadStep as bad:
+            if not leave_out(run, step, bad):
+                return False
+        progress.step = step + 1
+        run.log.step(step, row, batches, whole, tally.causes, last=progress.step == settings.steps)
+        last, ended = progress.step == settings.steps, stop.asked
+        if last or progress.step % settings.probe_every == 0:
+            look(run)
+        if last or ended or progress.step % settings.save_every == 0:
+            save(run)
+        if ended:
+            run.log.event(progress.step, "stopped")
+            return True
+    if progress.step < settings.steps:  # the last ones are left out
+        progress.step = settings.steps
+        save(run)
+    elif not steps and not run.world.gather([(run.config.folder / "model").is_dir()])[0][0]:
+        save(run)  # all steps are in the state, but model/ was taken away
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------- a step
+
+
+def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
+    """One optimizer step over this process's micro-batches of one global batch; returns what to log.
 
     Every micro-batch's loss is already a share of the global one, so gradients add up to the whole batch's.
 
     Raises:
-        FloatingPointError: for a loss or gradient that is not finite; the step is not applied.
+        BadStep: for a loss or gradient that is not finite anywhere, or a spike; nothing has changed then.
     """
-    totals: Counter[str] = Counter()
-    for group in optimizer.param_groups:
-        group["lr"] = lr_at(step, config)
+    training, settings, world = run.training, run.config.train, run.world
+    floats = torch.float64 if settings.precision == "fp64" else None
+    batches = [batch.to(world.device, floats) for batch in batches]
     training.module.train()
-    for batch in batches:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            losses = training.losses(batch.to(device))
-        losses.loss.backward()
-        totals.update({name: value.item() for name, value in losses.parts.items()})
-    norm = nn.utils.clip_grad_norm_(_learning(training.module), config.clip).item()
-    if not all(map(torch.isfinite, map(torch.tensor, (*totals.values(), norm)))):
-        found = f"loss {dict(totals)} or gradient norm {norm}"
-        raise FloatingPointError(f"step {step}: {found} is not finite: lower train.lr")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {**totals, "norm": norm, "lr": lr_at(step, config)}
+    parts: dict[str, Tensor] = {}
+    with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        batches = training.prepare(batches)
+    for number, batch in enumerate(batches):
+        reduce_gradients(training.module, settings.reduce_each or number == len(batches) - 1)
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            losses = training.losses(batch)
+        (losses.loss * world.ranks).backward()  # sharded gradients are averaged over processes
+        parts = {name: value + parts.get(name, 0) for name, value in losses.parts.items()}
+    drop_gradients(training.idle(batches[0]))
+    row = add_up(run, parts)
+    why = complaint(run, row)
+    if why:
+        run.optimizer.zero_grad(set_to_none=True)
+        raise BadStep(f"step {step}: {why}")
+    rate = lr_at(step, settings)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    remember(run.progress, row)
+    return {**row, "lr": rate}
 
 
-def _data_row(given: StepBatches, tally: SkipTally) -> dict[str, float]:
-    """What the log says of a step's data: share of places that are no padding, samples skipped so far by cause."""
-    row: dict[str, float] = {f"skipped_{cause.replace(' ', '_')}": n for cause, n in sorted(tally.causes.items())}
-    return {**({"real_tokens": given.real_tokens / given.all_tokens} if given.all_tokens else {}), **row}
+def add_up(run: Run, parts: dict[str, Tensor]) -> dict[str, float]:
+    """Clip the gradient; the losses of all processes and its norm, the same numbers everywhere."""
+    learning = [p for p in run.training.module.parameters() if p.requires_grad]
+    norm = full(nn.utils.clip_grad_norm_(learning, run.config.train.clip))
+    names = sorted(parts)
+    mine = torch.stack([norm.double(), *(parts[name].double() for name in names)]).tolist()
+    rows = run.world.gather(mine)
+    sums = {name: sum(row[1 + at] for row in rows) for at, name in enumerate(names)}
+    return {**{name: sums[name] for name in parts}, "norm": rows[0][0]}
 
 
-def _learning(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
+def complaint(run: Run, row: dict[str, float]) -> str:
+    """What is wrong with a step, or nothing."""
+    odd = [name for name, value in row.items() if not math.isfinite(value)]
+    if odd:
+        return f"{odd[0]} is {row[odd[0]]}, not finite: lower train.lr"
+    for name in LOSSES if run.config.train.spike else ():
+        past = run.progress.recent.get(name, [])
+        if name in row and len(past) >= SPIKE_STEPS // 5 and row[name] > run.config.train.spike * median(past):
+            return f"{name} is {row[name]:.4g}, the median of the last {len(past)} steps is {median(past):.4g}"
+    return ""
 
 
-def save(
-    config: RunConfig,
-    training: Training,
-    optimizer: torch.optim.Optimizer,
-    average: AveragedWeights,
-    step: int,
-    seconds: float,
-) -> None:
-    """Write ``model/`` with the averaged weights in place, then ``state/``.
+def remember(progress: Progress, row: dict[str, float]) -> None:
+    """Keep the last losses."""
+    for name in LOSSES:
+        if name in row:
+            progress.recent[name] = [*deque(progress.recent.get(name, []), SPIKE_STEPS - 1), row[name]]
 
-    In this order, because the state says how far the run is: killed in between, it goes back a little and writes both.
+
+def leave_out(run: Run, step: int, bad: BadStep) -> bool:
+    """Go on without a batch; False if the run went back to its last checkpoint for it.
+
+    Raises:
+        BadStep: if the settings say so, or it happens too often.
     """
-    licences = [entry for s in config.data.sources for entry in open_dataset(s.path).licences]
-    record = {
-        "name": config.name,
-        "steps": step,
-        "samples": step * config.train.batch_size,
-        "seconds": round(seconds, 1),
-        "device": config.device if config.device != "auto" else str(pick_device()),
-        "data": [source.path for source in config.data.sources],
-        "licences": licences,
-    }
-    with average.applied():
+    settings, names = run.config.train, run.training.load.mixture.names(step, run.config.train.batch_size)
+    run.log.event(step, "bad step", why=str(bad), policy=settings.on_bad, samples=names)
+    left_out = sorted({*run.progress.left_out, step})
+    if settings.on_bad == "fatal" or len(left_out) > settings.max_bad_steps:
+        raise BadStep(f"{bad} (its samples: {run.config.folder / 'events.jsonl'}; train.on_bad = {settings.on_bad})")
+    run.progress.left_out = left_out
+    if settings.on_bad == "skip":
+        return True
+    run.checkpoints.wait()
+    found = load_latest(run.config.folder / "state", run.tensors, run.world)
+    if found is None:
+        raise BadStep(f"{bad}: there is no checkpoint yet to go back to (train.on_bad = rewind)")
+    run.progress = Progress(**{**found, "left_out": sorted({*found["left_out"], *left_out})})
+    run.log.rewind(run.progress.step, run.progress.seconds)
+    return False
+
+
+# ---------------------------------------------------------------------------------------------- look and save
+
+
+def look(run: Run) -> None:
+    """Call the probes, with the averaged weights in place."""
+    # Eager: a cache grows by one place a token, and each length would be compiled anew.
+    with run.average.applied(), torch.compiler.set_stance("force_eager"):
+        for each in run.probes:
+            each(run.config, run.training, run.config.folder / "samples", run.progress.step, run.world)
+
+
+def save(run: Run) -> None:
+    """Write ``model/`` with the averaged weights in it, then the checkpoint.
+
+    In this order, because the checkpoint says how far the run is: killed in between, it goes back a little and writes
+    both.
+    """
+    config, progress = run.config, run.progress
+    progress.seconds = round(run.log.seconds, 2)
+    run.checkpoints.wait()
+    with run.average.applied():
+        weights = {name: whole_state(part, run.world) for name, part in run.training.parts.items()}
+    record = training_record(run)
+
+    def write_model() -> None:
+        for name, twin in run.twins.items():
+            twin.load_state_dict(weights[name], assign=True)
         write_folder(
-            config.folder / "model", config.model, training.parts, training.tokenizer, config.model.start, record
+            config.folder / "model", config.model, run.twins, run.training.tokenizer, config.model.start, record
         )
-    progress = {"step": step, "seconds": seconds}
-    save_state(config.folder / "state", training.module, optimizer, average, progress)
+
+    run.checkpoints.save(progress.step, run.tensors, asdict(progress), write_model)
 
 
-class Clock:
-    """Seconds of training, those before an interruption included."""
+def whole_state(part: nn.Module, world: World) -> dict[str, Tensor]:
+    """A part's whole state on the CPU, of the first process only; tied tensors are one."""
+    found: dict[int, Tensor] = {}
+    state = {}
+    for name, value in part.state_dict(keep_vars=True).items():
+        if id(value) not in found:
+            whole = full(value.detach())
+            found[id(value)] = whole.to("cpu", copy=True) if world.is_first else whole.new_empty(0)
+        state[name] = found[id(value)]
+    return state
 
-    def __init__(self, before: float) -> None:
-        self.start = time.monotonic() - before
 
-    @property
-    def seconds(self) -> float:
-        """Seconds so far."""
-        return time.monotonic() - self.start
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM arrives; outside the main thread no signal is caught."""
-    caught: list[int] = []
-    try:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in numbers}
-    except ValueError:
-        yield caught
-        return
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def training_record(run: Run) -> dict[str, Any]:
+    """What the model folder says of this training."""
+    config, progress = run.config, run.progress
+    done = progress.step - len([step for step in progress.left_out if step < progress.step])
+    return {
+        "name": config.name,
+        "steps": done,
+        "samples": done * config.train.batch_size,
+        "seconds": round(progress.seconds, 1),
+        "device": f"{run.world.ranks} x {run.world.device.type}" if run.world.ranks > 1 else str(run.world.device),
+        "data": [source.path for source in config.data.sources],
+        "licences": [entry for s in config.data.sources for entry in open_dataset(s.path).licences],
+    }

@@ -7,15 +7,15 @@ sample, purpose), so neither the order of work nor the number of processes can c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from open_pisces.batch import Losses, PairBatch, SequenceBatch, StepBatches
+from open_pisces.batch import Losses, PairBatch, SequenceBatch, StepBatches, wide
 from open_pisces.config import ConfigError, RunConfig
 from open_pisces.data.draws import stream
 from open_pisces.data.lengths import check_lengths
@@ -25,9 +25,23 @@ from open_pisces.data.prompts import Renderer
 from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 from open_pisces.frozen import get_part, in_start, open_features
-from open_pisces.model.bridge import VisualTokenPooler
+from open_pisces.model.bridge import TargetStatistics, VisualTokenPooler
 from open_pisces.model.build import assemble
-from open_pisces.model.gen_clip import GenCLIP
+from open_pisces.model.gen_clip import Embedded, GenCLIP
+from open_pisces.train.contrast import Pull, pulled, pulls
+from open_pisces.train.distributed import World
+
+
+class Loads(Protocol):
+    """What gives a training its batches."""
+
+    mixture: Mixture
+
+    def __call__(self, step: int) -> StepBatches:
+        """This process's part of a step."""
+
+    def blank(self) -> Any:
+        """A micro-batch that weighs nothing."""
 
 
 @dataclass
@@ -36,7 +50,7 @@ class Training:
 
     module: nn.Module
     """Everything that is moved, saved and resumed; parameters that need a gradient learn."""
-    load: Callable[[int], StepBatches]
+    load: Loads
     """What a step trains on."""
     losses: Callable[[Any], Losses]
     """One micro-batch's share of the global loss."""
@@ -45,42 +59,89 @@ class Training:
     tokenizer: Any
     compiled: nn.Module | None = None
     """What ``train.compile`` compiles, if anything pays."""
+    prepare: Callable[[list[Any]], list[Any]] = list
+    """What has to be known of all micro-batches before the first one's loss."""
+    idle: Callable[[Any], list[nn.Module]] = lambda batch: []
+    """Modules that no sample of the global batch has used: a gradient of zero must not decay them."""
 
 
-def build_training(config: RunConfig) -> Training:
-    """Read data, build or load the parts, freeze what is frozen."""
+def build_training(config: RunConfig, world: World | None = None) -> Training:
+    """Read data, build or load the parts, freeze what is frozen; the same in every process but for its batches."""
     torch.manual_seed(config.seed)
     if not config.data.sources:
         raise ConfigError(f"{config.name}: data.sources is empty: name at least one dataset")
-    return {"contrastive": _contrastive, "decoder": _decoder, "pisces": _pisces}[config.objective](config)
+    build = {"contrastive": _contrastive, "decoder": _decoder, "pisces": _pisces}[config.objective]
+    return build(config, world or World(torch.device("cpu")))
 
 
 # -------------------------------------------------------------------------------------------------- contrastive
 
 
-def _contrastive(config: RunConfig) -> Training:
+def _contrastive(config: RunConfig, world: World) -> Training:
     """gen-CLIP, or with a MAE weight of 0 the understanding encoder of ``tiny``."""
-    if config.train.accumulate > 1:
-        raise ConfigError("train.accumulate must be 1 here: a contrastive loss compares the whole batch at once")
     name = f"{config.contrastive.tower}_encoder"
     tokenizer, vision = get_tokenizer(config), get_part(name, config.model)
     vision.requires_grad_(True)
     module = GenCLIP(vision, config.contrastive, len(tokenizer))
-    visible = max(1, round(config.model.generation.grid**2 * config.contrastive.visible))
+    patches = config.model.generation.grid**2
+    visible = max(1, round(patches * config.contrastive.visible))
+    waiting: dict[int, Pull] = {}
 
-    def losses(batch: PairBatch) -> Losses:
-        patches = config.model.generation.grid**2
+    def embed(batch: PairBatch) -> Embedded:
         keep = [_draw(config, d, "mask").permutation(patches)[:visible] for d in batch.draws]
         return module(batch, torch.from_numpy(np.stack(keep)).to(batch.pixels_BCHW.device))
 
-    loader = PairLoader(_mixture(config), tokenizer, config.seed, config.train.batch_size, 1, (vision.image_size,) * 2)
-    return Training(module, loader, losses, {name: vision}, tokenizer, module)
+    def prepare(batches: list[PairBatch]) -> list[PairBatch]:
+        """Several micro-batches: embed all without gradient, so that each can be compared with all."""
+        if len(batches) > 1:
+            with torch.no_grad():
+                embedded = [embed(batch) for batch in batches]
+            pulling = pulls(embedded, batches, world)
+            waiting.update({id(batch): pull for batch, pull in zip(batches, pulling, strict=True)})
+        return batches
+
+    def losses(batch: PairBatch) -> Losses:
+        embedded = embed(batch)
+        pull = waiting.pop(id(batch), None) or pulls([embedded], [batch], world)[0]
+        return pulled(embedded, pull, batch, config.contrastive.mae_weight)
+
+    side = vision.image_size
+    loader = PairLoader(
+        _mixture(config), tokenizer, config.seed, config.train.batch_size, config.train.accumulate, (side, side)
+    )
+    loader.rank, loader.ranks = world.rank, world.ranks
+    return Training(module, loader, losses, {name: vision}, tokenizer, module, prepare)
 
 
 # ------------------------------------------------------------------------------------------------------ decoder
 
 
-def _decoder(config: RunConfig) -> Training:
+class DecoderOnVectors(nn.Module):
+    """The decoder with what makes its conditions: all that its training runs, in one module that can be sharded."""
+
+    def __init__(self, generation_encoder: Any, decoder: Any, statistics: TargetStatistics, pool: int) -> None:
+        super().__init__()
+        self.generation_encoder, self.decoder, self.statistics = generation_encoder, decoder, statistics
+        self.pooler = VisualTokenPooler(pool)
+
+    @torch.no_grad()
+    def vectors(self, batch: PairBatch) -> Tensor:
+        """True conditions in gen-CLIP's space, ``(B, M, E)``."""
+        if batch.features_BME is not None:
+            return batch.features_BME
+        return wide(self.pooler(self.generation_encoder.features(batch.pixels_BCHW)))
+
+    def forward(self, batch: PairBatch, noise_BCHW: Tensor, times_B: Tensor, dropped_B: Tensor) -> Losses:
+        """The error of one denoising step, as a share of the global batch's; where ``dropped_B``, without condition."""
+        raw_BME, latents = self.vectors(batch), self.decoder.encode(batch.targets_BCHW)
+        null_BME = self.statistics.leave(self.statistics.null_ME).to(raw_BME).expand_as(raw_BME)
+        vectors = torch.where(dropped_B.view(-1, 1, 1), null_BME, raw_BME)
+        weight = 0.0 if batch.blank else 1 / max(batch.total, 1)
+        loss = self.decoder(latents, vectors, noise_BCHW.to(latents), times_B.to(latents)).sum() * weight
+        return Losses(loss, {"diffusion": loss.detach()})
+
+
+def _decoder(config: RunConfig, world: World) -> Training:
     """The diffusion decoder on true vectors: the whole U-Net learns (as in Emu2), the encoders do not."""
     tokenizer = get_tokenizer(config)
     encoder = get_part("generation_encoder", config.model).requires_grad_(False)
@@ -91,27 +152,18 @@ def _decoder(config: RunConfig) -> Training:
     loader = PairLoader(
         mixture, tokenizer, config.seed, config.train.batch_size, config.train.accumulate, sizes, features
     )
-    pooler, statistics = VisualTokenPooler(config.model.generation.pool), bridge.statistics
-    if not statistics.taken:
-        statistics.take(_raw_targets(config, encoder, pooler, loader), config.model.bridge.standardise)
-    module = nn.ModuleDict({"generation_encoder": encoder, "decoder": decoder, "statistics": statistics})
+    module = DecoderOnVectors(encoder, decoder, bridge.statistics, config.model.generation.pool)
+    if not bridge.statistics.taken:  # of the same pictures in every process
+        bridge.statistics.take(_raw_targets(config, module, loader), config.model.bridge.standardise)
+    loader.rank, loader.ranks = world.rank, world.ranks
     settings = config.diffusion
 
     def losses(batch: PairBatch) -> Losses:
-        with torch.no_grad():
-            raw_BME = batch.features_BME
-            if raw_BME is None:
-                raw_BME = pooler(encoder.features(batch.pixels_BCHW)).float()
-            latents = decoder.encode(batch.targets_BCHW)
         draws = [_draw(config, d, "diffusion") for d in batch.draws]
-        noise = torch.from_numpy(np.stack([d.standard_normal(latents.shape[1:], np.float32) for d in draws]))
-        noise = noise.to(latents)
-        times = torch.tensor([_time(d, decoder.is_flow, settings.time_shift) for d in draws]).to(latents)
-        dropped = torch.tensor([d.random() < settings.drop_condition for d in draws], device=latents.device)
-        null_BME = statistics.leave(statistics.null_ME).expand_as(raw_BME)
-        vectors = torch.where(dropped.view(-1, 1, 1), null_BME, raw_BME)
-        loss = decoder(latents, vectors, noise, times).sum() / batch.total
-        return Losses(loss, {"diffusion": loss.detach()})
+        noise = torch.from_numpy(np.stack([d.standard_normal(decoder.latent_shape, np.float32) for d in draws]))
+        times = torch.tensor([_time(d, decoder.is_flow, settings.time_shift) for d in draws])
+        dropped = torch.tensor([d.random() < settings.drop_condition for d in draws])
+        return module(batch, *(value.to(batch.pixels_BCHW.device) for value in (noise, times, dropped)))
 
     return Training(module, loader, losses, {"decoder": decoder, "bridge": bridge}, tokenizer)
 
@@ -121,18 +173,17 @@ def _time(draw: np.random.Generator, flow: bool, shift: float) -> float:
     return float(1 / (1 + np.exp(-(draw.standard_normal() + shift)))) if flow else float(draw.random())
 
 
-@torch.no_grad()
-def _raw_targets(config: RunConfig, encoder: Any, pooler: VisualTokenPooler, loader: PairLoader) -> Tensor:
+def _raw_targets(config: RunConfig, module: DecoderOnVectors, loader: PairLoader) -> Tensor:
     """Pooled raw features of the first pictures the run will see, on the CPU: ``(pictures, M, E)``."""
     steps = -(-config.diffusion.statistics_samples // config.train.batch_size)
-    batches = (batch for step in range(steps) for batch in loader(step).batches)
-    return torch.cat([pooler(encoder.features(batch.pixels_BCHW)) for batch in batches])
+    batches = (replace(batch, features_BME=None) for step in range(steps) for batch in loader(step).batches)
+    return torch.cat([module.vectors(batch) for batch in batches])
 
 
 # ------------------------------------------------------------------------------------------------------- pisces
 
 
-def _pisces(config: RunConfig) -> Training:
+def _pisces(config: RunConfig, world: World) -> Training:
     """Cross-entropy on text, squared error on vectors; LLM and MLPs learn, encoders do not (the paper, all stages)."""
     tokenizer = get_tokenizer(config)
     names = ("llm", "understanding_encoder", "generation_encoder", "bridge")
@@ -157,14 +208,24 @@ def _pisces(config: RunConfig) -> Training:
         open_features(config, mixture),
         # A compiled LLM gets few lengths to compile; otherwise rows are as short as they can be.
         MULTIPLE if config.train.compile or not config.data.row_length else 8,
+        world.rank,
+        world.ranks,
     )
 
     def losses(batch: SequenceBatch) -> Losses:
         return pisces(batch)
 
+    def idle(batch: SequenceBatch) -> list[nn.Module]:
+        found = []
+        if not batch.total_vectors:
+            found += [pisces.bridge.generation_projector, pisces.bridge.head]
+        if not batch.total_seen:
+            found += [pisces.bridge.understanding_projector, pisces.understanding_encoder]
+        return found
+
     # What learns is written; what is frozen only where the folder this training starts from does not hold it.
     trained = {n: p for n, p in parts.items() if n not in config.train.freeze or not in_start(config.model, n)}
-    return Training(pisces, loader, losses, trained, tokenizer, pisces.llm.base_model)
+    return Training(pisces, loader, losses, trained, tokenizer, pisces.llm.base_model, idle=idle)
 
 
 # -------------------------------------------------------------------------------------------------- shared parts

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from open_pisces.config import TrainConfig
+from open_pisces.train.distributed import local
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -19,7 +20,19 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
         {"params": [p for p in learning if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    betas = (config.betas[0], config.betas[1])
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    for p in learning:  # as AdamW would at its first step; a checkpoint then always holds the same tensors
+        zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    return optimizer
+
+
+def drop_gradients(modules: list[nn.Module]) -> None:
+    """Take away the gradients of modules that nothing has used: AdamW would decay their weights for a zero."""
+    for module in modules:
+        for p in module.parameters():
+            p.grad = None
 
 
 def lr_at(step: int, config: TrainConfig) -> float:
@@ -46,7 +59,8 @@ class AveragedWeights:
         if self.values:
             keep = min(self.decay, (1 + step) / (10 + step))
             now = dict(self.module.named_parameters())
-            torch._foreach_lerp_(list(self.values.values()), [now[n].detach() for n in self.values], 1 - keep)
+            averages = [local(value) for value in self.values.values()]
+            torch._foreach_lerp_(averages, [local(now[n].detach()) for n in self.values], 1 - keep)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -61,6 +75,7 @@ class AveragedWeights:
     def _swap(self) -> None:
         parameters = dict(self.module.named_parameters())
         for name, value in self.values.items():
-            kept: Tensor = parameters[name].detach().clone()
-            parameters[name].copy_(value)
-            value.copy_(kept)
+            ours, average = local(parameters[name].detach()), local(value)
+            kept: Tensor = ours.clone()
+            ours.copy_(average)
+            average.copy_(kept)

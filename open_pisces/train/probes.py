@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from open_pisces.batch import Sample
+from open_pisces.batch import Sample, wide
 from open_pisces.config import RunConfig
 from open_pisces.data.images import contact_sheet, generation_pixels, to_pil
 from open_pisces.data.shards import ShardReader, data_path
 from open_pisces.generate import Generator
 from open_pisces.model.gen_clip import GenCLIP
 from open_pisces.model.pisces import Pisces
+from open_pisces.train.distributed import World, gathered
+from open_pisces.train.objectives import Training
 
 COUNT = 8
 
 
+Probe = Callable[[RunConfig, Training, Path, int, World], None]
+"""Recipe, training, folder, step, processes: all of them call it, because together they hold the model."""
+
+
 @torch.no_grad()
-def probe(config: RunConfig, training: Any, folder: Path, step: int) -> None:
+def probe(config: RunConfig, training: Training, folder: Path, step: int, world: World) -> None:
     """Write ``step-N.png`` (and ``step-N.txt`` for answers) about held-out pictures of the packaged fixture."""
+    with gathered(training.module), TemporaryDirectory() as elsewhere:
+        _probe(config, training, folder if world.is_first else Path(elsewhere), step)
+
+
+def _probe(config: RunConfig, training: Training, folder: Path, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     reader = ShardReader(data_path("fixture/pairs"))
     samples = [reader[i] for i in range(min(COUNT, len(reader)))]
@@ -62,8 +75,8 @@ def _probe_contrastive(module: GenCLIP, tokenizer: Any, samples: list[Sample], p
 
 def _probe_decoder(module: Any, training: Any, samples: list[Sample], path: Path) -> None:
     """True pictures above their reconstructions from true vectors."""
-    encoder, decoder, statistics = module["generation_encoder"], module["decoder"], module["statistics"]
-    raw = training.parts["bridge"].pooler(encoder.features(_pixels(samples, encoder.image_size, encoder))).float()
+    encoder, decoder, statistics = module.generation_encoder, module.decoder, module.statistics
+    raw = wide(module.pooler(encoder.features(_pixels(samples, encoder.image_size, encoder))))
     noise = torch.randn(len(samples), *decoder.latent_shape, generator=torch.Generator().manual_seed(0)).to(raw)
     drawn = decoder.sample(raw, statistics.leave(statistics.null_ME), noise, 20, 1.0)
     images = [s.images[0] for s in samples] + [to_pil(picture) for picture in drawn.float().cpu().numpy()]

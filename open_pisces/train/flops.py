@@ -1,0 +1,315 @@
+"""What a training step costs in FLOPs, counted on a model without weights, and how many a device can do.
+
+Every part is run forward once, on the meta device, while PyTorch counts its matrix products, convolutions and
+attention. Nothing is computed, so it takes a second at most for a model of any size. A step costs
+
+* 3 x forward where weights learn (forward, gradient of the inputs, gradient of the weights),
+* 2 x forward where gradients only pass through frozen weights,
+* 1 x forward for frozen encoders.
+
+Two conventions of model FLOPs utilisation (MFU): what activation checkpointing computes again is not counted, and
+attention is counted over the full square of a row, although half of it, in packed rows more, is masked.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_pisces.batch import PairBatch, SequenceBatch, StepBatches
+from open_pisces.config import RunConfig
+
+# ------------------------------------------------------------------------------------------ a model without weights
+
+HOOKS = tuple(name for name in nn.Module().__dict__ if "_hooks" in name)
+
+
+def meta_twin(module: nn.Module) -> nn.Module:
+    """The same structure with every parameter and buffer an empty tensor on the meta device; copies no weight.
+
+    Tensors and modules that are shared stay shared, what is frozen stays frozen. Of sharded modules come the whole
+    shapes; neither the sharding nor any hook comes along. So a twin can be run for its shapes, or filled with
+    gathered weights and saved.
+    """
+    return twin(module, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+
+def twin(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """`meta_twin` with tensors of another kind: ``make`` gives the one that stands for a parameter or buffer."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(module.parameters(), module.buffers()):
+        made = make(tensor)
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    parts = list(module.modules())
+    for part in parts:
+        # Sharding puts a class of its own in front of the one a module had.
+        kind = next(kind for kind in type(part).__mro__ if not issubclass(kind, FSDPModule))
+        memo[id(part)] = kind.__new__(kind)
+    for part in parts:
+        memo[id(part)].__dict__.update(copy.deepcopy(dict(_kept(part)), memo))
+    return memo[id(module)]
+
+
+def _kept(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """A module's attributes, without hooks, compiled code and what sharding keeps there."""
+    for name, value in part.__dict__.items():
+        if name in HOOKS:
+            yield name, type(value)()
+        elif isinstance(part, FSDPModule) and isinstance(value, types.MethodType):
+            continue  # a method that gathers before it runs
+        elif name != "_compiled_call_impl" and not name.startswith("__composable_api"):
+            yield name, value
+
+
+def forward_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of everything that ``run`` does to meta tensors."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+# ----------------------------------------------------------------------------------------------------- what is done
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much there is to do, in the units in which costs are counted. Sums over any number of batches."""
+
+    tokens: float = 0
+    """Places of the LLM's rows, padding included, for they are computed like any other."""
+    token_pairs: float = 0
+    """Rows times the square of their length."""
+    supervised: float = 0
+    """Tokens with a label: there is a product with the vocabulary for no other."""
+    seen_pictures: float = 0
+    """Pictures through the understanding encoder; none where features come from a cache."""
+    drawn_pictures: float = 0
+    """Pictures through gen-CLIP, likewise."""
+    seen_vectors: float = 0
+    drawn_vectors: float = 0
+    pictures: float = 0
+    """Pictures that the objective is about: gen-CLIP's pairs, the decoder's targets."""
+    caption_tokens: float = 0
+    """Places of padded captions."""
+    caption_pairs: float = 0
+    """Captions times the square of their padded length."""
+    compared: float = 0
+    """Pairs of a picture and a caption whose similarity the contrastive loss takes."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def counts_of(batch: SequenceBatch | PairBatch) -> Counts:
+    """What there is to do in a micro-batch; nothing in a blank one, whose work serves no sample."""
+    if isinstance(batch, PairBatch):
+        if batch.blank:
+            return Counts()
+        captions, length = batch.ids_BS.shape
+        return Counts(
+            pictures=len(batch.draws),
+            drawn_pictures=len(batch.pixels_BCHW) if batch.features_BME is None else 0,
+            caption_tokens=captions * length,
+            caption_pairs=captions * length**2,
+            compared=len(batch.draws) * batch.total,
+        )
+    rows, length = batch.ids_BS.shape
+    encoded = batch.generation_features_BME is None and batch.generation_vectors_BME is None
+    return Counts(
+        tokens=rows * length,
+        token_pairs=rows * length**2,
+        supervised=len(batch.labels_K),
+        seen_pictures=len(batch.understanding_pixels_BCHW) if batch.understanding_features_BNE is None else 0,
+        drawn_pictures=len(batch.generation_pixels_BCHW) if encoded else 0,
+        seen_vectors=len(batch.understanding_at_K),
+        drawn_vectors=len(batch.generation_at_K),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- what it costs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward FLOPs of a part for one unit, and how many times that a training step is worth."""
+
+    part: str
+    unit: str
+    """A field of `Counts`."""
+    forward: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What every part of an objective costs."""
+
+    costs: tuple[Cost, ...]
+
+    def training(self, counts: Counts) -> float:
+        """FLOPs of training on that much."""
+        return sum(c.forward * c.passes * getattr(counts, c.unit) for c in self.costs)
+
+    def by_part(self, counts: Counts) -> dict[str, float]:
+        """The same, part by part; those that cost nothing are left out."""
+        found: dict[str, float] = {}
+        for c in self.costs:
+            found[c.part] = found.get(c.part, 0) + c.forward * c.passes * getattr(counts, c.unit)
+        return {part: flops for part, flops in found.items() if flops}
+
+    def step(self, given: StepBatches) -> float:
+        """FLOPs of training on a process's part of a step."""
+        return sum(self.training(counts_of(batch)) for batch in given.batches)
+
+
+def count(module: nn.Module, config: RunConfig) -> Costs:
+    """Costs of the module that an objective trains, as it is: real, sharded, or on the meta device.
+
+    Args:
+        module: `Training.module`: a `Pisces`, a `GenCLIP` or a `DecoderOnVectors`. What learns is read from it.
+        config: the run's settings.
+    """
+    counter = {"pisces": _pisces, "decoder": _decoder, "contrastive": _contrastive}[config.objective]
+    return Costs(tuple(counter(module, config)))
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _part(module: nn.Module, name: str) -> Any:
+    """A twin of a part, in evaluation mode: nothing checkpoints there, nothing drops out."""
+    return meta_twin(getattr(module, name)).float().eval()
+
+
+def _learns(part: nn.Module) -> bool:
+    return any(p.requires_grad for p in part.parameters())
+
+
+def _passes(part: nn.Module, *before: nn.Module) -> int:
+    """What a step of a part is worth; ``before`` are those whose gradients come through it."""
+    if _learns(part):
+        return 3
+    return 2 if any(map(_learns, before)) else 1
+
+
+def _line(run: Callable[[int], Any], short: int = 8) -> tuple[float, float]:
+    """FLOPs for each token and for each pair of tokens of a transformer, from two lengths."""
+    one, two = forward_flops(lambda: run(short)), forward_flops(lambda: run(2 * short))
+    pair = (two - 2 * one) / (2 * short**2)
+    return one / short - pair * short, pair
+
+
+def _pisces(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
+    """The LLM by tokens, the encoders by pictures, what lies between by vectors."""
+    llm, bridge, seen = _part(module, "llm"), _part(module, "bridge"), _part(module, "understanding_encoder")
+    own, width = config.loss.own_passes, llm.config.hidden_size
+
+    def read(length: int) -> Any:
+        mask, places = _meta(1, 1, length, length, dtype=torch.bool), _meta(1, length, dtype=torch.long)
+        embedded = _meta(1, length, width)
+        return llm.base_model(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
+
+    token, pair = _line(read)
+    worth = _passes(llm, bridge, seen) + own
+    yield Cost("llm", "tokens", token, worth)
+    yield Cost("llm", "token_pairs", pair, worth)
+    words = forward_flops(lambda: llm.get_output_embeddings()(_meta(1, width)))
+    yield Cost("llm_head", "supervised", words, worth - own)
+    projector, feeder, head = bridge.understanding_projector, bridge.generation_projector, bridge.head
+    features = forward_flops(lambda: projector(_meta(1, projector.first.in_features)))
+    yield Cost("bridge", "seen_vectors", features, _passes(projector, seen))
+    fed = forward_flops(lambda: feeder(_meta(1, feeder.first.in_features)))
+    yield Cost("bridge", "drawn_vectors", fed, _passes(feeder) * (1 + own))
+    yield Cost("bridge", "drawn_vectors", forward_flops(lambda: head(_meta(1, width))), _passes(head, llm) + own)
+    picture = _meta(1, 3, seen.image_size, seen.image_size)
+    yield Cost("understanding_encoder", "seen_pictures", forward_flops(lambda: seen(picture)), _passes(seen))
+    yield _generation(module)
+
+
+def _generation(module: nn.Module) -> Cost:
+    """gen-CLIP as a frozen encoder."""
+    encoder = _part(module, "generation_encoder")
+    picture = _meta(1, 3, encoder.image_size, encoder.image_size)
+    return Cost("generation_encoder", "drawn_pictures", forward_flops(lambda: encoder.features(picture)), 1)
+
+
+def _decoder(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
+    """The U-Net learns; gen-CLIP and the autoencoder's encoder are frozen."""
+    decoder, settings = _part(module, "decoder"), config.model
+    latents, times = _meta(1, *decoder.latent_shape), _meta(1)
+    vectors = _meta(1, settings.generation.vectors, settings.generation.width)
+    drawn = forward_flops(lambda: decoder.denoise(latents, times, vectors))
+    yield Cost("unet", "pictures", drawn, _passes(decoder.unet, decoder.condition))
+    target = _meta(1, 3, decoder.image_size, decoder.image_size)
+    yield Cost("vae", "pictures", forward_flops(lambda: decoder.encode(target)), 1)
+    yield _generation(module)
+
+
+def _contrastive(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
+    """The vision tower on whole pictures and on what MAE leaves of them, the text tower, all similarities."""
+    towers = meta_twin(module).float().eval()
+    size, width = towers.vision.image_size, config.contrastive.width
+    whole = forward_flops(lambda: towers.embed_images(_meta(1, 3, size, size)))
+    yield Cost("vision", "pictures", whole, 3)
+    if towers.mae is not None:
+        kept = max(1, round(config.model.generation.grid**2 * config.contrastive.visible))
+        masked = _meta(1, kept, dtype=torch.long)
+        tokens = forward_flops(lambda: towers.vision(_meta(1, 3, size, size), masked))
+        yield Cost("vision, masked", "pictures", tokens, 3)
+        rebuilt = forward_flops(lambda: towers.mae(_meta(1, 1 + kept, towers.vision.width), masked))
+        yield Cost("mae", "pictures", rebuilt, 3)
+
+    def read(length: int) -> Any:
+        ids = _meta(1, length, dtype=torch.long)
+        mask = _meta(1, 1, length, length, dtype=torch.bool)
+        return towers.text(input_ids=ids, attention_mask=mask)
+
+    token, pair = _line(read)
+    yield Cost("text", "caption_tokens", token, 3)
+    yield Cost("text", "caption_pairs", pair, 3)
+    last = _meta(1, towers.text_projection.in_features)
+    yield Cost("text", "pictures", forward_flops(lambda: towers.text_projection(last)), 3)
+    # Pictures with captions and captions with pictures are two products.
+    yield Cost("similarities", "compared", 2 * 2 * width, 3)
+
+
+# -------------------------------------------------------------------------------------------- what a device can do
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """FLOP/s of a large matrix product on this device, the best of several: what utilisation is measured against.
+
+    Args:
+        device: where to measure; others that use it at the same time spoil the figure.
+        dtype: what to compute in.
+        seconds: how long to go on, after a product to warm up.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    numbers = torch.Generator().manual_seed(0)  # zeros would draw less power, and run faster, than any model
+    left, right = (torch.randn(size, size, generator=numbers).to(device, dtype) for _ in range(2))
+    out, best, end = left @ right, 0.0, float("inf")
+    while (start := time.perf_counter()) < end:
+        _wait(device)
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        _wait(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        end = min(end, start + seconds)
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    """Accelerators work on after a call has returned."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,212 @@
+"""What a training will take, before anything is fetched: memory of each GPU, time, disk; and what to change if it is
+too much (``pisces plan``)."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from open_pisces.config import RunConfig
+from open_pisces.train.flops import count
+from open_pisces.train.layout import GIB, PACKED, PADDED, RESERVE, TEXTS, Layout, PlanError
+from open_pisces.train.rehearsal import skeleton
+
+PER_NODE = 8
+"""Assumed GPUs, and so processes, of a machine."""
+MOST_GPUS = 4096
+"""Where the search for a number of GPUs that is enough ends."""
+
+
+def gpu_facts(name: str) -> dict[str, float]:
+    """``tflops`` and ``gib`` of a GPU in ``gpus.yaml``; a `PlanError` lists what there is."""
+    known = yaml.safe_load((Path(__file__).parent / "gpus.yaml").read_text())
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise PlanError(f"no GPU {name!r}: {hint}known are {', '.join(known)}")
+    return known[name]
+
+
+def plan(
+    config: RunConfig, gpus: int, gpu: str = "h100", utilisation: float = 0.4, picture_kb: float = 100.0
+) -> dict[str, Any]:
+    """What a training needs on so many GPUs.
+
+    Args:
+        config: the recipe.
+        gpus: how many, one process each.
+        gpu: a name in ``gpus.yaml``.
+        utilisation: share of its dense bfloat16 peak that a step reaches (MFU).
+        picture_kb: assumed size of a picture's file.
+
+    Returns:
+        Plain data: ``parts``, ``memory_gib`` of one GPU, ``start_gib``, ``step``, ``run``, ``disk_gb``, ``assumed``,
+        ``fits``, and if it does not fit ``too_much_gib`` and ``remedy``.
+
+    Raises:
+        PlanError: for an unknown GPU, or a number that the recipe cannot be spread over.
+    """
+    facts, layout = gpu_facts(gpu), Layout(config, gpus, skeleton(config))
+    memory = layout.memory
+    result: dict[str, Any] = {
+        "recipe": config.name,
+        "gpus": gpus,
+        "gpu": gpu,
+        "replicas": config.train.replicas,
+        "parts": dict(_parts(layout.module)),
+        "memory_gib": {**{name: size / GIB for name, size in asdict(memory).items()}, "total": memory.total / GIB},
+        "gpu_gib": facts["gib"],
+        "start_gib": _start(layout),
+        **_work(layout, facts["tflops"] * 1e12 * utilisation),
+        "disk_gb": _disk(layout, picture_kb),
+        "assumed": _assumed(layout, utilisation, picture_kb),
+    }
+    most = max(result["memory_gib"]["total"], result["start_gib"]["gpu"])
+    result["fits"] = most <= facts["gib"]
+    if not result["fits"]:
+        result |= {"too_much_gib": most - facts["gib"], "remedy": remedy(layout, facts["gib"])}
+    return result
+
+
+def refusal(result: dict[str, Any]) -> str:
+    """One line about a plan that does not fit."""
+    most = result["gpu_gib"] + result["too_much_gib"]
+    where = f"{result['recipe']} does not fit on {result['gpus']} x {result['gpu']}"
+    found = f"{most:.1f} GiB of {result['gpu_gib']:.1f}, {result['too_much_gib']:.1f} too many"
+    return f"{where}: {found}: {result['remedy']}"
+
+
+# ---------------------------------------------------------------------------------------------------------- its rows
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, dict[str, int]]]:
+    """Parameters of every part, and how many of them learn."""
+    for name, part in module.named_children():
+        parameters = list(part.parameters())
+        if parameters:
+            learning = sum(p.numel() for p in parameters if p.requires_grad)
+            yield name, {"parameters": sum(p.numel() for p in parameters), "learning": learning}
+
+
+def _start(layout: Layout) -> dict[str, float]:
+    """GiB before a model is spread: every process holds all of it in float32, on its GPU and before that beside it."""
+    everything = 4 * sum(p.numel() for p in layout.module.parameters()) / GIB
+    return {"gpu": everything + RESERVE, "host_per_machine": everything * min(PER_NODE, layout.gpus)}
+
+
+def _work(layout: Layout, rate: float) -> dict[str, Any]:
+    """What a step and the run do, and how long they take at ``rate`` FLOP/s of one GPU."""
+    costs, counts, settings = count(layout.module, layout.config), layout.counts, layout.config.train
+    flops = costs.training(counts)
+    seconds, steps = flops / (rate * layout.gpus), settings.steps
+    step: dict[str, Any] = {"samples": settings.batch_size, "micro_batches": layout.micro_batches}
+    if layout.is_llm:
+        step |= {"tokens": settings.batch_size * layout.mean.tokens, "row_length": layout.row_length}
+        step |= {"tokens_per_sample": layout.mean.tokens, "llm_flops_per_token": _llm_per_token(layout)}
+    step |= {"flops": flops, "flops_by_part": costs.by_part(counts), "seconds": seconds}
+    run = {"steps": steps, "samples": steps * settings.batch_size, "flops": flops * steps}
+    run |= {"days": seconds * steps / 86_400, "gpu_hours": seconds * steps * layout.gpus / 3600}
+    return {"step": step, "run": run}
+
+
+def _llm_per_token(layout: Layout) -> float:
+    by_part = count(layout.module, layout.config).by_part(layout.counts)
+    return (by_part["llm"] + by_part["llm_head"]) / layout.counts.tokens
+
+
+def _disk(layout: Layout, picture_kb: float) -> dict[str, float]:
+    """GB on disk: weights and two moments of what learns, its average; the model folder; what is read of the data."""
+    settings, module = layout.config.train, layout.module
+    learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    checkpoint = (12 + 4 * bool(settings.ema)) * learning / 1e9
+    pictures = layout.config.train.steps * settings.batch_size
+    return {
+        "checkpoint": checkpoint,
+        "checkpoints_kept": settings.keep * checkpoint,
+        "model": 4 * learning / 1e9,
+        "data_read": pictures * picture_kb * 1e3 / 1e9,
+    }
+
+
+def _assumed(layout: Layout, utilisation: float, picture_kb: float) -> list[str]:
+    found = [f"{utilisation:.0%} of the GPU's dense bfloat16 peak", f"{picture_kb:g} kB a picture"]
+    found += [f"{RESERVE:g} GiB of a GPU for what no tensor shows", f"{PER_NODE} processes a machine"]
+    if layout.is_llm:
+        tasks = sorted({task for source in layout.config.data.sources for task in source.tasks})
+        found += [f"{TEXTS[task][0]} tokens of text in {task}" for task in tasks]
+        found += [f"rows {PACKED if layout.config.data.row_length else PADDED:.0%} full"]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------ what to change
+
+
+def remedy(layout: Layout, gib: float) -> str:
+    """Changes that make a training fit into so many GiB: each that is enough alone, or else several together.
+
+    Everything it names has been counted.
+    """
+    enough: dict[str, str] = {}
+    for words, other in _changes(layout, gib):
+        if _key(words) not in enough and (total := _total(other)) <= gib:
+            enough[_key(words)] = f"{words} ({total:.1f} GiB)"
+    if enough:
+        return "set " + ", or ".join(enough.values())
+    together: dict[str, str] = {}
+    while (total := _total(layout)) > gib:
+        helps = ((words, other) for words, other in _changes(layout, gib) if _total(other) < 0.99 * total)
+        words, layout = next(helps, ("", layout))
+        if not words:
+            return "no setting here is enough: take a GPU with more memory"
+        together[_key(words)] = words
+    return f"set {' and '.join(together.values())} ({total:.1f} GiB)"
+
+
+def _key(words: str) -> str:
+    return words.replace("=", " ").split()[0]
+
+
+def _total(layout: Layout) -> float:
+    return max(layout.memory.total / GIB, _start(layout)["gpu"])
+
+
+def _changes(layout: Layout, gib: float) -> Iterator[tuple[str, Layout]]:
+    """Settings that may take less memory, those first that cost least."""
+    settings, data = layout.config.train, layout.config.data
+    if layout.gpus > 1 and layout.micro_batches > 1 and not settings.reduce_each:
+        yield "train.reduce_each=true", layout.but(reduce_each=True)
+    if layout.is_llm and data.row_length:
+        if data.rows > 1:
+            yield "data.rows=1", layout.but(rows=1)
+    else:
+        yield from _smaller(layout, gib)
+    kinds = ("none", "selective", "full")
+    for kind in kinds[kinds.index(settings.checkpointing) + 1 :]:
+        yield f"train.checkpointing={kind}", layout.but(checkpointing=kind)
+    if settings.shard_frozen_above and layout.gpus > 1:
+        yield "train.shard_frozen_above=0", layout.but(shard_frozen_above=0)
+    if settings.replicas > 1:
+        yield "train.replicas=1", layout.but(replicas=1)
+    more = 2 * layout.gpus
+    while more <= min(MOST_GPUS, settings.batch_size):
+        yield f"--gpus {more}", layout.but(gpus=more)
+        more *= 2
+
+
+def _smaller(layout: Layout, gib: float) -> Iterator[tuple[str, Layout]]:
+    """More and smaller micro-batches: as many as seem enough if memory grows with their size, and twice as many."""
+    now, most = layout.config.train.accumulate, int(layout.samples)
+    memory = layout.memory
+    grows = memory.activations + memory.working
+    room = gib * GIB - (memory.total - grows)
+    times = 2 ** math.ceil(math.log2(grows / room)) if 0 < room < grows else 2
+    for accumulate in sorted({min(now * times, most), min(2 * now * times, most)}):
+        if accumulate > now:
+            yield f"train.accumulate={accumulate}", layout.but(accumulate=accumulate)

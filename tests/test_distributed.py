@@ -1,0 +1,223 @@
+"""Several processes against one: the same losses, the same weights; and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from together import Case, launch
+from torch import Tensor
+
+from open_pisces.config import TRAININGS, ConfigError, load_config
+from open_pisces.data.mixture import Mixture
+from open_pisces.train import log
+from open_pisces.train.checkpoint import find
+from open_pisces.train.distributed import World, split_frozen
+from open_pisces.train.log import Metrics
+from open_pisces.train.loop import train
+from open_pisces.train.objectives import build_training
+
+STEPS = 20
+DOUBLE = ["train.precision=fp64", f"train.steps={STEPS}", "train.save_every=1000", "train.ema=0.9"]
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each training starts from: short runs of those before."""
+    folder = tmp_path_factory.mktemp("starts")
+    for place, name in enumerate(TRAININGS[:5]):
+        start = [f"model.start={folder / TRAININGS[place - 1] / 'model'}"] if place else []
+        train(load_config(f"nano/{name}", [f"out={folder / name}", "train.steps=2", *start]), probes=())
+    return folder
+
+
+def case(starts: Path, name: str, recipe: str, *overrides: str, fault: str = "") -> Case:
+    place = TRAININGS.index(recipe)
+    start = [f"model.start={starts / TRAININGS[place - 1] / 'model'}"] if place else []
+    return name, f"nano/{recipe}", [*start, *DOUBLE, *overrides], fault
+
+
+def cases(starts: Path) -> list[Case]:
+    """Every objective, and every way of spreading it."""
+    packed = ("data.row_length=512", "data.rows=1", "train.batch_size=6")
+    return [
+        case(starts, "understanding_clip", "understanding_clip", "train.batch_size=6"),
+        case(starts, "gen_clip", "gen_clip", "train.batch_size=8", "train.accumulate=2"),
+        case(starts, "decoder", "decoder", "train.accumulate=2"),
+        case(starts, "stage1", "stage1", "train.accumulate=2", "train.weight_decay=0.1"),
+        case(starts, "stage2", "stage2", "train.shard_frozen_above=0", "train.reduce_each=true"),
+        case(starts, "stage3", "stage3", *packed, "train.checkpointing=selective"),
+        case(starts, "full", "stage3", *packed, "train.checkpointing=full", "train.shard_frozen_above=0"),
+        case(starts, "probed", "decoder", "train.shard_frozen_above=0", "train.checkpointing=full"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def together(starts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases by two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    for code, told in launch(folder, cases(starts)):
+        assert code == 0, told[-3000:]
+    return folder
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "LOG_EVERY", 1)
+
+
+def alone(starts: Path, name: str, folder: Path) -> Path:
+    """One case by one process, undivided."""
+    _, recipe, overrides, _ = next(found for found in cases(starts) if found[0] == name)
+    plain = ["train.accumulate=1", "train.checkpointing=none"]
+    return train(load_config(recipe, [*overrides, *plain, f"out={folder / name}"]), probes=())
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for file in sorted((folder / "model").rglob("*.safetensors")):
+        found |= {f"{file.relative_to(folder)}/{name}": value for name, value in load_file(file).items()}
+    return found
+
+
+NAMES = ["understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3", "full", "probed"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("every_step")
+def test_two_processes_train_as_one_does(starts: Path, together: Path, tmp_path: Path, name: str) -> None:
+    one, two = Metrics.read(alone(starts, name, tmp_path)), Metrics.read(together / name)
+    assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(STEPS))
+    for row, other in zip(one, two, strict=True):
+        for key in set(row) & {"text", "vectors", "diffusion", "contrastive", "retrieval", "mae", "norm", "lr"}:
+            assert other[key] == pytest.approx(row[key], rel=1e-9, abs=1e-12), (row["step"], key)
+    whole, spread = weights(tmp_path / name), weights(together / name)
+    assert set(whole) == set(spread)
+    for key, value in whole.items():
+        torch.testing.assert_close(spread[key], value, rtol=1e-8, atol=1e-9, msg=key)
+
+
+def test_some_of_those_steps_had_a_process_with_one_task_only(starts: Path) -> None:
+    """Otherwise the test above would not show that such a process neither hangs nor changes anything."""
+    config = load_config("nano/stage1")
+    mixture = Mixture(config.data, config.seed)
+    kinds = [
+        {draw.task.split("_")[0] for draw in mixture.batch(step, config.train.batch_size, rank, 2)}
+        for step in range(STEPS)
+        for rank in range(2)
+    ]
+    assert {"generate"} in kinds and {"caption"} in kinds
+
+
+def test_what_no_sample_uses_does_not_change(starts: Path, tmp_path: Path) -> None:
+    """AdamW decays weights for a gradient of zero; a training on captions must leave the drawing parts alone."""
+    source = "data.sources=[{path: fixture/train, tasks: {caption_short: 1.0}}]"
+    told = case(starts, "captions", "stage1", source, "train.weight_decay=0.5", "train.steps=3", "train.ema=0.0")
+    for code, text in launch(tmp_path, [told]):
+        assert code == 0, text[-3000:]
+    before, after = (
+        load_file(folder / "bridge" / "model.safetensors")
+        for folder in (starts / "decoder" / "model", tmp_path / "captions" / "model")
+    )
+    same = {name for name in before if torch.equal(before[name].double(), after[name].double())}
+    drawing = {name for name in before if name.startswith(("head.", "generation_projector.", "statistics."))}
+    assert same == drawing
+
+
+@pytest.mark.usefixtures("every_step")
+def test_a_run_goes_on_with_another_number_of_processes(starts: Path, together: Path, tmp_path: Path) -> None:
+    """One process, then two, then one: the losses are those of two from the beginning."""
+    name, recipe, overrides, _ = case(starts, "stage1", "stage1", "train.accumulate=2", "train.weight_decay=0.1")
+    config = load_config(recipe, [*overrides, f"out={tmp_path / name}"])
+
+    def until(steps: int) -> list[str]:
+        return [*overrides, f"train.steps={steps}"]
+
+    train(load_config(recipe, [*until(6), f"out={config.folder}"]), probes=())
+    for code, text in launch(tmp_path, [(name, recipe, until(13), "")]):
+        assert code == 0, text[-3000:]
+    train(config, probes=())
+    expected, found = Metrics.read(together / name), Metrics.read(config.folder)
+    for row, other in zip(expected, found, strict=True):
+        assert [other[k] for k in ("text", "vectors")] == pytest.approx([row[k] for k in ("text", "vectors")], rel=1e-9)
+    events = [json.loads(line) for line in (config.folder / "events.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["event"], e["processes"]) for e in events] == [(6, "resumed", 2), (13, "resumed", 1)]
+
+
+def test_a_signal_to_one_process_stops_all_of_them_saved(starts: Path, tmp_path: Path) -> None:
+    stopped = case(starts, "run", "stage1", fault="stop 1 3")
+    assert [code for code, _ in launch(tmp_path, [stopped])] == [0, 0]
+    # Process 1 was told in step 3, the others hear of it as step 4 begins, and finish that.
+    assert [found.progress["step"] for found in find(tmp_path / "run" / "state")] == [5]
+
+
+def test_what_is_not_finite_in_one_process_is_applied_in_none(starts: Path, together: Path, tmp_path: Path) -> None:
+    broken = case(starts, "run", "stage1", "train.on_bad=skip", "train.steps=6", fault="nan 1 2")
+    for code, text in launch(tmp_path, [broken]):
+        assert code == 0, text[-3000:]
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["event"], e["policy"]) for e in events] == [(2, "bad step", "skip")]
+    config = load_config(broken[1], broken[2])
+    assert events[0]["samples"] == Mixture(config.data, config.seed).names(2, config.train.batch_size)
+    rows = Metrics.read(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 3, 4, 5]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("kind", ["hang", "die"])
+def test_a_process_that_does_not_take_part_is_named(starts: Path, tmp_path: Path, kind: str) -> None:
+    lost = case(starts, "run", "stage1", "train.timeout=8", fault=f"{kind} 1 2")
+    (tmp_path / "cases.json").write_text("[]")
+    codes = launch_until_first_ends(tmp_path, lost)
+    assert codes[0] != 0
+    assert "rank 1 of 2 did not take part" in codes[1]
+
+
+def launch_until_first_ends(folder: Path, lost: Case) -> tuple[int, str]:
+    import subprocess
+
+    try:
+        (code, told), _ = launch(folder, [lost], wait=60)
+    except subprocess.TimeoutExpired:  # the one that hangs
+        raise AssertionError("the process that hangs was waited for") from None
+    return code, told
+
+
+# ------------------------------------------------------------------------------------------------ one process
+
+
+def test_frozen_parts_are_split_by_size(starts: Path) -> None:
+    config = load_config("nano/stage1", [f"model.start={starts / 'decoder' / 'model'}"])
+    pisces: Any = build_training(config).module
+    whole, spread = split_frozen(pisces, 10**9)
+    assert whole == [pisces.understanding_encoder, pisces.generation_encoder, pisces.decoder] and not spread
+    whole, spread = split_frozen(pisces, 0)
+    assert pisces.generation_encoder in spread and pisces.understanding_encoder.tower in spread
+    assert pisces.decoder.unet in spread and not whole
+    learning = {p for p in pisces.parameters() if p.requires_grad}
+    assert not learning & {p for part in spread for p in part.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("train.replicas=3", "does not divide 2 processes"), ("train.batch_size=1", "at most 1")]
+)
+def test_processes_that_a_recipe_cannot_use_are_refused(
+    starts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    from open_pisces.train.distributed import _check_ranks
+
+    config = load_config("nano/stage1", [override, "train.accumulate=1"])
+    with pytest.raises(ConfigError, match=message):
+        _check_ranks(config, 2)
+
+
+def test_one_process_alone_gathers_itself() -> None:
+    world = World(torch.device("cpu"))
+    rows = torch.ones(3, 2)
+    assert world.gather([1.0]) == [[1.0]] and world.gather_objects("a") == ["a"]
+    assert world.gather_rows(rows) == (rows, 0) and world.sum(rows) is rows
+    assert not torch.distributed.is_initialized()
