@@ -84,7 +84,10 @@ def check_out(out: Path) -> None:
 
 
 def quiet() -> None:
-    """Turn off the bars of reading and writing weights: they would stand between our own lines."""
+    """Turn off the bars of reading and writing weights, and warnings of what is meant: they would fill the terminal."""
+    import warnings
+
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process

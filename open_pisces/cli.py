@@ -1,4 +1,4 @@
-"""The command line: ``pisces train | plan | generate | ask | reconstruct | info | export | data | eval | bench | demo``.
+"""The command line: ``pisces train | plan | generate | ask | reconstruct | info | data | eval | bench | ...``.
 
 Only argparse is imported here; PyTorch and the rest load inside the command that needs them, so that ``--help``
 answers at once. With ``--json`` a command's result is one JSON object on the last line of standard output. An
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         result = args.run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if not _is_expected(error):
             raise
         print(f"pisces: {'; '.join(str(error).splitlines())}", file=sys.stderr)
@@ -49,18 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _is_expected(error: ValueError | OSError | FloatingPointError) -> bool:
-    """Whether the error speaks to the user: one of the package's own, a named file's, or a training that diverged."""
+def _is_expected(error: Exception) -> bool:
+    """Whether the error speaks to the user: one of the package's own, or a named file's."""
     if isinstance(error, OSError):
         return bool(error.filename)
-    return isinstance(error, FloatingPointError) or type(error).__module__.startswith("open_pisces.")
+    return type(error).__module__.startswith("open_pisces.")
 
 
 # ------------------------------------------------------------------------------------------------- the commands
 
 
 def train(args: argparse.Namespace) -> Result:
-    """Run one training, or all trainings of a scale that are not done yet."""
+    """Run one training, or all trainings of a scale that are not done yet, in one process or in several."""
     from open_pisces.config import ConfigError, load_config, trainings
 
     whole_scale = [] if Path(args.recipe).is_file() else trainings(args.recipe)
@@ -68,18 +68,24 @@ def train(args: argparse.Namespace) -> Result:
         raise ConfigError(f"{args.recipe} is {len(whole_scale)} trainings, which need a folder each: set out= for one")
     configs = {name: load_config(name, args.overrides) for name in whole_scale or [args.recipe]}
 
+    if args.nproc > 1:
+        from open_pisces.train.launch import launch
+
+        sys.exit(launch(["train", args.recipe, *args.overrides], args.nproc))
+
     from open_pisces.train.loop import is_done
     from open_pisces.train.loop import train as run
 
     quiet()
+    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None  # torchrun's processes say it once
     for name, config in configs.items():
         if whole_scale and is_done(config):
-            print(f"{name}: done, in {config.folder}")
+            say(f"{name}: done, in {config.folder}")
             continue
-        print(f"{name}: training, in {config.folder}")
+        say(f"{name}: training, in {config.folder}")
         folder = run(config)
         if not is_done(config):
-            print(f"{name}: stopped early; the same command goes on from {folder}")
+            say(f"{name}: stopped early; the same command goes on from {folder}")
             break
     return None
 

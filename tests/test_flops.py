@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_pisces.config import RunConfig, load_config
 from open_pisces.model.pisces import Pisces
-from open_pisces.train.flops import Cost, Costs, Counts, count, counts_of, forward_flops, matmul_rate, meta_twin
+from open_pisces.train.flops import Cost, Costs, Counts, count, counts_of, flops_of, matmul_rate, meta_twin
 from open_pisces.train.objectives import build_training
 from open_pisces.train.rehearsal import skeleton
 
@@ -28,8 +28,9 @@ def cost(costs: Costs, part: str, unit: str) -> float:
     return sum(c.forward for c in costs.costs if (c.part, c.unit) == (part, unit))
 
 
-def passes(costs: Costs) -> dict[tuple[str, str], int]:
-    return {(c.part, c.unit): c.passes for c in costs.costs}
+def passes(costs: Costs) -> dict[tuple[str, str], float]:
+    """What a training step is worth, in forward passes."""
+    return {(c.part, c.unit): c.training / c.forward for c in costs.costs}
 
 
 # ------------------------------------------------------------------------------------------------------- by hand
@@ -38,8 +39,12 @@ def passes(costs: Costs) -> dict[tuple[str, str], int]:
 def test_a_linear_layer_and_attention_by_hand() -> None:
     x, q = torch.empty(3, 5, 16, device="meta"), torch.empty(1, 2, 7, 8, device="meta")
     layer = nn.Linear(16, 32, device="meta")
-    assert forward_flops(lambda: layer(x)) == 2 * 3 * 5 * 16 * 32
-    assert forward_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == 2 * 2 * (2 * 7 * 7 * 8)
+    forward = 2 * 3 * 5 * 16 * 32
+    assert flops_of(lambda: layer(x)) == (forward, 2 * forward)  # nobody asks for the gradient of the input
+    assert flops_of(lambda: layer(x.clone().requires_grad_())) == (forward, 3 * forward)
+    assert flops_of(lambda: layer.requires_grad_(False)(x.clone().requires_grad_())) == (forward, 2 * forward)
+    attention = 2 * 2 * (2 * 7 * 7 * 8)
+    assert flops_of(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == (attention, attention)
 
 
 def test_the_parts_of_nano_by_hand() -> None:
@@ -57,7 +62,7 @@ def test_the_parts_of_nano_by_hand() -> None:
 
 
 def test_counts_of_several_batches_add_up() -> None:
-    costs = Costs((Cost("llm", "tokens", 5.0, 3), Cost("vae", "pictures", 7.0, 1)))
+    costs = Costs((Cost("llm", "tokens", 5.0, 15.0), Cost("vae", "pictures", 7.0, 7.0)))
     assert costs.training(Counts(tokens=2) + Counts(tokens=1, pictures=4)) == 3 * 5 * 3 + 7 * 4
 
 
@@ -91,13 +96,14 @@ def test_a_real_step_costs_what_is_counted(recipe: str, more: list[str]) -> None
 def test_what_is_frozen_costs_less() -> None:
     config = load_config("nano/stage1", OWN)
     usual = passes(count(skeleton(config), config))
-    assert usual["llm", "tokens"] == usual["bridge", "seen_vectors"] == 3
+    assert usual["llm", "tokens"] == usual["llm", "token_pairs"] == usual["llm_head", "supervised"] == 3
     assert usual["understanding_encoder", "seen_pictures"] == usual["generation_encoder", "drawn_pictures"] == 1
     frozen = load_config("nano/stage1", [*OWN, "train.freeze=[llm, understanding_encoder]"])
     costs = passes(count(skeleton(frozen), frozen))
-    assert costs["llm", "tokens"] == 2  # gradients pass through it to the projector
+    assert costs["llm", "tokens"] == costs["llm_head", "supervised"] == 2  # gradients pass through to the projector
+    assert costs["llm", "token_pairs"] == 3  # where both sides are activations
     everything = load_config("nano/stage1", [*OWN, "train.freeze=[]"])
-    assert passes(count(skeleton(everything), everything))["understanding_encoder", "seen_pictures"] == 3
+    assert 2.5 < passes(count(skeleton(everything), everything))["understanding_encoder", "seen_pictures"] < 3
 
 
 def test_a_batch_without_pictures_or_with_their_features_runs_no_encoder() -> None:

@@ -8,7 +8,6 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,18 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses
 from open_pisces.config import TRAININGS, ConfigError, RunConfig, TrainConfig, load_config
+from open_pisces.data.mixture import Mixture
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import ShardReader, data_path
 from open_pisces.generate import Generator
 from open_pisces.model.build import PARTS
 from open_pisces.model.weights import load_part, read_card
-from open_pisces.train import loop
-from open_pisces.train.checkpoint import CheckpointError, load_state, read_progress, save_state
+from open_pisces.train import log, loop
+from open_pisces.train.checkpoint import CheckpointError, own_folder, read_progress
+from open_pisces.train.distributed import World
 from open_pisces.train.log import Metrics
-from open_pisces.train.loop import is_done, train, train_step
+from open_pisces.train.loop import BadStep, is_done, train, train_step
 from open_pisces.train.objectives import build_training
 from open_pisces.train.optim import AveragedWeights, build_optimizer, lr_at
 
@@ -129,11 +130,12 @@ def test_a_done_training_is_done_until_its_model_is_gone_and_then_writes_it_agai
     before = hashes(tmp_path / "run" / "model"), hashes(tmp_path / "run" / "state")
     train(config)
     assert (hashes(tmp_path / "run" / "model"), hashes(tmp_path / "run" / "state")) == before
+    state = state_tensors(config)
     shutil.rmtree(tmp_path / "run" / "model")
     assert not is_done(config)
     train(config)
-    assert is_done(config)
-    assert (hashes(tmp_path / "run" / "model"), hashes(tmp_path / "run" / "state")) == before
+    assert is_done(config) and hashes(tmp_path / "run" / "model") == before[0]
+    assert all(torch.equal(value, state[name]) for name, value in state_tensors(config).items())
 
 
 # -------------------------------------------------------------------------------------------------- stop and resume
@@ -155,14 +157,27 @@ def die() -> None:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in Metrics.read(folder)]
+    """What does not depend on the machine's speed."""
+    kept = ("step", "text", "vectors", "diffusion", "contrastive", "retrieval", "mae", "norm", "lr", "real_tokens")
+    return [{k: row[k] for k in kept if k in row} for row in Metrics.read(folder)]
+
+
+def state_tensors(config: RunConfig) -> dict[str, Tensor]:
+    """What the newest checkpoint of a run holds."""
+    return started(config).tensors
+
+
+def assert_same_state(config: RunConfig, other: RunConfig) -> None:
+    found, wanted = state_tensors(config), state_tensors(other)
+    assert set(found) == set(wanted)
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_stop_and_resume_equals_an_uninterrupted_run_to_the_bit(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(log, "LOG_EVERY", 1)
     changes = ("train.steps=6", "train.save_every=4", "train.probe_every=3", "train.ema=0.9", "train.schedule=cosine")
     whole = settings(runs, name, *changes, out=tmp_path / "whole")
     parted = settings(runs, name, *changes, out=tmp_path / "parted")
@@ -177,7 +192,7 @@ def test_stop_and_resume_equals_an_uninterrupted_run_to_the_bit(
     monkeypatch.setattr(loop, "train_step", train_step)
     train(parted)
     assert is_done(parted)
-    assert hashes(parted.folder / "state", "progress.json") == hashes(whole.folder / "state", "progress.json")
+    assert_same_state(parted, whole)
     assert read_card(parted.folder / "model")["parts"] == read_card(whole.folder / "model")["parts"]
     assert hashes(parted.folder / "samples") == hashes(whole.folder / "samples")
     assert rows_of(parted.folder) == rows_of(whole.folder) and len(rows_of(whole.folder)) == 6
@@ -190,40 +205,6 @@ def test_a_stopped_run_puts_the_signals_back(runs: Path, tmp_path: Path, monkeyp
     train(config)
     assert read_progress(config.folder / "state")["step"] == 1  # type: ignore[index]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-@pytest.fixture
-def small() -> tuple[nn.Module, torch.optim.Optimizer, AveragedWeights]:
-    torch.manual_seed(0)
-    module = nn.Linear(3, 2)
-    optimizer = build_optimizer(module, TrainConfig())
-    module(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    return module, optimizer, AveragedWeights(module, 0.9)
-
-
-def test_the_state_before_is_read_where_a_crash_left_only_that(tmp_path: Path, small: Any) -> None:
-    save_state(tmp_path / "state", *small, {"step": 1})
-    save_state(tmp_path / "state", *small, {"step": 2})
-    assert read_progress(tmp_path / "state")["step"] == 2  # type: ignore[index]
-    shutil.rmtree(tmp_path / "state")  # between the two renames
-    progress = read_progress(tmp_path / "state")
-    assert progress is not None and progress["step"] == 1
-    load_state(progress, *small)
-    assert read_progress(tmp_path / "other") is None
-
-
-def test_a_damaged_or_foreign_state_is_refused_by_name(tmp_path: Path, small: Any) -> None:
-    save_state(tmp_path / "state", *small, {"step": 1})
-    progress = read_progress(tmp_path / "state")
-    assert progress is not None
-    other = nn.Linear(4, 2)
-    with pytest.raises(CheckpointError, match="belongs to another model.*weight"):
-        load_state(progress, other, build_optimizer(other, TrainConfig()), AveragedWeights(other, 0.9))
-    file = tmp_path / "state" / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"state\.safetensors: cannot be read"):
-        load_state(progress, *small)
 
 
 def test_metrics_after_the_resumed_step_and_half_lines_are_dropped(tmp_path: Path) -> None:
@@ -246,6 +227,13 @@ def gradients(config: RunConfig) -> tuple[dict[str, float], dict[str, Tensor]]:
     return total, {n: p.grad for n, p in training.module.named_parameters() if p.grad is not None}
 
 
+def started(config: RunConfig) -> loop.Run:
+    """A run before its first step."""
+    run = loop.start(config, World(torch.device("cpu")))
+    run.checkpoints.close()
+    return run
+
+
 @pytest.mark.parametrize("name", ["decoder", "stage1", "stage3"])
 def test_accumulation_changes_neither_losses_nor_gradients(runs: Path, name: str) -> None:
     found = [gradients(settings(runs, name, "train.batch_size=6", f"train.accumulate={n}")) for n in (1, 2, 4)]
@@ -258,50 +246,135 @@ def test_accumulation_changes_neither_losses_nor_gradients(runs: Path, name: str
             torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=1e-6, msg=key)
 
 
-def test_a_step_over_micro_batches_logs_the_global_loss_and_applies_one_update(runs: Path) -> None:
-    config = settings(runs, "stage1", "train.accumulate=2")
-    training = build_training(config)
-    optimizer = build_optimizer(training.module, config.train)
-    batches = training.load(0).batches
+def test_a_step_over_micro_batches_logs_the_global_loss_and_applies_one_update(runs: Path, tmp_path: Path) -> None:
+    run = started(settings(runs, "stage1", "train.accumulate=2", out=tmp_path))
+    batches = run.training.load(0).batches
     with torch.no_grad():
-        expected = sum(training.losses(batch).parts["text"].item() for batch in batches)
-    row = train_step(training, batches, optimizer, 0, config.train, torch.device("cpu"))
+        expected = sum(run.training.losses(batch).parts["text"].item() for batch in batches)
+    row = train_step(run, batches, 0)
     assert row["text"] == pytest.approx(expected, rel=1e-5)
-    steps = {int(state["step"]) for state in optimizer.state.values()}
+    steps = {int(state["step"]) for state in run.optimizer.state.values()}
     assert len(batches) == 2 and steps == {1}
-    assert all(p.grad is None for p in training.module.parameters())
+    assert all(p.grad is None for p in run.training.module.parameters())
 
 
-@pytest.mark.parametrize("where", ["parts", "gradient"])
-def test_a_loss_that_is_not_finite_raises_and_applies_nothing(runs: Path, where: str) -> None:
-    config = settings(runs, "stage1")
-    training = build_training(config)
-    before = {name: value.clone() for name, value in training.module.state_dict().items()}
-    honest = training.losses
+def breaking(run: loop.Run, where: str) -> None:
+    """From now on the losses of a run are not finite."""
+    honest = run.training.losses
 
     def broken(batch: Any) -> Losses:
         losses = honest(batch)
         if where == "parts":
-            return replace(losses, parts={"text": torch.tensor(float("inf"))})
-        return replace(losses, loss=losses.loss * float("nan"))
+            return losses._replace(parts={"text": torch.tensor(float("inf"))})
+        return losses._replace(loss=losses.loss * float("nan"))
 
-    training.losses = broken
-    optimizer = build_optimizer(training.module, config.train)
-    with pytest.raises(FloatingPointError, match="step 7.*not finite: lower train.lr"):
-        train_step(training, training.load(7).batches, optimizer, 7, config.train, torch.device("cpu"))
-    assert not optimizer.state
-    assert all(torch.equal(value, before[name]) for name, value in training.module.state_dict().items())
+    run.training.losses = broken
 
 
-def test_bf16_autocast_trains_close_to_float32(runs: Path) -> None:
+@pytest.mark.parametrize("where", ["parts", "gradient"])
+def test_a_loss_that_is_not_finite_raises_and_applies_nothing(runs: Path, tmp_path: Path, where: str) -> None:
+    run = started(settings(runs, "stage1", out=tmp_path))
+    before = {name: value.clone() for name, value in run.tensors.items()}
+    breaking(run, where)
+    with pytest.raises(BadStep, match="step 7.*not finite: lower train.lr"):
+        train_step(run, run.training.load(7).batches, 7)
+    assert all(torch.equal(value, before[name]) for name, value in run.tensors.items())
+    assert all(p.grad is None for p in run.training.module.parameters())
+
+
+def broken_at(*bad: int) -> Callable[..., dict[str, float]]:
+    """`train_step` whose loss is not finite at some steps."""
+
+    def step(run: Any, batches: Any, number: int) -> dict[str, float]:
+        losses = run.training.losses
+        if number in bad:
+            breaking(run, "gradient")
+        try:
+            return train_step(run, batches, number)
+        finally:
+            run.training.losses = losses
+
+    return step
+
+
+def events_of(config: RunConfig) -> list[tuple[int, str]]:
+    lines = (config.folder / "events.jsonl").read_text().splitlines()
+    return [(event["step"], event["event"]) for event in map(json.loads, lines)]
+
+
+def test_a_bad_step_ends_the_run_and_names_its_samples(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(runs, "stage1", out=tmp_path)
+    monkeypatch.setattr(loop, "train_step", broken_at(1))
+    with pytest.raises(BadStep, match=r"step 1: .* not finite.*events\.jsonl.*on_bad = fatal"):
+        train(config, probes=())
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    names = Mixture(config.data, config.seed).names(1, config.train.batch_size)
+    assert event["samples"] == names and len(names) == 4 and all(n.startswith("fixture/train:") for n in names)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_a_bad_batch_is_left_out_wherever_the_run_goes_on_from(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Both ways end where a run ends that never had that batch."""
+    monkeypatch.setattr(log, "LOG_EVERY", 1)
+    changes = ("train.steps=6", "train.save_every=3", f"train.on_bad={policy}", "train.probe_every=100")
+    config = settings(runs, "stage1", *changes, out=tmp_path / "run")
+    monkeypatch.setattr(loop, "train_step", broken_at(4))
+    train(config)
+    assert events_of(config) == [(4, "bad step"), *([(3, "rewound")] if policy == "rewind" else [])]
+    assert [row["step"] for row in Metrics.read(config.folder)] == [0, 1, 2, 3, 5] and is_done(config)
+    assert read_card(config.folder / "model")["record"][-1]["steps"] == 5
+    other = settings(runs, "stage1", *changes, out=tmp_path / "other")
+    run = started(other)
+    for step in (0, 1, 2, 3, 5):
+        train_step(run, run.world.even(run.training.load(step), run.training.load)[0], step)
+        run.average.update(step)
+    assert all(torch.equal(value, run.tensors[name]) for name, value in state_tensors(config).items())
+
+
+def test_bad_batches_without_end_stop_the_run(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = ("train.steps=9", "train.on_bad=skip", "train.max_bad_steps=3")
+    monkeypatch.setattr(loop, "train_step", broken_at(*range(9)))
+    with pytest.raises(BadStep, match="step 3"):
+        train(settings(runs, "stage1", *changes, out=tmp_path), probes=())
+
+
+def test_a_spike_is_a_bad_step(runs: Path, tmp_path: Path) -> None:
+    run = started(settings(runs, "stage1", "train.spike=3.0", out=tmp_path))
+    for value in (1.0, 2.0, 1.0) * 10:
+        assert loop.complaint(run, {"text": value}) == ""
+        loop.remember(run.progress, {"text": value})
+    assert loop.complaint(run, {"text": 2.9}) == ""
+    assert "text is 3.1, the median of the last 30 steps is 1" in loop.complaint(run, {"text": 3.1})
+
+
+def test_bf16_autocast_trains_close_to_float32(runs: Path, tmp_path: Path) -> None:
     rows = []
     for precision in ("fp32", "bf16"):
-        config = settings(runs, "stage1", f"train.precision={precision}")
-        training = build_training(config)
-        optimizer = build_optimizer(training.module, config.train)
-        rows.append(train_step(training, training.load(0).batches, optimizer, 0, config.train, torch.device("cpu")))
-        assert all(p.dtype == torch.float32 for p in training.module.parameters())
+        run = started(settings(runs, "stage1", f"train.precision={precision}", out=tmp_path))
+        rows.append(train_step(run, run.training.load(0).batches, 0))
+        assert all(p.dtype == torch.float32 for p in run.training.module.parameters())
     assert rows[1]["text"] == pytest.approx(rows[0]["text"], rel=0.02) and rows[1]["text"] != rows[0]["text"]
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activations_computed_again_change_no_gradient(runs: Path, tmp_path: Path, kind: str) -> None:
+    rows = []
+    for how in ("none", kind):
+        run = started(settings(runs, "stage1", "train.precision=fp64", f"train.checkpointing={how}", out=tmp_path))
+        rows.append([train_step(run, run.world.even(run.training.load(s), None)[0], s)["norm"] for s in range(2)])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-10)
+
+
+def test_a_second_run_into_a_folder_in_use_is_refused(runs: Path, tmp_path: Path) -> None:
+    config = settings(runs, "stage1", out=tmp_path)
+    with own_folder(tmp_path, World(torch.device("cpu"))):
+        with pytest.raises(CheckpointError, match=r"process \d+ on .* is training into it"):
+            train(config)
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,8 @@ def run(pairs: int = 15) -> dict[str, Any]:
         compiled.llm.base_model.compile(dynamic=False)
         ways[f"compiled_{dtype}"] = _way(compiled, batch, half)
     first = {name: _seconds(way) for name, way in ways.items()}
-    seconds = {name: min(_seconds(way) for _ in range(3)) for name, way in ways.items()}
+    rounds = [{name: _seconds(way) for name, way in ways.items()} for _ in range(3)]
+    seconds = {name: min(found[name] for found in rounds) for name in ways}
     ours, other = (min((n for n in ways if n.startswith(kind)), key=lambda n: seconds[n]) for kind in KINDS)
     found = compare("compile", ways[ours], ways[other], pairs)
     found["figures"] |= {

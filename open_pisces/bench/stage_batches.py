@@ -16,10 +16,10 @@ from open_pisces.generate import Generator
 from open_pisces.model.pisces import Pisces
 from open_pisces.model.weights import WEIGHTS
 
-ROWS = 16
-"""Samples of a batch that is timed."""
-STEPS = 4
-"""Steps of one timed run; one alone would be too short a time to compare."""
+ROWS = 32
+"""Samples of a batch that is timed: a micro-batch of `tiny`'s stages."""
+STEPS = 2
+"""Batches of one timed run; one alone would be too short a time to compare."""
 MIX: dict[Task, float] = {"generate_short": 1, "generate_detailed": 1, "question": 1, "caption_detailed": 1}
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -190,19 +191,24 @@ def _fill(
     record: dict[str, Any] | None,
     dtype: torch.dtype | None,
 ) -> None:
-    before = read_card(start) if start else {"record": []}
+    before = read_card(start) if start else {"record": [], "parts": {}}
+    taken_over: set[str] = set()
     for name in [*PARTS, "tokenizer"]:
-        if start and name not in parts and (Path(start) / name).is_dir():
-            shutil.copytree(Path(start) / name, fresh / name)
+        written = name in parts or (name == "tokenizer" and tokenizer is not None)
+        if start and not written and (Path(start) / name).is_dir():
+            shutil.copytree(Path(start) / name, fresh / name, copy_function=_link)
+            taken_over.add(name)
     for name, module in parts.items():
         _SAVERS[name](_cast(module, dtype), fresh / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(fresh / "tokenizer"))
-    for file in fresh.rglob("*config.json"):
-        _forget_origin(file)
+    for name in set(parts) | {"tokenizer"} - taken_over:
+        for file in (fresh / name).rglob("*config.json"):
+            _forget_origin(file)
     settings = without_sources(config).model_dump(mode="json")
     records = before["record"] + ([record] if record else [])
-    hashes = {name: _hashes(fresh / name) for name in [*PARTS, "tokenizer"] if (fresh / name).is_dir()}
+    known = {name: before["parts"].get(name) for name in taken_over}  # what was not touched is not read again
+    hashes = {n: known.get(n) or _hashes(fresh / n) for n in [*PARTS, "tokenizer"] if (fresh / n).is_dir()}
     card = {"format": FORMAT, "model": settings, "parts": hashes, "record": records}
     (fresh / "config.json").write_text(json.dumps(card, indent=1) + "\n")
     (fresh / "README.md").write_text(_readme(fresh, records))
@@ -214,6 +220,15 @@ def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
     parts = {name: load_part(source, name, config) for name in PARTS}
     check_widths(Path(source), parts)
     write_folder(out, config, parts, start=source, dtype=dtype)
+
+
+def _link(source: str, target: str) -> str:
+    """A second name for the same file where the disk can do that; parts are written anew, never changed in place."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def _forget_origin(file: Path) -> None:

@@ -1,9 +1,9 @@
 """What a training step costs in FLOPs, counted on a model without weights, and how many a device can do.
 
-Every part is run forward once, on the meta device, while PyTorch counts its matrix products, convolutions and
-attention. Nothing is computed, so it takes a second at most for a model of any size. A step costs
+Every part is run forward and backward once, on the meta device, while PyTorch counts its matrix products, convolutions
+and attention. Nothing is computed, so it takes seconds at most for a model of any size. It comes to
 
-* 3 x forward where weights learn (forward, gradient of the inputs, gradient of the weights),
+* 3 x forward where weights learn (forward, gradient of the inputs, gradient of the weights; a first layer spares one),
 * 2 x forward where gradients only pass through frozen weights,
 * 1 x forward for frozen encoders.
 
@@ -71,11 +71,14 @@ def _kept(part: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def forward_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of everything that ``run`` does to meta tensors."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run()
-    return counter.get_total_flops()
+def flops_of(run: Callable[[], Tensor]) -> tuple[int, int]:
+    """FLOPs of everything that ``run`` does to meta tensors: forward, and with the gradients of what it returns."""
+    with FlopCounterMode(display=False) as counter:
+        found = run()
+        forward = counter.get_total_flops()
+        if found.requires_grad:
+            found.sum().backward()
+    return forward, counter.get_total_flops()
 
 
 # ----------------------------------------------------------------------------------------------------- what is done
@@ -141,13 +144,13 @@ def counts_of(batch: SequenceBatch | PairBatch) -> Counts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Forward FLOPs of a part for one unit, and how many times that a training step is worth."""
+    """FLOPs of a part for one unit: of its forward pass, and of a training step."""
 
     part: str
     unit: str
     """A field of `Counts`."""
     forward: float
-    passes: int
+    training: float
 
 
 @dataclass(frozen=True)
@@ -158,13 +161,13 @@ class Costs:
 
     def training(self, counts: Counts) -> float:
         """FLOPs of training on that much."""
-        return sum(c.forward * c.passes * getattr(counts, c.unit) for c in self.costs)
+        return sum(c.training * getattr(counts, c.unit) for c in self.costs)
 
     def by_part(self, counts: Counts) -> dict[str, float]:
         """The same, part by part; those that cost nothing are left out."""
         found: dict[str, float] = {}
         for c in self.costs:
-            found[c.part] = found.get(c.part, 0) + c.forward * c.passes * getattr(counts, c.unit)
+            found[c.part] = found.get(c.part, 0) + c.training * getattr(counts, c.unit)
         return {part: flops for part, flops in found.items() if flops}
 
     def step(self, given: StepBatches) -> float:
@@ -183,65 +186,64 @@ def count(module: nn.Module, config: RunConfig) -> Costs:
     return Costs(tuple(counter(module, config)))
 
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
 def _part(module: nn.Module, name: str) -> Any:
-    """A twin of a part, in evaluation mode: nothing checkpoints there, nothing drops out."""
+    """A twin of a part, in evaluation mode: nothing drops out."""
     return meta_twin(getattr(module, name)).float().eval()
 
 
-def _learns(part: nn.Module) -> bool:
-    return any(p.requires_grad for p in part.parameters())
+def _learns(*parts: nn.Module) -> bool:
+    return any(p.requires_grad for part in parts for p in part.parameters())
 
 
-def _passes(part: nn.Module, *before: nn.Module) -> int:
-    """What a step of a part is worth; ``before`` are those whose gradients come through it."""
-    if _learns(part):
-        return 3
-    return 2 if any(map(_learns, before)) else 1
+def _once(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -> Cost:
+    """The cost of ``run``, which does one unit; ``again`` passes come on top that are forward only."""
+    forward, training = flops_of(run)
+    return Cost(part, unit, forward, training + again * forward)
 
 
-def _line(run: Callable[[int], Any], short: int = 8) -> tuple[float, float]:
-    """FLOPs for each token and for each pair of tokens of a transformer, from two lengths."""
-    one, two = forward_flops(lambda: run(short)), forward_flops(lambda: run(2 * short))
-    pair = (two - 2 * one) / (2 * short**2)
-    return one / short - pair * short, pair
+def _line(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
+    """The costs of a transformer for each token and for each pair of tokens, from two lengths."""
+    short = 8
+    one, two = _once(part, units[0], lambda: run(short), again), _once(part, units[0], lambda: run(2 * short), again)
+    pair = [(b - 2 * a) / (2 * short**2) for a, b in ((one.forward, two.forward), (one.training, two.training))]
+    token = [(a / short - each * short) for a, each in zip((one.forward, one.training), pair, strict=True)]
+    yield Cost(part, units[0], *token)
+    yield Cost(part, units[1], *pair)
 
 
 def _pisces(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
     """The LLM by tokens, the encoders by pictures, what lies between by vectors."""
     llm, bridge, seen = _part(module, "llm"), _part(module, "bridge"), _part(module, "understanding_encoder")
-    own, width = config.loss.own_passes, llm.config.hidden_size
+    own, width, reached = config.loss.own_passes, llm.config.hidden_size, _learns(llm, bridge, seen)
 
-    def read(length: int) -> Any:
+    def read(length: int) -> Tensor:
         mask, places = _meta(1, 1, length, length, dtype=torch.bool), _meta(1, length, dtype=torch.long)
-        embedded = _meta(1, length, width)
-        return llm.base_model(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
+        embedded = _meta(1, length, width, grad=reached)
+        found = llm.base_model(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
+        return found.last_hidden_state
 
-    token, pair = _line(read)
-    worth = _passes(llm, bridge, seen) + own
-    yield Cost("llm", "tokens", token, worth)
-    yield Cost("llm", "token_pairs", pair, worth)
-    words = forward_flops(lambda: llm.get_output_embeddings()(_meta(1, width)))
-    yield Cost("llm_head", "supervised", words, worth - own)
-    projector, feeder, head = bridge.understanding_projector, bridge.generation_projector, bridge.head
-    features = forward_flops(lambda: projector(_meta(1, projector.first.in_features)))
-    yield Cost("bridge", "seen_vectors", features, _passes(projector, seen))
-    fed = forward_flops(lambda: feeder(_meta(1, feeder.first.in_features)))
-    yield Cost("bridge", "drawn_vectors", fed, _passes(feeder) * (1 + own))
-    yield Cost("bridge", "drawn_vectors", forward_flops(lambda: head(_meta(1, width))), _passes(head, llm) + own)
+    yield from _line("llm", ("tokens", "token_pairs"), read, again=own)
+    yield _once("llm_head", "supervised", lambda: llm.get_output_embeddings()(_meta(1, width, grad=reached)))
+    feeder, projector = bridge.generation_projector, bridge.understanding_projector
+    features = _meta(1, projector.first.in_features, grad=_learns(seen))
+    yield _once("bridge", "seen_vectors", lambda: projector(features))
+    for _ in range(1 + own):
+        yield _once("bridge", "drawn_vectors", lambda: feeder(_meta(1, feeder.first.in_features)))
+    yield _once("bridge", "drawn_vectors", lambda: bridge.head(_meta(1, width, grad=reached)), again=own)
     picture = _meta(1, 3, seen.image_size, seen.image_size)
-    yield Cost("understanding_encoder", "seen_pictures", forward_flops(lambda: seen(picture)), _passes(seen))
+    yield _once("understanding_encoder", "seen_pictures", lambda: seen(picture))
     yield _generation(module)
 
 
 def _generation(module: nn.Module) -> Cost:
     """gen-CLIP as a frozen encoder."""
-    encoder = _part(module, "generation_encoder")
+    encoder = _part(module, "generation_encoder").requires_grad_(False)
     picture = _meta(1, 3, encoder.image_size, encoder.image_size)
-    return Cost("generation_encoder", "drawn_pictures", forward_flops(lambda: encoder.features(picture)), 1)
+    return _once("generation_encoder", "drawn_pictures", lambda: encoder.features(picture))
 
 
 def _decoder(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
@@ -249,39 +251,34 @@ def _decoder(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
     decoder, settings = _part(module, "decoder"), config.model
     latents, times = _meta(1, *decoder.latent_shape), _meta(1)
     vectors = _meta(1, settings.generation.vectors, settings.generation.width)
-    drawn = forward_flops(lambda: decoder.denoise(latents, times, vectors))
-    yield Cost("unet", "pictures", drawn, _passes(decoder.unet, decoder.condition))
-    target = _meta(1, 3, decoder.image_size, decoder.image_size)
-    yield Cost("vae", "pictures", forward_flops(lambda: decoder.encode(target)), 1)
+    yield _once("unet", "pictures", lambda: decoder.denoise(latents, times, vectors))
+    yield _once("vae", "pictures", lambda: decoder.encode(_meta(1, 3, decoder.image_size, decoder.image_size)))
     yield _generation(module)
 
 
 def _contrastive(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
     """The vision tower on whole pictures and on what MAE leaves of them, the text tower, all similarities."""
-    towers = meta_twin(module).float().eval()
+    towers: Any = meta_twin(module).float().eval()
     size, width = towers.vision.image_size, config.contrastive.width
-    whole = forward_flops(lambda: towers.embed_images(_meta(1, 3, size, size)))
-    yield Cost("vision", "pictures", whole, 3)
+    picture = _meta(1, 3, size, size)
+    yield _once("vision", "pictures", lambda: towers.embed_images(picture))
     if towers.mae is not None:
         kept = max(1, round(config.model.generation.grid**2 * config.contrastive.visible))
         masked = _meta(1, kept, dtype=torch.long)
-        tokens = forward_flops(lambda: towers.vision(_meta(1, 3, size, size), masked))
-        yield Cost("vision, masked", "pictures", tokens, 3)
-        rebuilt = forward_flops(lambda: towers.mae(_meta(1, 1 + kept, towers.vision.width), masked))
-        yield Cost("mae", "pictures", rebuilt, 3)
+        yield _once("vision, masked", "pictures", lambda: towers.vision(picture, masked))
+        tokens = _meta(1, 1 + kept, towers.vision.width, grad=True)
+        yield _once("mae", "pictures", lambda: towers.mae(tokens, masked))
 
-    def read(length: int) -> Any:
+    def read(length: int) -> Tensor:
         ids = _meta(1, length, dtype=torch.long)
         mask = _meta(1, 1, length, length, dtype=torch.bool)
-        return towers.text(input_ids=ids, attention_mask=mask)
+        return towers.text(input_ids=ids, attention_mask=mask).last_hidden_state
 
-    token, pair = _line(read)
-    yield Cost("text", "caption_tokens", token, 3)
-    yield Cost("text", "caption_pairs", pair, 3)
-    last = _meta(1, towers.text_projection.in_features)
-    yield Cost("text", "pictures", forward_flops(lambda: towers.text_projection(last)), 3)
-    # Pictures with captions and captions with pictures are two products.
-    yield Cost("similarities", "compared", 2 * 2 * width, 3)
+    yield from _line("text", ("caption_tokens", "caption_pairs"), read)
+    last = towers.text_projection.in_features
+    yield _once("text", "pictures", lambda: towers.text_projection(_meta(1, last, grad=True)))
+    # Pictures with captions and captions with pictures are two products, each of things that both learn.
+    yield Cost("similarities", "compared", 2 * 2 * width, 3 * 2 * 2 * width)
 
 
 # -------------------------------------------------------------------------------------------- what a device can do

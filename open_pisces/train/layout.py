@@ -41,6 +41,7 @@ PACKED, PADDED = 0.97, 0.8
 RESERVE = 4.0
 """GiB that no tensor shows: CUDA context, NCCL's and cuBLAS's buffers, gaps. An allowance, not a count."""
 
+
 class PlanError(ValueError):
     """A plan that cannot be made, or a training that does not fit; the message says by how much and what to change."""
 

@@ -160,7 +160,7 @@ def work(run: Run, stop: Stop) -> bool:
         progress.step = settings.steps
         save(run)
     elif not steps and not run.world.gather([(run.config.folder / "model").is_dir()])[0][0]:
-        save(run)  # all steps are in the state, but model/ was taken away
+        save(run, progress.seconds)  # all steps are in the state, but model/ was taken away
     return True
 
 
@@ -267,14 +267,14 @@ def look(run: Run) -> None:
             each(run.config, run.training, run.config.folder / "samples", run.progress.step, run.world)
 
 
-def save(run: Run) -> None:
+def save(run: Run, seconds: float | None = None) -> None:
     """Write ``model/`` with the averaged weights in it, then the checkpoint.
 
     In this order, because the checkpoint says how far the run is: killed in between, it goes back a little and writes
     both.
     """
     config, progress = run.config, run.progress
-    progress.seconds = round(run.log.seconds, 2)
+    progress.seconds = round(run.log.seconds if seconds is None else seconds, 2)
     run.checkpoints.wait()
     with run.average.applied():
         weights = {name: whole_state(part, run.world) for name, part in run.training.parts.items()}

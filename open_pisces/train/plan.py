@@ -103,22 +103,18 @@ def _start(layout: Layout) -> dict[str, float]:
 
 def _work(layout: Layout, rate: float) -> dict[str, Any]:
     """What a step and the run do, and how long they take at ``rate`` FLOP/s of one GPU."""
-    costs, counts, settings = count(layout.module, layout.config), layout.counts, layout.config.train
-    flops = costs.training(counts)
+    counts, settings = layout.counts, layout.config.train
+    by_part = count(layout.module, layout.config).by_part(counts)
+    flops = sum(by_part.values())
     seconds, steps = flops / (rate * layout.gpus), settings.steps
     step: dict[str, Any] = {"samples": settings.batch_size, "micro_batches": layout.micro_batches}
     if layout.is_llm:
-        step |= {"tokens": settings.batch_size * layout.mean.tokens, "row_length": layout.row_length}
-        step |= {"tokens_per_sample": layout.mean.tokens, "llm_flops_per_token": _llm_per_token(layout)}
-    step |= {"flops": flops, "flops_by_part": costs.by_part(counts), "seconds": seconds}
+        step |= {"tokens": settings.batch_size * layout.mean.tokens, "tokens_per_sample": layout.mean.tokens}
+        step |= {"row_length": layout.row_length}
+    step |= {"flops": flops, "flops_by_part": by_part, "seconds": seconds}
     run = {"steps": steps, "samples": steps * settings.batch_size, "flops": flops * steps}
     run |= {"days": seconds * steps / 86_400, "gpu_hours": seconds * steps * layout.gpus / 3600}
     return {"step": step, "run": run}
-
-
-def _llm_per_token(layout: Layout) -> float:
-    by_part = count(layout.module, layout.config).by_part(layout.counts)
-    return (by_part["llm"] + by_part["llm_head"]) / layout.counts.tokens
 
 
 def _disk(layout: Layout, picture_kb: float) -> dict[str, float]:
@@ -153,6 +149,8 @@ def remedy(layout: Layout, gib: float) -> str:
 
     Everything it names has been counted.
     """
+    if _start(layout)["gpu"] > gib:  # whole, before anything is spread: no setting changes that
+        return "no setting here is enough: take a GPU with more memory"
     enough: dict[str, str] = {}
     for words, other in _changes(layout, gib):
         if _key(words) not in enough and (total := _total(other)) <= gib:
@@ -174,6 +172,7 @@ def _key(words: str) -> str:
 
 
 def _total(layout: Layout) -> float:
+    """GiB at the fullest moment, the start included."""
     return max(layout.memory.total / GIB, _start(layout)["gpu"])
 
 

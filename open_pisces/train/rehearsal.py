@@ -9,8 +9,8 @@ What a kernel takes and gives back inside one operation is in no tensor, and so 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 from open_pisces.batch import PairBatch, SequenceBatch, wide
 from open_pisces.config import RunConfig
@@ -196,6 +197,7 @@ def rehearse(module: nn.Module, config: RunConfig, shape: Shape, sharded: bool, 
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(_drop)
     with ExitStack() as stack:
+        stack.enter_context(_no_guess())
         stack.enter_context(mode)
         run = {"pisces": _tell, "decoder": _denoise, "contrastive": _compare}[config.objective](fake, config, shape)
         live = stack.enter_context(Living())
@@ -204,6 +206,20 @@ def rehearse(module: nn.Module, config: RunConfig, shape: Shape, sharded: bool, 
         kept = live.now
         loss.backward()
     return Needs(kept, live.peak - kept)
+
+
+@contextmanager
+def _no_guess() -> Iterator[None]:
+    """transformers takes fake tensors for a compilation, and there keeps a mask for samples that may be packed.
+
+    A real run looks, finds none, and keeps nothing; our packed rows bring their own mask.
+    """
+    guess = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda positions: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = guess
 
 
 def _drop(parameter: Tensor) -> None:
