@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
     from open_pisces.generate import Generator
 
-BENCHES = ("loader", "packing", "feature_cache", "supervised_logits", "stage_step", "mixed_batch", "compile")
+BENCHES = (
+    *("loader", "packing", "feature_cache", "supervised_logits", "stage_step", "mixed_batch", "compile"),
+    *("trainer_overhead", "async_save"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -294,6 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = add_command(commands, "train", train, "run a training, or all of a scale's that are not done")
     command.add_argument("recipe", metavar="RECIPE", help="tiny/stage1, a YAML file, or a scale: nano, tiny")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as train.lr=3e-4")
+    command.add_argument("--nproc", type=at_least(1), default=1, help="processes on this machine that train together")
 
     command = add_command(commands, "plan", plan, "what a training needs: memory, time, disk; nothing is fetched")
     command.add_argument("recipe", metavar="RECIPE", help="8b/stage1, or a YAML file")

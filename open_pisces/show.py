@@ -65,7 +65,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         table.add_row(*left, *right[:2])
     table.add_section()
     sums = [f"{sum(n[key] for n in plan['parts'].values()):,}" for key in ("parameters", "learning")]
-    table.add_row("all", *sums, f"all, of {plan['gpu_gib']:g}", f"{plan['memory_gib']['total']:.1f}")
+    table.add_row("all", *sums, f"of {plan['gpu_gib']:g}", f"{plan['memory_gib']['total']:.1f}")
     console.print(table)
     for line in _plan_lines(plan):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -79,7 +79,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     kept = f"{disk['checkpoint']:,.3g} GB a checkpoint, {disk['checkpoints_kept']:,.3g} GB all that are kept"
     return [
         f"at the start: {start['gpu']:.1f} GiB of each GPU, {start['host_per_machine']:,.0f} GiB of a machine's memory",
-        f"a step: {work}, in {step['micro_batches']:,} micro-batches a GPU: {step['seconds']:,.3g} s",
+        f"a step: {work}, micro-batches of a GPU: {step['micro_batches']:,}; {step['seconds']:,.3g} s",
         f"the run: {run['steps']:,} steps: {run['days']:,.3g} days, {run['gpu_hours']:,.0f} GPU-hours",
         f"on disk: {kept}, {disk['model']:,.3g} GB the model; {disk['data_read']:,.0f} GB of pictures are read",
         f"assumed: {', '.join(plan['assumed'])}",

@@ -51,7 +51,9 @@ def test_the_parts_of_nano_by_hand() -> None:
     config = load_config("nano/stage1", OWN)
     costs = count(skeleton(config), config)
     width, inner, layers, words = 64, 128, 2, 265
-    linear = 2 * layers * (2 * width * width + 2 * width * width // 2 + 3 * width * inner)  # keys, values: half the heads
+    linear = (
+        2 * layers * (2 * width * width + 2 * width * width // 2 + 3 * width * inner)
+    )  # keys, values: half the heads
     assert cost(costs, "llm", "tokens") == linear
     assert cost(costs, "llm", "token_pairs") == 4 * width * layers
     assert cost(costs, "llm_head", "supervised") == 2 * width * words
@@ -125,7 +127,9 @@ def test_the_llm_at_8b_costs_six_flops_a_weight_and_token() -> None:
     embeddings = module.llm.get_input_embeddings().weight.numel()
     weights = sum(p.numel() for p in module.llm.parameters()) - embeddings  # looked up, not multiplied with
     assert weights + embeddings == pytest.approx(8.03e9, rel=1e-3)
-    assert 3 * (cost(costs, "llm", "tokens") + cost(costs, "llm_head", "supervised")) == pytest.approx(6 * weights, rel=0.01)
+    assert 3 * (cost(costs, "llm", "tokens") + cost(costs, "llm_head", "supervised")) == pytest.approx(
+        6 * weights, rel=0.01
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- twins

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "open_pisces"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
+    {"__main__"},
     {"cli"},
     {"cli_data"},
     {"demo", "show", "serve", "lab", "bench", "integrations"},

@@ -20,7 +20,13 @@ from open_pisces.train.plan import gpu_facts, plan, remedy
 from open_pisces.train.rehearsal import Living, Shape, rehearse, shape_of, skeleton
 
 OWN = ["model.start=null", "train.accumulate=1", "train.batch_size=6"]
-TINY = [*OWN, "model.tokenizer=bytes", "data.sources.0.path=fixture/train", "data.max_length=512", "data.row_length=512"]
+TINY = [
+    *OWN,
+    "model.tokenizer=bytes",
+    "data.sources.0.path=fixture/train",
+    "data.max_length=512",
+    "data.row_length=512",
+]
 SHAPE = Shape(4, 128, True, 40, 2, 2)
 LAB = sorted(f"lab/{path.stem}" for path in (RECIPES / "lab").glob("*.yaml"))
 
@@ -227,7 +233,7 @@ def test_a_training_that_does_not_fit_is_refused_with_the_remedy(
     monkeypatch.setattr(planning, "gpu_facts", lambda name: facts)
     assert main(command) == 2
     told = capsys.readouterr()
-    assert "unet" not in told.err and "all, of" in told.out
+    assert "unet" not in told.err and "activations" in told.out
     assert told.err.startswith("pisces: nano/decoder does not fit on 1 x h100: ")
     assert " too many: set train." in told.err and len(told.err.splitlines()) == 1
     assert main([*command, "--json"]) == 2

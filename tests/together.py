@@ -19,8 +19,11 @@ from typing import Any
 Case = tuple[str, str, list[str], str]
 
 
-def launch(folder: Path, cases: list[Case], ranks: int = 2, wait: float = 170) -> list[tuple[int, str]]:
-    """Run cases one after another in ``ranks`` processes; exit code and what was written to standard error, by rank."""
+def launch(folder: Path, cases: list[Case], ranks: int = 2, wait: float = 170, of: int = 99) -> list[tuple[int, str]]:
+    """Run cases one after another in ``ranks`` processes.
+
+    Returns exit code and standard error of the first ``of`` processes; when those have ended the others are killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as found:
@@ -37,7 +40,8 @@ def launch(folder: Path, cases: list[Case], ranks: int = 2, wait: float = 170) -
         for rank in range(ranks)
     ]
     try:
-        return [(process.wait(wait), (folder / f"{rank}.log").read_text()) for rank, process in enumerate(started)]
+        codes = [process.wait(wait) for process in started[:of]]
+        return [(code, (folder / f"{rank}.log").read_text()) for rank, code in enumerate(codes)]
     finally:
         for process in started:
             process.kill()

@@ -21,9 +21,9 @@ from open_pisces.config import RunConfig, load_config
 from open_pisces.data.prefetch import prefetch
 from open_pisces.factory.encode import encode
 from open_pisces.model.weights import WEIGHTS
-from open_pisces.train.loop import train_step
-from open_pisces.train.objectives import Training, build_training
-from open_pisces.train.optim import build_optimizer
+from open_pisces.train.distributed import World
+from open_pisces.train.loop import start, train_step
+from open_pisces.train.objectives import Training
 
 STEPS = 6
 
@@ -41,22 +41,23 @@ def run(pairs: int = 15) -> dict[str, Any]:
 
 def _recipe(folder: Path, features: str, *over: str) -> RunConfig:
     source = "data.sources.0.path=fixture/train"
-    return load_config("tiny/stage3", [source, f"model.start={WEIGHTS}", f"data.features='{features}'", *over])
+    place = [f"model.start={WEIGHTS}", f"out={folder / 'run'}"]
+    return load_config("tiny/stage3", [source, *place, f"data.features='{features}'", *over])
 
 
 def _measure(folder: Path, pairs: int) -> dict[str, Any]:
     cached = _recipe(folder, "float32")
     encode(cached)
-    with_cache, without = build_training(cached), build_training(cached)
+    world = World(torch.device("cpu"))
+    with_cache, without = start(cached, world), start(cached, world)
     for name in ("understanding_encoder", "generation_encoder"):
-        setattr(without.module, name, torch.nn.Identity())
-    ahead = _endless(with_cache)
-    kept = [without.load(step).batches for step in range(STEPS)]
-    optimizers = [build_optimizer(training.module, cached.train) for training in (with_cache, without)]
+        setattr(without.training.module, name, torch.nn.Identity())
+    ahead = _endless(with_cache.training)
+    kept = [without.training.load(step).batches for step in range(STEPS)]
     found = compare(
         "feature_cache",
-        lambda: [_step(with_cache, next(ahead), optimizers[0], cached) for _ in range(STEPS)],
-        lambda: [_step(without, batches, optimizers[1], cached) for batches in kept],
+        lambda: [train_step(with_cache, next(ahead), 0) for _ in range(STEPS)],
+        lambda: [train_step(without, batches, 0) for batches in kept],
         pairs,
     )
     curves = {name: _curve(_recipe(folder, features, "train.precision=fp32")) for name, features in WAYS.items()}
@@ -71,17 +72,12 @@ WAYS = {"cache": "float32", "on_the_fly": ""}
 def _endless(training: Training) -> Iterator[list[Any]]:
     steps = itertools.count()
     while True:
-        start = next(steps) * 1000
-        yield from (given.batches for given in prefetch(training.load, range(start, start + 1000)))
-
-
-def _step(training: Training, batches: list[Any], optimizer: Any, config: RunConfig) -> dict[str, float]:
-    return train_step(training, batches, optimizer, 0, config.train, torch.device("cpu"))
+        first = next(steps) * 1000
+        yield from (given.batches for given in prefetch(training.load, range(first, first + 1000)))
 
 
 def _curve(config: RunConfig) -> list[float]:
     """The losses of the first steps of a run."""
-    training = build_training(config)
-    optimizer = build_optimizer(training.module, config.train)
-    rows = [_step(training, training.load(step).batches, optimizer, config) for step in range(STEPS)]
+    run = start(config, World(torch.device("cpu")))
+    rows = [train_step(run, run.training.load(step).batches, step) for step in range(STEPS)]
     return [row["text"] + row["vectors"] for row in rows]

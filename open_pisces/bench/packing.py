@@ -63,7 +63,7 @@ def _as_they_come(pisces: Pisces, data: DataConfig, step: int) -> StepBatches:
         for half in halves
     ]
     real, places = sum(len(r.rendered.ids) for r in read), sum(batch.ids_BS.numel() for batch in batches)
-    return _counted(StepBatches(batches, BATCH, (), real, places))
+    return _counted(StepBatches(batches, BATCH, real_tokens=real, all_tokens=places))
 
 
 def _counted(step: StepBatches) -> StepBatches:

@@ -31,6 +31,10 @@ PATIENCE = 5.0
 """Seconds that a process whose wait has failed gives the others to say that theirs has, too."""
 
 
+WAITING = ("gloo", "nccl", "processgroup", "c10d", "connection", "socket", "timed out")
+"""Words by which the libraries' errors of communication are known: they have no class of their own."""
+
+
 class WorldError(RuntimeError):
     """A process that did not take part; the message names it."""
 
@@ -100,11 +104,14 @@ class World:
 
     @contextmanager
     def naming(self) -> Iterator[None]:
-        """Errors of waiting for others say which process it was that did not come."""
+        """Errors of waiting for others say which process it was that did not come; all other errors pass."""
         try:
             yield
         except RuntimeError as error:
-            raise WorldError(self._absent(str(error).splitlines()[0])) from error
+            told = str(error).splitlines()[0] if str(error) else ""
+            if isinstance(error, WorldError) or not any(word in told.lower() for word in WAITING):
+                raise
+            raise WorldError(self._absent(told)) from error
 
     def _absent(self, cause: str) -> str:
         try:

@@ -73,7 +73,8 @@ def mean_sample(config: RunConfig, seen: int, drawn: int) -> Mean:
             sums = [old + share * new for old, new in zip(sums, sample, strict=True)]
     if not total:
         raise PlanError(f"{config.name}: data.sources has no tasks: there is no sample to plan for")
-    return Mean(*(value / total for value in sums), longest)
+    tokens, supervised, shown, drawings = (value / total for value in sums)
+    return Mean(tokens, supervised, shown, drawings, longest)
 
 
 def _sample(config: RunConfig, task: str, seen: int, drawn: int) -> tuple[int, int, int, int]:
@@ -176,6 +177,14 @@ class Layout:
         return math.ceil(self.places / self.row_length / self.config.data.rows)
 
     @property
+    def most_micro_batches(self) -> int:
+        """Of a GPU that draws the longest samples only."""
+        if not self.is_llm or not self.config.data.row_length:
+            return self.micro_batches
+        rows = math.ceil(math.ceil(self.samples) * self.mean.longest / self.row_length)
+        return math.ceil(rows / self.config.data.rows)
+
+    @property
     def largest(self) -> Shape:
         """The micro-batch that memory has to hold."""
         samples, accumulate = math.ceil(self.samples), self.config.train.accumulate
@@ -205,15 +214,15 @@ class Layout:
                 caption_pairs=pairs[1],
                 compared=batch**2,
             )
-        module, mean = self.module, self.mean
-        vectors = module.understanding_encoder.vectors, self.config.model.generation.vectors  # type: ignore[union-attr]
+        module: Any = self.module
+        mean, vectors = self.mean, (module.understanding_encoder.vectors, self.config.model.generation.vectors)
         return Counts(
             tokens=self.places * self.gpus,
             token_pairs=self.places * self.gpus * self.row_length,
             supervised=batch * mean.supervised,
             seen_pictures=batch * mean.seen * seen,
             drawn_pictures=batch * mean.drawn * drawn,
-            seen_vectors=batch * mean.seen * vectors[0],  # type: ignore[operator]
+            seen_vectors=batch * mean.seen * vectors[0],
             drawn_vectors=batch * mean.drawn * vectors[1],
         )
 
@@ -238,7 +247,7 @@ class Layout:
             whole = _numel(self.module) - learning
         spread = _numel(self.module) - learning - whole
         # Where gradients are added up over processes once a step only, each holds them whole until then.
-        kept_whole = self.micro_batches > 1 and not settings.reduce_each
+        kept_whole = self.most_micro_batches > 1 and not settings.reduce_each
         return Memory(
             weights=float_ * ((learning + spread) / shards + whole),
             gradients=float_ * learning / (1 if kept_whole else shards),
@@ -257,11 +266,12 @@ class Layout:
         return small * (2 * block + rest) + small * (block + rest) + 4 * block
 
     def _pixels(self) -> Iterator[float]:
-        """Numbers of an average sample's pictures."""
+        """Numbers of the pictures that come with an average sample; features from a cache are small beside them."""
         module: Any = self.module
         if self.is_llm:
-            yield 3 * self.mean.seen * module.understanding_encoder.image_size**2
-            yield 3 * self.mean.drawn * module.generation_encoder.image_size**2
+            counts, batch = self.counts, self.config.train.batch_size
+            yield 3 * counts.seen_pictures / batch * module.understanding_encoder.image_size**2
+            yield 3 * counts.drawn_pictures / batch * module.generation_encoder.image_size**2
         elif self.config.objective == "decoder":
             yield 3 * module.generation_encoder.image_size**2
             yield 3 * module.decoder.image_size**2

@@ -137,18 +137,20 @@ def work(run: Run, stop: Stop) -> bool:
     read_ahead = prefetch(run.training.load, steps, workers=run.config.data.workers)
     for step, given in zip(steps, run.log.waiting(read_ahead), strict=True):
         row: dict[str, float] = {}
-        batches, whole, stop.asked = run.world.even(given, run.training.load, stop.asked)
+        batches, whole, ended = run.world.even(given, run.training.load, stop.asked)
         tally.add(whole)
         progress.read, progress.skipped = tally.read, dict(tally.causes)
         try:
-            row = train_step(run, batches, step)
+            with run.world.naming():
+                row = train_step(run, batches, step)
             run.average.update(step)
         except BadStep as bad:
             if not leave_out(run, step, bad):
                 return False
         progress.step = step + 1
         run.log.step(step, row, batches, whole, tally.causes, last=progress.step == settings.steps)
-        last, ended = progress.step == settings.steps, stop.asked
+        last = progress.step == settings.steps
+        ended |= stop.asked and run.world.ranks == 1  # several have to hear of it first
         if last or progress.step % settings.probe_every == 0:
             look(run)
         if last or ended or progress.step % settings.save_every == 0:

@@ -179,7 +179,7 @@ def _total(layout: Layout) -> float:
 def _changes(layout: Layout, gib: float) -> Iterator[tuple[str, Layout]]:
     """Settings that may take less memory, those first that cost least."""
     settings, data = layout.config.train, layout.config.data
-    if layout.gpus > 1 and layout.micro_batches > 1 and not settings.reduce_each:
+    if layout.gpus > 1 and layout.most_micro_batches > 1 and not settings.reduce_each:
         yield "train.reduce_each=true", layout.but(reduce_each=True)
     if layout.is_llm and data.row_length:
         if data.rows > 1:

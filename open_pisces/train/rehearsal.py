@@ -247,7 +247,7 @@ def _denoise(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tenso
 
 
 def _compare(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
-    """Towers and loss. In one micro-batch all is compared while its activations wait; of several, before there are any."""
+    """Towers and loss. A single micro-batch is compared while its activations wait, several before there are any."""
     batch, several = _pairs((module.vision.image_size,) * 2, config, shape), config.train.accumulate > 1
     kept = max(1, round(config.model.generation.grid**2 * config.contrastive.visible))
     keep = torch.zeros(shape.pictures, kept, dtype=torch.long)
@@ -307,10 +307,10 @@ class Living(TorchDispatchMode):
         for tensor in tree_leaves(tree):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
                 key, size = storage._cdata, storage.nbytes() if new else 0
-                self._known[key] = weakref.ref(storage, lambda _, key=key, size=size: self._lose(key, size))
+                self._known[key] = weakref.ref(storage, partial(self._lose, key, size))
                 self.now += size
                 self.peak = max(self.peak, self.now)
 
-    def _lose(self, key: int, size: int) -> None:
+    def _lose(self, key: int, size: int, freed: Any) -> None:
         self._known.pop(key, None)
         self.now -= size
