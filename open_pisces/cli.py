@@ -74,7 +74,10 @@ def train(args: argparse.Namespace) -> Result:
     if args.nproc > 1:
         from open_pisces.train.launch import launch
 
-        sys.exit(launch(["train", args.recipe, *args.overrides], args.nproc))
+        code = launch(["train", args.recipe, *args.overrides], args.nproc)
+        if code:
+            raise SystemExit(code)
+        return None
 
     from open_pisces.train.loop import is_done
     from open_pisces.train.loop import train as run

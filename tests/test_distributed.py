@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch import Tensor
 from open_pisces.config import TRAININGS, ConfigError, load_config
 from open_pisces.data.mixture import Mixture
 from open_pisces.train import log
-from open_pisces.train.checkpoint import find
+from open_pisces.train.checkpoint import faults, find
 from open_pisces.train.distributed import World, split_frozen
 from open_pisces.train.log import Metrics
 from open_pisces.train.loop import train
@@ -173,6 +177,21 @@ def test_a_process_that_does_not_take_part_is_named(starts: Path, tmp_path: Path
     lost = case(starts, "run", "stage1", "train.timeout=8", fault=f"{kind} 1 2")
     ((code, told),) = launch(tmp_path, [lost], wait=100, of=1)
     assert code != 0 and "rank 1 of 2 did not take part within 8 s" in told, told[-3000:]
+
+
+def test_the_launcher_passes_signals_on_and_ends_with_all_saved(starts: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    over = [f"model.start={starts / 'decoder' / 'model'}", "train.steps=100000", "train.save_every=100000"]
+    command = [sys.executable, "-m", "open_pisces", "train", "nano/stage1", *over, f"out={run}", "--nproc", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not Metrics.read(run):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, told
+    (found,) = find(run / "state")
+    assert found.progress["step"] >= 1 and found.manifest["processes"] == 2 and not faults(found)
+    assert told.count("stopped early; the same command goes on") == 1
 
 
 # ------------------------------------------------------------------------------------------------ one process

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,12 @@ NOT_RUN = {
 }
 
 
+def arguments_of(line: str) -> list[str]:
+    """What a line gives to `pisces`, called by its name or by torchrun."""
+    words = shlex.split(line, comments=True)
+    return words[words.index("open_pisces") + 1 :] if words[0] == "torchrun" else words[1:]
+
+
 @pytest.fixture
 def packaged_model(nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped weights; a source tree without them makes do with nano's."""
@@ -41,7 +49,7 @@ def packaged_model(nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_line_is_known() -> None:
     assert len(LINES) >= 10
     for line in LINES:
-        assert line.startswith(("make ", "pisces ")) or line == "source .venv/bin/activate", line
+        assert line.startswith(("make ", "pisces ", "torchrun ")) or line == "source .venv/bin/activate", line
     assert set(NOT_RUN) <= set(LINES), "NOT_RUN names lines that the README no longer has"
 
 
@@ -59,16 +67,21 @@ def test_the_environment_is_where_the_readme_says() -> None:
 
 @pytest.mark.usefixtures("packaged_model")
 def test_the_commands_run_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ran = 0
     for line in LINES:
-        if not line.startswith("pisces ") or line in NOT_RUN:
+        if not line.startswith(("pisces ", "torchrun ")) or line in NOT_RUN:
             continue
-        arguments = shlex.split(line, comments=True)[1:]
-        assert main(arguments) == 0, f"{line}: {capsys.readouterr().err}"
-        out = capsys.readouterr().out
+        arguments = arguments_of(line)
+        if line.startswith("torchrun "):
+            started = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
+            code = subprocess.run(started, timeout=170).returncode
+        else:
+            code = main(arguments)
+        assert code == 0, f"{line}: {capfd.readouterr().err}"
+        out = capfd.readouterr().out
         assert out, f"{line} said nothing"
         if "--out" in arguments:
             assert os.path.getsize(arguments[arguments.index("--out") + 1]) > 0
@@ -78,7 +91,7 @@ def test_the_commands_run_in_order(
 
 @pytest.mark.parametrize("line", NOT_RUN)
 def test_lines_that_are_not_run_still_parse(line: str) -> None:
-    args = build_parser().parse_args(shlex.split(line, comments=True)[1:])
+    args = build_parser().parse_args(arguments_of(line))
     assert callable(args.run)
     if args.run.__name__ == "train":
         for recipe in trainings(args.recipe) or [args.recipe]:
@@ -92,7 +105,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 def test_lines_of_the_docs_parse(path: Path) -> None:
     for kind, block in re.findall(r"```(\w+)\n(.*?)```", path.read_text(), re.DOTALL):
         for line in (line for line in block.splitlines() if kind == "sh" and line.strip()):
-            args = build_parser().parse_args(shlex.split(line, comments=True)[1:])
+            args = build_parser().parse_args(arguments_of(line))
             if args.run.__name__ in ("train", "encode"):
                 load_config(args.recipe, args.overrides)
 

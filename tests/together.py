@@ -73,7 +73,9 @@ def faulty(honest: Any, fault: str) -> Any:
                 signal.raise_signal(signal.SIGUSR1)
             if kind == "hang":
                 time.sleep(3600)
-            if kind == "die":
+            died = run.config.folder / "died"
+            if kind == "die" or (kind == "once" and not died.exists()):
+                died.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "nan":
                 losses = run.training.losses

@@ -245,7 +245,7 @@ class SequenceLoader:
         draws = self.mixture.batch(step, self.batch_size, self.rank, self.ranks)
         read, skipped = _tried(self._read, draws, self.mixture)
         batches = self._packed(read) if self.config.row_length else self._padded(read)
-        totals = {
+        totals: dict[str, Any] = {
             "total_text": sum(len(batch.labels_K) for batch in batches),
             "total_vectors": sum(len(batch.generation_at_K) for batch in batches),
             "total_seen": sum(len(batch.understanding_at_K) for batch in batches),

@@ -196,7 +196,7 @@ class Checkpoints:
         options: dict[str, Any] = {"checkpoint_id": fresh, "process_group": self.world.saving, "no_dist": alone}
         if not self.background:
             return self._finish(fresh, shapes, progress, before, lambda: dcp.save(tensors, **options))
-        written = dcp.async_save(tensors, **options)
+        written: Any = dcp.async_save(tensors, **options)
         self._job = self._pool.submit(self._finish, fresh, shapes, progress, before, written.result)
 
     def wait(self) -> None:

@@ -171,8 +171,8 @@ def join_world(config: RunConfig) -> Iterator[World]:
     try:
         replicas = config.train.replicas
         mesh = init_device_mesh(device.type, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
-        groups = [dist.new_group(backend="gloo", timeout=wait) for _ in range(2)]
-        yield World(device, rank, ranks, mesh, *groups, store, config.train.timeout)
+        host, saving = (dist.new_group(backend="gloo", timeout=wait) for _ in range(2))
+        yield World(device, rank, ranks, mesh, host, saving, store, config.train.timeout)
     finally:
         dist.destroy_process_group()
 
@@ -238,7 +238,7 @@ def recompute(module: nn.Module, kind: str) -> None:
     for block in every:
         inner = any(part is not block and part in block.modules() for part in every)
         if not inner and any(p.requires_grad for p in block.parameters()):
-            block.forward = partial(_recomputed, block.forward, contexts)  # type: ignore[method-assign]
+            block.forward = partial(_recomputed, block.forward, contexts)
 
 
 def _recomputed(forward: Any, contexts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -284,7 +284,8 @@ def split_frozen(module: nn.Module, most: int) -> tuple[list[nn.Module], list[nn
             return [module], []
         if hasattr(module, "_no_split_modules") or hasattr(module, "features") or not list(module.children()):
             return [], [module]
-    whole, spread = [], []
+    whole: list[nn.Module] = []
+    spread: list[nn.Module] = []
     for child in module.children():
         found = split_frozen(child, most)
         whole, spread = whole + found[0], spread + found[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -92,6 +93,19 @@ def test_a_run_goes_on_at_one_two_four_and_one_processes(
     most = max(apart(whole, tmp_path / "cut"))
     assert most < 1e-9
     record(processes=[ranks for ranks, _ in cuts], steps=32, largest_relative_difference=most)
+
+
+def test_a_restart_by_torchrun_resumes_by_itself(starts: Path, tmp_path: Path, record: Callable[..., None]) -> None:
+    """One process kills itself at step 7; torchrun starts both again, they go on from step 5."""
+    over = settings(starts, "stage1", "train.steps=10", "train.save_every=5", "train.save_async=false")
+    (tmp_path / "cases.json").write_text(json.dumps([["run", "nano/stage1", over, "once 1 7"]]))
+    script = Path(__file__).parents[1] / "together.py"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    subprocess.run([sys.executable, *torchrun, str(script), str(tmp_path)], check=True, timeout=600)
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [("resumed", 5)]
+    assert progress(tmp_path / "run") == 10
+    record(died_at=7, resumed_at=5)
 
 
 def state(config: Any) -> dict[str, torch.Tensor]:
