@@ -173,7 +173,7 @@ def test_a_blank_micro_batch_weighs_nothing_and_reaches_every_weight() -> None:
     for settings_ in ({}, {"row_length": 512}):
         blank = nano_loader(data(**settings_), config).blank()
         losses, grads = gradients(model, [replace(blank, total_text=9, total_vectors=9)])
-        assert losses == {"text": 0.0, "vectors": 0.0}
+        assert set(losses) >= {"text", "vectors"} and not any(losses.values())
         learning = {n for n, _ in model.named_parameters() if n.startswith(("llm.", "bridge."))}
         assert learning <= set(grads) and all((g == 0).all() for g in grads.values())
 

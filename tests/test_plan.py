@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from open_pisces.cli import main
+from open_pisces.cli import build_parser, main
 from open_pisces.config import RECIPES, ConfigError, RunConfig, load_config
 from open_pisces.model.build import build_part
 from open_pisces.train import plan as planning
@@ -27,6 +30,7 @@ TINY = [
     "data.max_length=512",
     "data.row_length=512",
 ]
+DOCS = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 SHAPE = Shape(4, 128, True, 40, 2, 2)
 LAB = sorted(f"lab/{path.stem}" for path in (RECIPES / "lab").glob("*.yaml"))
 
@@ -261,33 +265,58 @@ def test_wrong_arguments_are_one_line(more: list[str], told: str, capsys: pytest
 
 # ---------------------------------------------------------------------------------------------------- the 8b recipes
 
-LEAN = ["train.checkpointing=full", "train.reduce_each=true"]
+LEARNING = {"8b/gen_clip": 1.0819e9, "8b/decoder": 2.4398e9}
+ROWS = re.findall(r"^\| `(8b/\w+)` \| (\d+) \| `(.+?)` \| (.+) \|$", DOCS, re.MULTILINE)
+OTHERS = [pytest.param(*row, marks=pytest.mark.slow) for row in ROWS if row[1] != "64"]
 
 
-@pytest.mark.parametrize(
-    ("recipe", "more", "learning"),
-    [
-        ("8b/stage1", LEAN, 8.0958e9),
-        ("8b/stage2", LEAN, 8.0958e9),
-        ("8b/stage3", LEAN, 8.0958e9),
-        ("8b/decoder", ["train.accumulate=16", *LEAN], 2.4398e9),
-        ("8b/gen_clip", ["train.accumulate=16"], 1.0819e9),
-    ],
-)
-def test_the_plans_of_the_papers_scale(recipe: str, more: list[str], learning: float) -> None:
-    found = plan(load_config(recipe, more), 64)
-    assert found["fits"] and found["memory_gib"]["total"] < found["gpu_gib"]
+@pytest.mark.parametrize(("recipe", "gpus", "settings", "told"), [row for row in ROWS if row[1] == "64"] + OTHERS)
+def test_the_plans_of_the_papers_scale(recipe: str, gpus: str, settings: str, told: str) -> None:
+    found = plan(load_config(recipe, settings.split()), int(gpus))
+    learning = LEARNING.get(recipe, 8.0958e9)
+    run, step, memory = found["run"], found["step"], found["memory_gib"]
+    figures = f"{memory['total']:.1f}", f"{step['seconds']:.3g}", f"{run['days']:.3g}", f"{run['gpu_hours']:,.0f}"
+    assert " | ".join(figures) == told  # in docs/recipes.md
+    assert found["fits"] and memory["total"] < found["gpu_gib"]
     assert sum(part["learning"] for part in found["parts"].values()) == pytest.approx(learning, rel=1e-3)
-    assert found["memory_gib"]["optimizer"] * GIB == pytest.approx(8 * learning / 64, rel=1e-3)
-    seconds = found["step"]["flops"] / (64 * 989.4e12 * 0.4)
-    assert found["step"]["seconds"] == pytest.approx(seconds)
-    assert found["run"]["gpu_hours"] == pytest.approx(seconds * found["run"]["steps"] * 64 / 3600)
+    shards = int(gpus) // found["replicas"]
+    assert memory["optimizer"] * GIB == pytest.approx(8 * learning / shards, rel=1e-3)
+    seconds = step["flops"] / (int(gpus) * 989.4e12 * 0.4)
+    assert step["seconds"] == pytest.approx(seconds)
+    assert run["gpu_hours"] == pytest.approx(seconds * run["steps"] * int(gpus) / 3600)
     assert found["disk_gb"]["checkpoint"] >= 12 * learning / 1e9 * 0.999
     if recipe == "8b/stage1":
         assert found["parts"]["llm"]["learning"] == pytest.approx(8.03e9, rel=1e-3)
-        assert found["step"]["tokens_per_sample"] == pytest.approx((131 + 896) / 2)
-        per_token = found["step"]["flops_by_part"]["llm"] / found["step"]["tokens"]
-        assert per_token == pytest.approx(6 * 8.03e9, rel=0.05)
+        assert step["tokens_per_sample"] == pytest.approx((131 + 896) / 2)
+        assert step["flops_by_part"]["llm"] / step["tokens"] == pytest.approx(6 * 8.03e9, rel=0.05)
+
+
+def test_every_training_is_planned_at_three_sizes() -> None:
+    trainings = ("gen_clip", "decoder", "stage1", "stage2", "stage3")
+    assert [(recipe, gpus) for recipe, gpus, *_ in ROWS] == [
+        (f"8b/{name}", gpus) for name in trainings for gpus in ("8", "64", "256")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "told"), re.findall(r"```sh\n(pisces plan [^\n]*)\n```\n\n```text\n(.*?)\n```", DOCS, re.DOTALL)
+)
+def test_pasted_plans_are_what_the_command_prints(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(shlex.split(line)[1:])
+    printed = "".join(capsys.readouterr())
+    assert [row.rstrip() for row in printed.splitlines()] == told.splitlines()
+
+
+def test_lines_for_torchrun_are_trainings() -> None:
+    lines = re.findall(r"^torchrun .* -m open_pisces (.*)$", DOCS, re.MULTILINE)
+    assert len(lines) >= 3
+    for line in lines:
+        args = build_parser().parse_args(shlex.split(line))
+        load_config(args.recipe, args.overrides)
+
+
+# ------------------------------------------------------------------------------------------------------ the ablations
 
 
 @pytest.mark.parametrize("recipe", LAB)

@@ -253,6 +253,15 @@ def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def compile_parts(module: nn.Module, world: World, dynamic: bool | None) -> None:
+    """Compile a model: as a whole in one process, block by block where each block gathers its weights first."""
+    if world.mesh is None:
+        module.compile(dynamic=dynamic)
+        return
+    for block in blocks(module):
+        block.forward = torch.compile(block.forward, dynamic=dynamic)
+
+
 def shard(module: nn.Module, world: World, config: TrainConfig) -> None:
     """Spread a model's parameters over the processes, block by block (FSDP2); nothing for one process.
 
@@ -265,7 +274,7 @@ def shard(module: nn.Module, world: World, config: TrainConfig) -> None:
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = half if config.precision == "bf16" else MixedPrecisionPolicy()
     whole, spread = split_frozen(module, config.shard_frozen_above)
-    kept = {p for part in whole for p in part.parameters()}
+    kept = {p for part in whole for p in part.to(world.device).parameters()}
     for part in module.modules():
         if getattr(part, "keep_float32", False):
             fully_shard(part, mesh=mesh)

@@ -21,8 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from open_pisces.batch import StepBatches
 from open_pisces.config import ConfigError, RunConfig
 from open_pisces.train.distributed import World
-from open_pisces.train.flops import count, counts_of, matmul_rate
-from open_pisces.train.objectives import Training
+from open_pisces.train.flops import Costs, counts_of, matmul_rate
 
 LOG_EVERY = 10
 SHOWN = ("text", "vectors", "diffusion", "contrastive", "retrieval", "mae", "norm")
@@ -76,16 +75,16 @@ class Log:
 
     Args:
         config: the recipe.
-        training: whose FLOPs are counted.
+        costs: what its parts cost in FLOPs.
         world: the processes.
         step: the step the run begins at.
         before: seconds of training before it was interrupted.
     """
 
-    def __init__(self, config: RunConfig, training: Training, world: World, step: int, before: float) -> None:
+    def __init__(self, config: RunConfig, costs: Costs, world: World, step: int, before: float) -> None:
         self.config, self.world, self.first_step = config, world, step
         self.start = time.monotonic() - before
-        self.costs = count(training.module, config)
+        self.costs = costs
         self.rate = matmul_rate(world.device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         self.window = Window(time.monotonic())
         self.told: list[Any] = []

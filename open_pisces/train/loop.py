@@ -19,8 +19,8 @@ from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import open_dataset
 from open_pisces.model.weights import write_folder
 from open_pisces.train.checkpoint import Checkpoints, load_latest, own_folder, read_progress, state_of
-from open_pisces.train.distributed import World, full, join_world, recompute, reduce_gradients, shard
-from open_pisces.train.flops import meta_twin
+from open_pisces.train.distributed import World, compile_parts, full, join_world, recompute, reduce_gradients, shard
+from open_pisces.train.flops import count, meta_twin
 from open_pisces.train.log import Log, describe_run
 from open_pisces.train.objectives import Training, build_training
 from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at
@@ -107,12 +107,14 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     """Build everything, spread it over the processes, and put the last checkpoint back."""
     settings = config.train
     training = build_training(config, world)
-    module = training.module.to(world.device, torch.float64 if settings.precision == "fp64" else None)
-    twins = {name: meta_twin(part) for name, part in training.parts.items()}
+    module = training.module.double() if settings.precision == "fp64" else training.module
+    if world.mesh is None:
+        module.to(world.device)  # otherwise sharding takes it there block by block: a device never holds all of it
+    twins, costs = {name: meta_twin(part) for name, part in training.parts.items()}, count(module, config)
     recompute(module, settings.checkpointing)
     if settings.compile and training.compiled is not None:
         # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
-        training.compiled.compile(dynamic=None if config.data.row_length else False)
+        compile_parts(training.compiled, world, dynamic=None if config.data.row_length else False)
     shard(module, world, settings)
     optimizer, average = build_optimizer(module, settings), AveragedWeights(module, settings.ema)
     state = config.folder / "state"
@@ -120,7 +122,7 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     progress = Progress(**found) if found else Progress()
     if world.is_first:
         describe_run(config.folder, config)
-    log = Log(config, training, world, progress.step, progress.seconds)
+    log = Log(config, costs, world, progress.step, progress.seconds)
     if found:
         log.event(progress.step, "resumed", processes=world.ranks)
     checkpoints = Checkpoints(state, world, settings.keep, settings.save_async)

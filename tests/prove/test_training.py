@@ -95,6 +95,19 @@ def test_a_run_goes_on_at_one_two_four_and_one_processes(
     record(processes=[ranks for ranks, _ in cuts], steps=32, largest_relative_difference=most)
 
 
+def test_compiled_blocks_of_two_processes_train_as_eager_ones(
+    starts: Path, tmp_path: Path, record: Callable[..., None]
+) -> None:
+    """Float32, packed rows that change in number, activations of matrix products kept."""
+    over = [*settings(starts, "stage3", "train.steps=5", "train.checkpointing=selective"), *PACKED]
+    cases = [(f"compile-{on}", "nano/stage3", [*over, f"train.compile={on}"], "") for on in ("true", "false")]
+    for code, told in launch(tmp_path, cases, wait=900):
+        assert code == 0, told[-3000:]
+    most = max(apart(tmp_path / "compile-false", tmp_path / "compile-true"))
+    assert most < 1e-4
+    record(steps=5, largest_relative_difference=most)
+
+
 def test_a_restart_by_torchrun_resumes_by_itself(starts: Path, tmp_path: Path, record: Callable[..., None]) -> None:
     """One process kills itself at step 7; torchrun starts both again, they go on from step 5."""
     over = settings(starts, "stage1", "train.steps=10", "train.save_every=5", "train.save_async=false")
