@@ -137,7 +137,10 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_pinned() -> None:
     declared = requirements("\n".join(project["dependencies"]))
     optional = requirements("\n".join(line for lines in extras.values() for line in lines))
     assert named - declared <= optional, "imported, but not in pyproject.toml"
-    by_others = {"accelerate", "tensorboard"}  # diffusers loads with the one, torch.utils.tensorboard writes with the other
+    by_others = {
+        "accelerate",
+        "tensorboard",
+    }  # diffusers loads with the one, torch.utils.tensorboard writes with the other
     assert declared - named <= by_others, "in pyproject.toml, but not imported"
     assert not (declared | optional) - requirements((ROOT / "constraints.txt").read_text()), "not in constraints.txt"
 

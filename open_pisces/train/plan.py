@@ -4,6 +4,7 @@ too much (``pisces plan``)."""
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -145,35 +146,53 @@ def _assumed(layout: Layout, utilisation: float, picture_kb: float) -> list[str]
 
 
 def remedy(layout: Layout, gib: float) -> str:
-    """Changes that make a training fit into so many GiB: each that is enough alone, or else several together.
+    """Changes that make a training fit into so many GiB: settings that are enough alone or else together, or more GPUs.
 
     Everything it names has been counted.
     """
-    if _start(layout)["gpu"] > gib:  # whole, before anything is spread: no setting changes that
-        return "no setting here is enough: take a GPU with more memory"
-    enough: dict[str, str] = {}
+    if (start := _start(layout)["gpu"]) > gib:
+        return f"no setting helps, each GPU first holds the whole model ({start:.1f} GiB): take one with more memory"
+    alone: dict[str, str] = {}
     for words, other in _changes(layout, gib):
-        if _key(words) not in enough and (total := _total(other)) <= gib:
-            enough[_key(words)] = f"{words} ({total:.1f} GiB)"
-    if enough:
-        return "set " + ", or ".join(enough.values())
+        if _key(words) not in alone and (total := _total(other)) <= gib:
+            alone[_key(words)] = f"{words} ({total:.1f} GiB)"
+    found = list(alone.values()) or [words for words in [_together(layout, gib)] if words]
+    wider = [layout.but(gpus=gpus) for gpus in _more_gpus(layout)]
+    fits = ((other, total) for other in wider if (total := _total(other)) <= gib)
+    found += [f"--gpus {other.gpus} ({total:.1f} GiB)" for other, total in itertools.islice(fits, 1)]
+    if not found:
+        both = (f"--gpus {other.gpus} and {words}" for other in wider if (words := _together(other, gib)))
+        found = list(itertools.islice(both, 1))
+    return "set " + ", or ".join(found) if found else "no setting helps: take a GPU with more memory"
+
+
+def _together(layout: Layout, gib: float) -> str:
+    """Several settings that are enough, those first that cost least; nothing if all together are not."""
     together: dict[str, str] = {}
     while (total := _total(layout)) > gib:
         helps = ((words, other) for words, other in _changes(layout, gib) if _total(other) < 0.99 * total)
         words, layout = next(helps, ("", layout))
         if not words:
-            return "no setting here is enough: take a GPU with more memory"
+            return ""
         together[_key(words)] = words
-    return f"set {' and '.join(together.values())} ({total:.1f} GiB)"
+    return f"{' and '.join(together.values())} ({total:.1f} GiB)"
 
 
 def _key(words: str) -> str:
-    return words.replace("=", " ").split()[0]
+    return words.partition("=")[0]
 
 
 def _total(layout: Layout) -> float:
     """GiB at the fullest moment, the start included."""
     return max(layout.memory.total / GIB, _start(layout)["gpu"])
+
+
+def _more_gpus(layout: Layout) -> Iterator[int]:
+    """Twice as many, again and again, as long as every one has a sample."""
+    gpus = 2 * layout.gpus
+    while gpus <= min(MOST_GPUS, layout.config.train.batch_size):
+        yield gpus
+        gpus *= 2
 
 
 def _changes(layout: Layout, gib: float) -> Iterator[tuple[str, Layout]]:
@@ -193,10 +212,6 @@ def _changes(layout: Layout, gib: float) -> Iterator[tuple[str, Layout]]:
         yield "train.shard_frozen_above=0", layout.but(shard_frozen_above=0)
     if settings.replicas > 1:
         yield "train.replicas=1", layout.but(replicas=1)
-    more = 2 * layout.gpus
-    while more <= min(MOST_GPUS, settings.batch_size):
-        yield f"--gpus {more}", layout.but(gpus=more)
-        more *= 2
 
 
 def _smaller(layout: Layout, gib: float) -> Iterator[tuple[str, Layout]]:

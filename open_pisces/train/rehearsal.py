@@ -55,7 +55,8 @@ def skeleton(config: RunConfig) -> nn.Module:
             return DecoderOnVectors(encoder, decoder, bridge.statistics, model.generation.pool)  # type: ignore[arg-type]
         painted = start is not None and (in_start(config.model, "decoder") or not Path(start).is_dir())
         parts = {name: build_part(name, model, vocabulary(config)) for name in PARTS if painted or name != "decoder"}
-        pisces = assemble(model, {"decoder": None, **parts}, config.loss)
+        # Fused kernels keep less than our chunks, but run on CUDA only.
+        pisces = assemble(model, {"decoder": None, **parts}, config.loss.model_copy(update={"kernel": "chunked"}))
     for name in config.train.freeze:
         if getattr(pisces, name, None) is not None:
             getattr(pisces, name).requires_grad_(False)
@@ -122,10 +123,8 @@ def _sequences(module: Any, config: RunConfig, shape: Shape) -> SequenceBatch:
     pixels = [torch.empty(n, 3, e.image_size, e.image_size) for n, e in zip(counts, encoders, strict=True)]
     features = [torch.empty(n, v, e.width) for n, v, e in zip(counts, vectors, encoders, strict=True)]
     places = [torch.zeros(n * v, dtype=torch.long) for n, v in zip(counts, vectors, strict=True)]
-    labels, ids = (
-        torch.zeros(shape.supervised, dtype=torch.long),
-        torch.zeros(shape.rows, shape.length, dtype=torch.long),
-    )
+    labels = torch.zeros(shape.supervised, dtype=torch.long)
+    ids = torch.zeros(shape.rows, shape.length, dtype=torch.long)
     return SequenceBatch(
         ids_BS=ids,
         understanding_at_K=places[0],
@@ -166,7 +165,7 @@ class Needs:
     """Bytes that a micro-batch takes beside weights, gradients and optimizer."""
 
     kept: int
-    """From the forward to the backward pass, the batch itself included."""
+    """From the forward to the backward pass, the batch itself left out."""
     on_top: int
     """More for a moment: encoders at work, a chunk of logits, a block that is computed again."""
 
