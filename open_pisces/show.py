@@ -72,15 +72,15 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
-    """Start, step, run and disk of a plan in words."""
-    step, run, disk, start = plan["step"], plan["run"], plan["disk_gb"], plan["start_gib"]
+    """Step, run, start and disk of a plan in words."""
+    step, run, disk = plan["step"], plan["run"], plan["disk_gb"]
     tokens = f", {step['tokens']:,.0f} tokens" if "tokens" in step else ""
     work = f"{step['samples']:,} samples{tokens}, {step['flops'] / 1e15:,.3g} PFLOP"
     kept = f"{disk['checkpoint']:,.3g} GB a checkpoint, {disk['checkpoints_kept']:,.3g} GB all that are kept"
     return [
-        f"at the start: {start['gpu']:.1f} GiB of each GPU, {start['host_per_machine']:,.0f} GiB of a machine's memory",
         f"a step: {work}, micro-batches of a GPU: {step['micro_batches']:,}; {step['seconds']:,.3g} s",
         f"the run: {run['steps']:,} steps: {run['days']:,.3g} days, {run['gpu_hours']:,.0f} GPU-hours",
+        f"a machine's memory: {plan['host_gib']:,.0f} GiB, for every process loads the whole model before it is spread",
         f"on disk: {kept}, {disk['model']:,.3g} GB the model; {disk['data_read']:,.0f} GB of pictures are read",
         f"assumed: {', '.join(plan['assumed'])}",
     ]

@@ -217,7 +217,9 @@ def test_a_remedy_is_enough_and_is_needed() -> None:
     least = wide.but(rows=1, checkpointing="full", gpus=64).memory.total / GIB
     found = remedy(wide, (least + min(full, rows)) / 2)
     assert " and " in found or "--gpus" in found
-    assert remedy(wide, RESERVE / 2).startswith("no setting helps, each GPU first holds the whole model (4.0 GiB)")
+    lonely = wide.but(gpus=1)
+    assert remedy(lonely, wide.memory.total / GIB).endswith(f"--gpus 2 ({wide.memory.total / GIB:.1f} GiB)")
+    assert remedy(wide, RESERVE / 2).startswith("no setting helps, 4.0 GiB do not shrink")
 
 
 def test_unpacked_trainings_are_cut_into_as_many_micro_batches_as_fit() -> None:

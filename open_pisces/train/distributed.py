@@ -166,7 +166,9 @@ def join_world(config: RunConfig) -> Iterator[World]:
     wait = timedelta(seconds=config.train.timeout)
     meeting, rank, ranks = _meet()
     _check_ranks(config, ranks)
-    store = dist.PrefixStore(f"training {next(_trainings)}", meeting)
+    # The place may outlive those who met there: torchrun keeps it when it starts them again.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt {attempt}, training {next(_trainings)}", meeting)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=wait)
     try:
         replicas = config.train.replicas

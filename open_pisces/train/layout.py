@@ -259,6 +259,11 @@ class Layout:
             working=self.needs.on_top,
         )
 
+    @property
+    def least(self) -> float:
+        """Bytes that neither more GPUs nor any setting take away: the reserve, and what is gathered."""
+        return RESERVE * GIB + self._gathered()
+
     def _gathered(self) -> float:
         *parts, rest = group_sizes(self.module, self.config.train.shard_frozen_above)
         small = 2 if self.config.train.precision == "bf16" else 4

@@ -4,7 +4,6 @@ too much (``pisces plan``)."""
 from __future__ import annotations
 
 import difflib
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -48,8 +47,8 @@ def plan(
         picture_kb: assumed size of a picture's file.
 
     Returns:
-        Plain data: ``parts``, ``memory_gib`` of one GPU, ``start_gib``, ``step``, ``run``, ``disk_gb``, ``assumed``,
-        ``fits``, and if it does not fit ``too_much_gib`` and ``remedy``.
+        Plain data: ``parts``, ``memory_gib`` of one GPU, ``host_gib`` of a machine, ``step``, ``run``, ``disk_gb``,
+        ``assumed``, ``fits``, and if it does not fit ``too_much_gib`` and ``remedy``.
 
     Raises:
         PlanError: for an unknown GPU, or a number that the recipe cannot be spread over.
@@ -64,23 +63,22 @@ def plan(
         "parts": dict(_parts(layout.module)),
         "memory_gib": {**{name: size / GIB for name, size in asdict(memory).items()}, "total": memory.total / GIB},
         "gpu_gib": facts["gib"],
-        "start_gib": _start(layout),
+        "host_gib": _host(layout),
         **_work(layout, facts["tflops"] * 1e12 * utilisation),
         "disk_gb": _disk(layout, picture_kb),
         "assumed": _assumed(layout, utilisation, picture_kb),
     }
-    most = max(result["memory_gib"]["total"], result["start_gib"]["gpu"])
-    result["fits"] = most <= facts["gib"]
+    result["fits"] = result["memory_gib"]["total"] <= facts["gib"]
     if not result["fits"]:
-        result |= {"too_much_gib": most - facts["gib"], "remedy": remedy(layout, facts["gib"])}
+        too_much = result["memory_gib"]["total"] - facts["gib"]
+        result |= {"too_much_gib": too_much, "remedy": remedy(layout, facts["gib"])}
     return result
 
 
 def refusal(result: dict[str, Any]) -> str:
     """One line about a plan that does not fit."""
-    most = result["gpu_gib"] + result["too_much_gib"]
     where = f"{result['recipe']} does not fit on {result['gpus']} x {result['gpu']}"
-    found = f"{most:.1f} GiB of {result['gpu_gib']:.1f}, {result['too_much_gib']:.1f} too many"
+    found = f"{result['memory_gib']['total']:.1f} GiB of {result['gpu_gib']:.1f}, {result['too_much_gib']:.1f} too many"
     return f"{where}: {found}: {result['remedy']}"
 
 
@@ -96,10 +94,9 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, dict[str, int]]]:
             yield name, {"parameters": sum(p.numel() for p in parameters), "learning": learning}
 
 
-def _start(layout: Layout) -> dict[str, float]:
-    """GiB before a model is spread: every process holds all of it in float32, on its GPU and before that beside it."""
-    everything = 4 * sum(p.numel() for p in layout.module.parameters()) / GIB
-    return {"gpu": everything + RESERVE, "host_per_machine": everything * min(PER_NODE, layout.gpus)}
+def _host(layout: Layout) -> float:
+    """GiB of a machine's memory before a model is spread: every process there holds all of it in float32."""
+    return 4 * sum(p.numel() for p in layout.module.parameters()) * min(PER_NODE, layout.gpus) / GIB
 
 
 def _work(layout: Layout, rate: float) -> dict[str, Any]:
@@ -150,19 +147,19 @@ def remedy(layout: Layout, gib: float) -> str:
 
     Everything it names has been counted.
     """
-    if (start := _start(layout)["gpu"]) > gib:
-        return f"no setting helps, each GPU first holds the whole model ({start:.1f} GiB): take one with more memory"
+    if layout.least / GIB > gib:
+        return f"no setting helps, {layout.least / GIB:.1f} GiB do not shrink: take a GPU with more memory"
     alone: dict[str, str] = {}
     for words, other in _changes(layout, gib):
         if _key(words) not in alone and (total := _total(other)) <= gib:
             alone[_key(words)] = f"{words} ({total:.1f} GiB)"
     found = list(alone.values()) or [words for words in [_together(layout, gib)] if words]
-    wider = [layout.but(gpus=gpus) for gpus in _more_gpus(layout)]
-    fits = ((other, total) for other in wider if (total := _total(other)) <= gib)
-    found += [f"--gpus {other.gpus} ({total:.1f} GiB)" for other, total in itertools.islice(fits, 1)]
-    if not found:
-        both = (f"--gpus {other.gpus} and {words}" for other in wider if (words := _together(other, gib)))
-        found = list(itertools.islice(both, 1))
+    for other in (layout.but(gpus=gpus) for gpus in _more_gpus(layout)):
+        total = _total(other)
+        words = f"({total:.1f} GiB)" if total <= gib else "" if found else _together(other, gib)
+        if words:
+            found.append(f"--gpus {other.gpus} {'' if total <= gib else 'and '}{words}")
+            break
     return "set " + ", or ".join(found) if found else "no setting helps: take a GPU with more memory"
 
 
@@ -183,8 +180,7 @@ def _key(words: str) -> str:
 
 
 def _total(layout: Layout) -> float:
-    """GiB at the fullest moment, the start included."""
-    return max(layout.memory.total / GIB, _start(layout)["gpu"])
+    return layout.memory.total / GIB
 
 
 def _more_gpus(layout: Layout) -> Iterator[int]:

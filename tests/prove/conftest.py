@@ -23,7 +23,8 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout
         proofs = json.loads(PROOF.read_text()) if PROOF.is_file() else {}
-        proofs[request.node.originalname] = {**figures, "commit": commit.strip()}
+        name = request.node.originalname  # cases of one proof add up
+        proofs[name] = {**proofs.get(name, {}), **figures, "commit": commit.strip()}
         PROOF.write_text(json.dumps(dict(sorted(proofs.items())), indent=1) + "\n")
 
     return write
