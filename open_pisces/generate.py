@@ -32,18 +32,18 @@ class Generator:
         self.pisces, self.tokenizer = pisces.eval().to(self.device), tokenizer
         self.renderer = Renderer(
             tokenizer,
-            pisces.config.template,
+            pisces.settings.template,
             pisces.understanding_encoder.vectors,
-            pisces.config.generation.vectors,
+            pisces.settings.generation.vectors,
         )
-        self.sizes = pisces.understanding_encoder.image_size, pisces.config.generation.image_size
+        self.sizes = pisces.understanding_encoder.image_size, pisces.settings.generation.image_size
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "auto") -> Generator:
         """Load a model folder; float32 on a CPU, bfloat16 on an accelerator."""
         where = pick_device(device)
         pisces = Pisces.from_pretrained(folder, torch.float32 if where.type == "cpu" else torch.bfloat16)
-        return cls(pisces, load_tokenizer(Path(folder) / "tokenizer", pisces.config.template), str(where))
+        return cls(pisces, load_tokenizer(Path(folder) / "tokenizer", pisces.settings.template), str(where))
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -169,7 +169,7 @@ class Generator:
         """
         vectors_BME = self.vectors([_said(prompt) for prompt in prompts])
         numbers = list(range(n)) * len(prompts)
-        scale = self.pisces.config.decoder.guidance_scale if guidance_scale is None else guidance_scale
+        scale = self.pisces.settings.decoder.guidance_scale if guidance_scale is None else guidance_scale
         null_ME = None if scale == 1.0 else self.null_vectors
         flat = self.painter.paint(vectors_BME.repeat_interleave(n, 0), null_ME, numbers, steps, scale, seed)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
@@ -203,7 +203,7 @@ class Generator:
         pisces = self.pisces
         if pisces.decoder is None:
             raise PromptError("this model has no decoder: train or load one with its decoder/ part")
-        return Painter(pisces.config, pisces.generation_encoder, pisces.bridge, pisces.decoder, self.device)
+        return Painter(pisces.settings, pisces.generation_encoder, pisces.bridge, pisces.decoder, self.device)
 
     @cached_property
     def null_vectors(self) -> Tensor:

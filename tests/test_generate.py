@@ -168,7 +168,7 @@ def test_guidance_1_skips_the_null_pass_and_others_run_it_once(
 
 
 def test_guidance_and_steps_come_from_the_model_when_none_are_asked_for(generator: Generator) -> None:
-    settings = generator.pisces.config.decoder
+    settings = generator.pisces.settings.decoder
     default = generator.image(PROMPTS[:1])[0][0]
     asked = generator.image(PROMPTS[:1], steps=settings.steps, guidance_scale=settings.guidance_scale)[0][0]
     assert default.tobytes() == asked.tobytes()

@@ -283,7 +283,7 @@ def test_one_forward_of_each_task_runs_at_8b_with_fake_tensors(
 ) -> None:
     model, mode = full_size
     N, M = (729, 0) if task == "understanding" else (0, 64)
-    assert N in (0, model.understanding_encoder.vectors) and M in (0, model.config.generation.vectors)
+    assert N in (0, model.understanding_encoder.vectors) and M in (0, model.settings.generation.vectors)
     with mode:
         batch = SequenceBatch(
             ids_BS=torch.zeros(1, 896, dtype=torch.long),

@@ -43,7 +43,7 @@ def read(generator: Generator, tasks: dict[Task, float], rows: int) -> SequenceB
 @torch.no_grad()
 def encoded(pisces: Pisces, batch: SequenceBatch) -> SequenceBatch:
     """The batch with the encoders' outputs in place of pixels, as the feature cache gives it."""
-    pool = pisces.config.generation.pool
+    pool = pisces.settings.generation.pool
     see = FrozenEncoder("understanding", pisces.understanding_encoder, pool)
     draw = FrozenEncoder("generation", pisces.generation_encoder, pool)
     seen, drawn = batch.understanding_pixels_BCHW, batch.generation_pixels_BCHW

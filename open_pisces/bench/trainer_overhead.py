@@ -112,7 +112,7 @@ def _trainer(run: Run, given: list[StepBatches], folder: Path) -> None:
         logging_steps=10,
         max_grad_norm=run.config.train.clip,
         remove_unused_columns=False,
-        disable_tqdm=False,
+        accelerator_config={"dispatch_batches": False, "even_batches": False},
     )
     trainer = Trainer(
         model=run.training.module,

@@ -35,12 +35,17 @@ class Pisces(nn.Module):
         weights: LossConfig | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.weights = config, weights or LossConfig()
+        self.settings, self.weights = config, weights or LossConfig()
         self.llm = llm
         self.understanding_encoder, self.generation_encoder = understanding_encoder, generation_encoder
         self.bridge, self.decoder = bridge, decoder
         self.folder: Path | None = None
         """Where it was loaded from, if from a folder: its tokenizer and training record belong to it."""
+
+    @property
+    def config(self) -> Any:
+        """The LLM's transformers configuration: what `Trainer` and PEFT look at and set. Ours is `settings`."""
+        return self.llm.config
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Pisces:

@@ -139,7 +139,7 @@ def verify(folder: Path, name: str) -> None:
 def save_pisces(pisces: Pisces, folder: str | Path, tokenizer: Any = None) -> None:
     """Write a whole model; tokenizer, record and licences of the folder it was loaded from go with it."""
     parts = {name: getattr(pisces, name) for name in PARTS if getattr(pisces, name) is not None}
-    write_folder(folder, pisces.config, parts, tokenizer, start=pisces.folder)
+    write_folder(folder, pisces.settings, parts, tokenizer, start=pisces.folder)
 
 
 def write_folder(

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from open_pisces.train.distributed import World
 from open_pisces.train.optim import AveragedWeights
@@ -129,7 +130,7 @@ def load_latest(state: Path, tensors: dict[str, Tensor], world: World) -> dict[s
         wrong = [line for lines in world.gather_objects(faults(found, world.rank, world.ranks)) for line in lines]
         if not wrong:
             _check_fit(found, tensors)
-            dcp.load(tensors, checkpoint_id=found.folder, process_group=world.saving, no_dist=world.ranks == 1)
+            dcp.load({"all": tensors}, checkpoint_id=found.folder, process_group=world.saving, no_dist=world.ranks == 1)
             return found.progress
         told += wrong
         if world.is_first:
@@ -170,6 +171,7 @@ class Checkpoints:
         self.state, self.world, self.keep, self.background = state, world, keep, background
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[None] | None = None
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))  # keeps its memory for the next one
         if world.is_first:
             state.mkdir(parents=True, exist_ok=True)
             for left in state.glob(".*"):  # of a process that died while it wrote
@@ -194,9 +196,10 @@ class Checkpoints:
         alone = self.world.ranks == 1
         shapes = {name: list(value.shape) for name, value in tensors.items()}
         options: dict[str, Any] = {"checkpoint_id": fresh, "process_group": self.world.saving, "no_dist": alone}
+        whole = {"all": tensors}  # PyTorch notes in its log when it begins and ends each entry at the top
         if not self.background:
-            return self._finish(fresh, shapes, progress, before, lambda: dcp.save(tensors, **options))
-        written: Any = dcp.async_save(tensors, **options)
+            return self._finish(fresh, shapes, progress, before, lambda: dcp.save(whole, **options))
+        written: Any = dcp.async_save(whole, **options, async_stager=self._stager)
         self._job = self._pool.submit(self._finish, fresh, shapes, progress, before, written.result)
 
     def wait(self) -> None:
@@ -211,6 +214,7 @@ class Checkpoints:
             self.wait()
         finally:
             self._pool.shutdown()
+            self._stager.close()
 
     def _finish(
         self,

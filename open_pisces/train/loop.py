@@ -64,6 +64,8 @@ class Run:
     twins: dict[str, nn.Module]
     progress: Progress
     probes: Sequence[Probe]
+    licences: list[dict[str, Any]]
+    """Of the data, for the model folder."""
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -115,7 +117,7 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     if settings.compile and training.compiled is not None:
         # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
         compile_parts(training.compiled, world, dynamic=None if config.data.row_length else False)
-    shard(module, world, settings)
+    shard(module.train(), world, settings)
     optimizer, average = build_optimizer(module, settings), AveragedWeights(module, settings.ema)
     state = config.folder / "state"
     found = load_latest(state, state_of(module, optimizer, average), world)
@@ -126,7 +128,8 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     if found:
         log.event(progress.step, "resumed", processes=world.ranks)
     checkpoints = Checkpoints(state, world, settings.keep, settings.save_async)
-    return Run(config, world, training, optimizer, average, checkpoints, log, twins, progress, probes)
+    licences = [entry for source in config.data.sources for entry in open_dataset(source.path).licences]
+    return Run(config, world, training, optimizer, average, checkpoints, log, twins, progress, probes, licences)
 
 
 def work(run: Run, stop: Stop) -> bool:
@@ -182,7 +185,6 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
     training, settings, world = run.training, run.config.train, run.world
     floats = torch.float64 if settings.precision == "fp64" else None
     batches = [batch.to(world.device, floats) for batch in batches]
-    training.module.train()
     parts: dict[str, Tensor] = {}
     with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         batches = training.prepare(batches)
@@ -209,7 +211,7 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
 
 def add_up(run: Run, parts: dict[str, Tensor]) -> dict[str, float]:
     """Clip the gradient; the losses of all processes and its norm, the same numbers everywhere."""
-    learning = [p for p in run.training.module.parameters() if p.requires_grad]
+    learning = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = full(nn.utils.clip_grad_norm_(learning, run.config.train.clip))
     names = sorted(parts)
     mine = torch.stack([norm.double(), *(parts[name].double() for name in names)]).tolist()
@@ -269,6 +271,7 @@ def look(run: Run) -> None:
     with run.average.applied(), torch.compiler.set_stance("force_eager"):
         for each in run.probes:
             each(run.config, run.training, run.config.folder / "samples", run.progress.step, run.world)
+    run.training.module.train()
 
 
 def save(run: Run, seconds: float | None = None) -> None:
@@ -280,13 +283,12 @@ def save(run: Run, seconds: float | None = None) -> None:
     config, progress = run.config, run.progress
     progress.seconds = round(run.log.seconds if seconds is None else seconds, 2)
     run.checkpoints.wait()
-    with run.average.applied():
-        weights = {name: whole_state(part, run.world) for name, part in run.training.parts.items()}
+    averages = run.average.by_parameter()
+    for name, part in run.training.parts.items():
+        fill(run.twins[name], part, averages, run.world)
     record = training_record(run)
 
     def write_model() -> None:
-        for name, twin in run.twins.items():
-            twin.load_state_dict(weights[name], assign=True)
         write_folder(
             config.folder / "model", config.model, run.twins, run.training.tokenizer, config.model.start, record
         )
@@ -294,16 +296,24 @@ def save(run: Run, seconds: float | None = None) -> None:
     run.checkpoints.save(progress.step, run.tensors, asdict(progress), write_model)
 
 
-def whole_state(part: nn.Module, world: World) -> dict[str, Tensor]:
-    """A part's whole state on the CPU, of the first process only; tied tensors are one."""
-    found: dict[int, Tensor] = {}
-    state = {}
+@torch.no_grad()
+def fill(twin: nn.Module, part: nn.Module, averages: dict[int, Tensor], world: World) -> None:
+    """Put a part's whole weights, averaged where they are, into its twin on the CPU of the first process.
+
+    The first time gives the twin its memory, later ones only copy: a training stands still for as little as it can.
+    """
+    places: dict[str, Tensor] = twin.state_dict(keep_vars=True)
+    done: dict[int, Tensor] = {}
     for name, value in part.state_dict(keep_vars=True).items():
-        if id(value) not in found:
-            whole = full(value.detach())
-            found[id(value)] = whole.to("cpu", copy=True) if world.is_first else whole.new_empty(0)
-        state[name] = found[id(value)]
-    return state
+        if id(value) not in done:
+            whole = full(averages.get(id(value), value.detach()))
+            if world.is_first and not places[name].is_meta:
+                places[name].copy_(whole)
+            elif world.is_first:
+                done[id(value)] = whole.to("cpu", copy=True)
+        places[name] = done.setdefault(id(value), places[name])
+    if world.is_first:
+        twin.load_state_dict(places, assign=True)
 
 
 def training_record(run: Run) -> dict[str, Any]:
@@ -317,5 +327,5 @@ def training_record(run: Run) -> dict[str, Any]:
         "seconds": round(progress.seconds, 1),
         "device": f"{run.world.ranks} x {run.world.device.type}" if run.world.ranks > 1 else str(run.world.device),
         "data": [source.path for source in config.data.sources],
-        "licences": [entry for s in config.data.sources for entry in open_dataset(s.path).licences],
+        "licences": run.licences,
     }

@@ -50,17 +50,20 @@ class AveragedWeights:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.module = module
-        self.values = {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad} if decay else {}
+        learning = {n: p for n, p in module.named_parameters() if p.requires_grad} if decay else {}
+        self.values = {n: p.detach().clone() for n, p in learning.items()}
+        self._parameters = list(learning.values())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move towards the weights after optimizer step ``step`` (from 0)."""
         if self.values:
             keep = min(self.decay, (1 + step) / (10 + step))
-            now = dict(self.module.named_parameters())
-            averages = [local(value) for value in self.values.values()]
-            torch._foreach_lerp_(averages, [local(now[n].detach()) for n in self.values], 1 - keep)
+            torch._foreach_lerp_(self._averages(), self._now(), 1 - keep)
+
+    def by_parameter(self) -> dict[int, Tensor]:
+        """The averages by the identity of the parameter they are of."""
+        return {id(p): value for p, value in zip(self._parameters, self.values.values(), strict=True)}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -72,10 +75,14 @@ class AveragedWeights:
             finally:
                 self._swap()
 
+    def _averages(self) -> list[Tensor]:
+        return [local(value) for value in self.values.values()]
+
+    def _now(self) -> list[Tensor]:
+        return [local(p.detach()) for p in self._parameters]
+
     def _swap(self) -> None:
-        parameters = dict(self.module.named_parameters())
-        for name, value in self.values.items():
-            ours, average = local(parameters[name].detach()), local(value)
+        for ours, average in zip(self._now(), self._averages(), strict=True):
             kept: Tensor = ours.clone()
             ours.copy_(average)
             average.copy_(kept)
