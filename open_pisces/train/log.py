@@ -233,12 +233,11 @@ Tell = tuple[Callable[[dict[str, float], int], Any], Callable[[], Any]]
 def _tensorboard(folder: Path, step: int) -> Tell:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None, flush_secs=10)
 
     def tell(line: dict[str, float], at: int) -> None:
         for name, value in line.items():
             writer.add_scalar(name, value, at)
-        writer.flush()
 
     return tell, writer.close
 
