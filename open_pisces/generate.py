@@ -29,7 +29,9 @@ class Generator:
 
     def __init__(self, pisces: Pisces, tokenizer: Any, device: str = "auto") -> None:
         self.device = pick_device(device)
-        self.pisces, self.tokenizer = pisces.eval().to(self.device), tokenizer
+        self.pisces, self.tokenizer = pisces.eval(), tokenizer
+        if next(pisces.parameters()).device != self.device:  # being moved, a sharded model would let go of its parts
+            pisces.to(self.device)
         self.renderer = Renderer(
             tokenizer,
             pisces.settings.template,

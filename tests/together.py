@@ -1,7 +1,8 @@
 """Trainings run by several processes at once, for tests: ``python together.py FOLDER`` under torchrun's variables.
 
 `launch` starts the processes. ``FOLDER/cases.json`` lists ``[name, recipe, overrides, fault]``; a fault is something
-that one process does to itself. Losses of every step go to the run's ``metrics.jsonl``.
+that one process does to itself, or ``probe`` for a run that looks at samples. Losses of every step go to the run's
+``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ def main(folder: Path) -> None:
     log.LOG_EVERY = 1
     honest = loop.train_step
     for name, recipe, overrides, fault in json.loads((folder / "cases.json").read_text()):
-        loop.train_step = faulty(honest, fault) if fault else honest
-        loop.train(load_config(recipe, [f"out={folder / name}", *overrides]), probes=())
+        loop.train_step = faulty(honest, fault) if " " in fault else honest
+        probes = (loop.probe,) if fault == "probe" else ()
+        loop.train(load_config(recipe, [f"out={folder / name}", *overrides]), probes=probes)
 
 
 def faulty(honest: Any, fault: str) -> Any:

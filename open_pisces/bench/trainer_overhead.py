@@ -1,8 +1,8 @@
 """What the loop costs beside the model: against a bare loop, and against transformers' `Trainer`.
 
 The same model, the same optimizer and clipping, the same micro-batches from memory; steps are small (some 0.1 s on
-two cores, an eighth of the recipe's), so that what surrounds them shows. Ours logs, counts FLOPs, adds up over processes and watches for what
-is not finite, as in every run. No way writes checkpoints here (`pisces bench async_save` does).
+two cores, an eighth of the recipe's), so that what surrounds them shows. Ours logs, counts FLOPs, adds up over
+processes and watches for what is not finite, as in every run. No way writes checkpoints (`pisces bench async_save`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ STEPS = 24
 def run(pairs: int = 15) -> dict[str, Any]:
     """Seconds of a bare loop over ours: at least 0.97 is wanted; ``over_trainer`` is `Trainer`'s over ours: 1.05."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = ["train.batch_size=8", "train.accumulate=1", "data.rows=64", "train.steps=1000000", "train.save_every=1000000", "train.probe_every=1000000"]
+        endless = [f"train.{name}=1000000" for name in ("steps", "save_every", "probe_every")]
+        steps = ["train.batch_size=8", "train.accumulate=1", "data.rows=64", *endless]
         place = [f"model.start={WEIGHTS}", f"out={folder}", "data.sources.0.path=fixture/train"]
         config = load_config("tiny/stage3", [*steps, *place, "train.ema=0.0", "train.precision=bf16"])
         ours, bare, other = (start(config, World(torch.device("cpu"))) for _ in range(3))

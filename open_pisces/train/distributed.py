@@ -291,9 +291,10 @@ def split_frozen(module: nn.Module, most: int) -> tuple[list[nn.Module], list[nn
     if not parameters:
         return [], []
     if not any(p.requires_grad for p in parameters):
-        if sum(p.numel() for p in parameters) <= most:
+        # What is spread gathers its weights when it is called; those of a table are looked at without a call.
+        if sum(p.numel() for p in parameters) <= most or not list(module.children()):
             return [module], []
-        if hasattr(module, "_no_split_modules") or hasattr(module, "features") or not list(module.children()):
+        if hasattr(module, "_no_split_modules") or hasattr(module, "features"):
             return [], [module]
     whole: list[nn.Module] = []
     spread: list[nn.Module] = []

@@ -31,16 +31,16 @@ Probe = Callable[[RunConfig, Training, Path, int, World], None]
 def probe(config: RunConfig, training: Training, folder: Path, step: int, world: World) -> None:
     """Write ``step-N.png`` (and ``step-N.txt`` for answers) about held-out pictures of the packaged fixture."""
     with gathered(training.module), TemporaryDirectory() as elsewhere:
-        _probe(config, training, folder if world.is_first else Path(elsewhere), step)
+        _probe(training, folder if world.is_first else Path(elsewhere), step, str(world.device))
 
 
-def _probe(config: RunConfig, training: Training, folder: Path, step: int) -> None:
+def _probe(training: Training, folder: Path, step: int, device: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     reader = ShardReader(data_path("fixture/pairs"))
     samples = [reader[i] for i in range(min(COUNT, len(reader)))]
     module = training.module.eval()
     if isinstance(module, Pisces):
-        _probe_pisces(module, training.tokenizer, samples, folder / f"step-{step}", config.device)
+        _probe_pisces(module, training.tokenizer, samples, folder / f"step-{step}", device)
     elif isinstance(module, GenCLIP):
         _probe_contrastive(module, training.tokenizer, samples, folder / f"step-{step}")
     else:
