@@ -103,3 +103,16 @@ def nano_folder(tmp_path_factory: pytest.TempPathFactory, nano_pisces: Pisces, n
     folder = tmp_path_factory.mktemp("nano") / "model"
     nano_pisces.save_pretrained(folder, nano_tokenizer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What nano's trainings start from: short runs of those before. Shared: nothing may be changed in it."""
+    from open_pisces.config import TRAININGS, load_config
+    from open_pisces.train.loop import train
+
+    folder = tmp_path_factory.mktemp("starts")
+    for place, name in enumerate(TRAININGS[:5]):
+        before = [f"model.start={folder / TRAININGS[place - 1] / 'model'}"] if place else []
+        train(load_config(f"nano/{name}", [f"out={folder / name}", "train.steps=2", *before]), probes=())
+    return folder

@@ -31,16 +31,6 @@ STEPS = 20
 DOUBLE = ["train.precision=fp64", f"train.steps={STEPS}", "train.save_every=1000", "train.ema=0.9"]
 
 
-@pytest.fixture(scope="module")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each training starts from: short runs of those before."""
-    folder = tmp_path_factory.mktemp("starts")
-    for place, name in enumerate(TRAININGS[:5]):
-        start = [f"model.start={folder / TRAININGS[place - 1] / 'model'}"] if place else []
-        train(load_config(f"nano/{name}", [f"out={folder / name}", "train.steps=2", *start]), probes=())
-    return folder
-
-
 def case(starts: Path, name: str, recipe: str, *overrides: str, fault: str = "") -> Case:
     place = TRAININGS.index(recipe)
     start = [f"model.start={starts / TRAININGS[place - 1] / 'model'}"] if place else []

@@ -34,15 +34,6 @@ MIXTURE = (
 PACKED = ["data.row_length=512", "data.rows=1", "data.workers=2", "train.batch_size=6", "train.accumulate=1"]
 
 
-@pytest.fixture(scope="module")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("starts")
-    for place, name in enumerate(TRAININGS[:5]):
-        before = [f"model.start={folder / TRAININGS[place - 1] / 'model'}"] if place else []
-        train(load_config(f"nano/{name}", [f"out={folder / name}", "train.steps=2", *before]), probes=())
-    return folder
-
-
 def settings(starts: Path, name: str, *more: str) -> list[str]:
     before = TRAININGS[TRAININGS.index(name) - 1]
     return [f"model.start={starts / before / 'model'}", "train.save_every=10000", "train.probe_every=10000", *more]
