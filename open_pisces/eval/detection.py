@@ -1,0 +1,58 @@
+"""What scorers of drawings need of a detector, whichever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from PIL.Image import Image
+
+
+class DetectorError(ValueError):
+    """A detector that cannot do what is asked; the message names it, the thing and the remedy."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object found in a picture."""
+
+    name: str
+    """Its class."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom in pixels; right and bottom lie outside."""
+    score: float
+    """The detector's confidence, 0 to 1."""
+    colours: Mapping[str, float] = field(default_factory=dict)
+    """Probability of each colour's name; empty where colours were not asked for."""
+    mask: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """Pixels of the object (H, W), bool, if the detector gives them."""
+
+    @property
+    def colour(self) -> str:
+        """The likeliest colour, "" if none was asked for."""
+        return max(self.colours, key=lambda name: self.colours[name]) if self.colours else ""
+
+
+class Detector(Protocol):
+    """Finds objects, and names their colours."""
+
+    name: str
+    """What scores call it: the model and its version."""
+    classes: tuple[str, ...]
+    colours: tuple[str, ...]
+    threshold: float
+    """Confidence above which a detection counts (GenEval: 0.3)."""
+    counting_threshold: float
+    """The stricter one for counting (GenEval: 0.9)."""
+
+    def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+        """Everything found in each picture, in falling order of confidence, above a floor below both thresholds.
+
+        Args:
+            images: the pictures.
+            coloured: for each picture the classes whose colours are wanted, and of how many of their most
+                confident detections.
+        """
+        ...

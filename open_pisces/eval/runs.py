@@ -1,0 +1,314 @@
+"""Run folders: everything an evaluation asked, made and found, so that it can be gone on with, scored again, believed.
+
+::
+
+    manifest.json     task, model and its hash, settings, hash of the items, versions, device
+    items.jsonl       what is asked, one line each, with a ``key``
+    images/           pictures, in GenEval's official layout: 00000/metadata.jsonl, 00000/samples/0000.png
+    NAME.jsonl        raw rows (images, detections, answers ...), one line for each item, with its ``key``
+    scores.json       what the rows amount to, with the hashes of the manifest and of the model
+
+Work is done in batches that depend on the items alone, and a batch is done when all its rows are written; one that was
+cut short is done again as a whole. So a run that was interrupted gives the same rows as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from open_pisces.data.images import ImageError, open_image
+from open_pisces.model.weights import read_card
+
+Row = dict[str, Any]
+_MATTER = ("torch", "transformers", "diffusers", "numpy", "pillow")
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked; the message names it and the remedy."""
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def model_hash(folder: str | Path) -> str:
+    """What identifies a model folder: sha256 over its settings and over the checksums of its parts."""
+    card = read_card(folder)
+    return digest({"model": card["model"], "parts": card["parts"]})
+
+
+def versions() -> dict[str, str]:
+    """The versions on which figures may depend."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("open-pisces", *_MATTER):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a copy of the sources that is not installed
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What decides a run's results."""
+
+    task: str
+    """``geneval``, ``scenes``, ``understanding/pope`` ..."""
+    model: str
+    """The folder or name, as it was given."""
+    model_hash: str
+    settings: dict[str, Any]
+    """Everything that shapes what is made: seed, steps, guidance, batch size, prompt set and its version ..."""
+    items: str = ""
+    """`digest` of the items; filled in by `RunFolder.open`."""
+    device: str = "cpu"
+    threads: int = field(default_factory=torch.get_num_threads)
+    versions: dict[str, str] = field(default_factory=versions)
+
+
+class RunFolder:
+    """One evaluation's folder; see the head of this file."""
+
+    def __init__(self, folder: Path, manifest: Manifest, items: list[Row]) -> None:
+        self.folder, self.manifest, self.items = folder, manifest, items
+
+    # -------------------------------------------------------------------------------------------- opening
+
+    @classmethod
+    def open(cls, folder: str | Path, manifest: Manifest, items: Sequence[Row]) -> RunFolder:
+        """Begin a run, or go on with one of the same manifest and items.
+
+        A run may go on under other versions, threads or device only if it had not begun: such rows may differ.
+
+        Raises:
+            RunError: if keys repeat or are missing, or the folder holds something else.
+        """
+        folder, rows = Path(folder), list(items)
+        keys = [row.get("key") for row in rows]
+        if not rows or len(set(keys)) != len(keys) or None in keys:
+            raise RunError(f"{folder}: a run needs items, each with its own `key`; found {len(rows)} items")
+        manifest = Manifest(**{**asdict(manifest), "items": digest(rows)})
+        if (folder / "manifest.json").is_file():
+            found = cls.load(folder)
+            _refuse_another(folder, asdict(found.manifest), asdict(manifest))
+            return found
+        if folder.is_dir() and any(folder.iterdir()):
+            raise RunError(f"{folder} holds something else: name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "items.jsonl", "".join(_line(row) for row in rows))
+        _write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))  # last: it says that all is there
+        return cls(folder, manifest, rows)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunFolder:
+        """A run that was begun, to go on or to score again.
+
+        Raises:
+            RunError: if it is none, or its items are not those of the manifest.
+        """
+        folder = Path(folder)
+        if not (folder / "manifest.json").is_file():
+            raise RunError(f"{folder}: no run folder, for it has no manifest.json")
+        try:
+            manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise RunError(f"{folder}/manifest.json: cannot be read ({error}): run the evaluation anew") from None
+        items = _read(folder / "items.jsonl")
+        if digest(items) != manifest.items:
+            raise RunError(f"{folder}/items.jsonl was changed after the run began: run the evaluation anew")
+        return cls(folder, manifest, items)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the manifest: runs with equal hashes ask the same of the same model in the same way."""
+        return digest(asdict(self.manifest))
+
+    # ----------------------------------------------------------------------------------------------- rows
+
+    def batches(self, name: str, size: int) -> Iterator[list[Row]]:
+        """Items in batches of ``size``, in order, without those batches whose rows in NAME.jsonl are all there."""
+        done = {row["key"] for row in _read(self.folder / f"{name}.jsonl")}
+        for start in range(0, len(self.items), size):
+            batch = self.items[start : start + size]
+            if not all(item["key"] in done for item in batch):
+                yield batch
+
+    def append(self, name: str, rows: Sequence[Row]) -> None:
+        """Add a batch's rows to NAME.jsonl; they are on disk when this returns."""
+        path = self.folder / f"{name}.jsonl"
+        _mend(path)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(_line(row) for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self, name: str) -> list[Row]:
+        """The rows of NAME.jsonl, one for each item and in their order; the last one written of a key counts.
+
+        Raises:
+            RunError: if some are missing.
+        """
+        found = {row["key"]: row for row in _read(self.folder / f"{name}.jsonl")}
+        missing = [item["key"] for item in self.items if item["key"] not in found]
+        if missing:
+            raise RunError(
+                f"{self.folder}: {len(missing)} of {len(self.items)} rows of {name}.jsonl are missing (the first: "
+                f"{missing[0]}); the command that began the run goes on with it"
+            )
+        return [found[item["key"]] for item in self.items]
+
+    def has(self, name: str) -> bool:
+        """Whether NAME.jsonl holds a row for every item."""
+        found = {row["key"] for row in _read(self.folder / f"{name}.jsonl")}
+        return all(item["key"] in found for item in self.items)
+
+    def drop(self, name: str) -> None:
+        """Forget the rows of NAME.jsonl, to make them anew."""
+        (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
+
+    # --------------------------------------------------------------------------------------------- pictures
+
+    def place(self, key: str) -> Path:
+        """The folder of an item's pictures: its number in five digits."""
+        return self.folder / "images" / f"{self._places[key]:05d}"
+
+    def save_images(self, pictures: Mapping[str, Sequence[Image]]) -> None:
+        """Save the pictures of items (by key), then note their checksums in images.jsonl."""
+        rows = []
+        for key, images in pictures.items():
+            folder = self.place(key)
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            _write(folder / "metadata.jsonl", _line(self.items[self._places[key]]))
+            files = {f"{number:04d}.png": image for number, image in enumerate(images)}
+            for name, image in files.items():
+                image.save(folder / "samples" / name)
+            sums = {name: _sha256(folder / "samples" / name) for name in files}
+            rows.append({"key": key, "sha256": sums})
+        self.append("images", rows)
+        self.__dict__.pop("_sums", None)
+
+    def images(self, key: str) -> list[Image]:
+        """The pictures of an item.
+
+        Raises:
+            RunError: if one is missing, damaged, or not the one that was made.
+        """
+        pictures = []
+        for name, expected in self._sums[key].items():
+            path = self.place(key) / "samples" / name
+            try:
+                pictures.append(open_image(path))
+            except ImageError as error:
+                raise RunError(f"{error}; or delete {self.folder}/images.jsonl and run the command again") from None
+            if _sha256(path) != expected:
+                raise RunError(f"{path} was changed after it was made: scores of it would be of another picture")
+        return pictures
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {item["key"]: number for number, item in enumerate(self.items)}
+
+    @cached_property
+    def _sums(self) -> dict[str, dict[str, str]]:
+        return {row["key"]: row["sha256"] for row in self.rows("images")}
+
+    # ---------------------------------------------------------------------------------------------- scores
+
+    def write_scores(self, scores: Row) -> Row:
+        """Write ``scores`` with what they belong to; the whole is returned."""
+        whole = {**scores, "task": self.manifest.task, "model": self.manifest.model}
+        whole |= {"model_hash": self.manifest.model_hash, "run": self.hash}
+        _write(self.folder / "scores.json", json.dumps(whole, indent=1, ensure_ascii=False))
+        return whole
+
+    def scores(self, model: str | None = None) -> Row:
+        """The scores of this run.
+
+        Args:
+            model: the hash of the model that they have to be of; None takes any.
+
+        Raises:
+            RunError: if there are none yet, or they are of another manifest or model.
+        """
+        path = self.folder / "scores.json"
+        if not path.is_file():
+            raise RunError(f"{self.folder} has no scores yet: `pisces eval rescore {self.folder}`")
+        scores: Row = json.loads(path.read_text())
+        if scores.get("run") != self.hash:
+            raise RunError(f"{path}: scores of another manifest: `pisces eval rescore {self.folder}`")
+        if model is not None and scores["model_hash"] != model:
+            raise RunError(
+                f"{path}: scores of the model {scores['model_hash'][:12]}, asked is {model[:12]}: run the evaluation "
+                f"on this model, in a folder of its own"
+            )
+        return scores
+
+
+def _refuse_another(folder: Path, found: Row, asked: Row) -> None:
+    """Raise if two manifests differ in anything but where the model lies."""
+    differing = [key for key in asked if key != "model" and found[key] != asked[key]]
+    if not differing:
+        return
+    inner = {**found, **found["settings"]}, {**asked, **asked["settings"]}
+    names = [key for key in inner[1] if key not in ("model", "settings") and inner[0].get(key) != inner[1][key]]
+    names += [key for key in inner[0] if key not in inner[1]]
+    what = ", ".join(f"{key} = {_brief(inner[0].get(key))}, now {_brief(inner[1].get(key))}" for key in names)
+    raise RunError(f"{folder} is a run of something else ({what}): name another folder, or delete this one")
+
+
+def _brief(value: Any) -> str:
+    """A value in an error message."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _read(path: Path) -> list[Row]:
+    """The rows of a file; a last line that was cut short was never written. No file is no rows."""
+    if not path.is_file():
+        return []
+    rows: list[Row] = []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path}, line {number}: not valid JSON ({error}): delete the file and run again") from None
+    return rows
+
+
+def _mend(path: Path) -> None:
+    """Cut off a last line without its end, so that what is appended stands on lines of its own."""
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        with path.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    hidden = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        hidden.write_text(text, encoding="utf-8")
+        os.replace(hidden, path)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
