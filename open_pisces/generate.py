@@ -187,14 +187,19 @@ class Generator:
         return self.painter.encode(images)
 
     @torch.inference_mode()
-    def vectors(self, captions: list[str]) -> Tensor:
-        """The M vectors the LLM writes for each caption, ``(B, M, E)``, in its own space; ``""`` is the null one."""
+    def vectors(self, captions: list[str], fed_BME: Tensor | None = None) -> Tensor:
+        """The M vectors the LLM writes for each caption, ``(B, M, E)``, in its own space; ``""`` is the null one.
+
+        With ``fed_BME`` each vector is predicted from those, as in training, and not from its own (for diagnosis).
+        """
         turns = [generation_turns(caption) for caption in captions]
         hidden_BD, cache, mask_BS = self._read(turns, [()] * len(turns), "[IMG]", None)
         written = []
         for k in range(self.renderer.M):
             vector_BE, embedded_BD = self.pisces.next_vector(hidden_BD)
             written.append(vector_BE.float())
+            if fed_BME is not None:
+                embedded_BD = self.pisces.bridge.generation_projector(fed_BME[:, k].to(self._dtype))
             if k + 1 < self.renderer.M:
                 hidden_BD, mask_BS = self._step(embedded_BD, cache, mask_BS)
         return torch.stack(written, 1)

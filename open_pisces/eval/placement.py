@@ -27,8 +27,10 @@ from PIL import ImageFilter
 from open_pisces.batch import Sample
 from open_pisces.data.draws import stream
 from open_pisces.data.images import contact_sheet, generation_pixels, to_pil
-from open_pisces.data.sources.scenes import Cutouts, Split
+from open_pisces.data.sources.scenes import Cutouts, Split, load_cutouts
+from open_pisces.eval import frozen_scenes
 from open_pisces.eval.intervals import EvaluationError, mean_interval
+from open_pisces.eval.runs import Manifest, RunFolder, model_hash
 from open_pisces.eval.scenes import fresh_scenes
 
 if TYPE_CHECKING:
@@ -142,54 +144,102 @@ def _hue(pixels: np.ndarray, high: np.ndarray, chroma: np.ndarray) -> np.ndarray
 def evaluate_placement(
     generator: Generator | Painter,
     limit: int,
-    seed: int,
+    seed: int | None = None,
     split: Split = "train",
     batch_size: int = 64,
     steps: int | None = None,
     guidance_scale: float | None = None,
     cutouts: Cutouts | None = None,
     sheet: str | Path | None = None,
+    model: str | Path | None = None,
+    folder: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Score ``generator.reconstruct`` on ``limit`` fresh single-object scenes, as many for each horizontal third.
+    """Score ``generator.reconstruct`` on ``limit`` single-object scenes, as many for each horizontal third.
 
     Args:
         generator: anything with ``reconstruct(images, steps, guidance_scale, seed) -> images``.
         limit: number of scenes.
-        seed: of the scenes and of the decoder's noise; training never sees the same scenes
-            (`open_pisces.eval.scenes.fresh_scenes`).
+        seed: None takes the frozen scenes (`open_pisces.eval.frozen_scenes`), whose first version is what seed 0
+            composed when it was made; a number composes fresh ones. Also of the decoder's noise (None: 0).
         split: ``train``, or ``style`` for the style that is never trained on; ``pairs`` holds no single objects.
         batch_size: pictures per call of the decoder.
         steps: denoising steps; None is the model's own.
         guidance_scale: None is the model's own.
         cutouts: what `open_pisces.data.sources.scenes.load_cutouts` gives; None loads the default ones.
         sheet: where to save true pictures above their reconstructions; None saves none.
+        model: the model's folder, for the run's manifest; None keeps no run.
+        folder: the run's folder; None chooses one by the manifest (`RunFolder.open`).
 
     Returns:
         ``score`` with ``low`` and ``high``: share of the ``n`` objects of dominant colour with both the horizontal
         third and the colour right. ``third``, ``third_vertical``, ``third_both``, ``colour``, ``colour_near`` of the
         same objects, and of all scenes ``mae`` (pixels in [0, 1]) and ``psnr`` (dB), each as
         ``{"score", "low", "high"}``; the ruler's own ``ceiling``, ``degraded`` and ``baseline``; ``all``, the score
-        over all ``limit`` scenes.
+        over all ``limit`` scenes; ``scenes``, ``split``.
 
     Raises:
         EvaluationError: if ``limit`` is below 3, there are no cut-outs, or ``split`` is ``pairs``.
+        RunError: if ``folder`` holds another run.
     """
-    start = time.time()
-    samples = single_objects(limit, seed, split, cutouts)
-    drawn: list[Image] = []
-    for first in range(0, limit, batch_size):
+    start, noise = time.time(), seed or 0
+    samples, which = _chosen(limit, seed, split, load_cutouts() if cutouts is None else cutouts)
+
+    def draw(first: int) -> list[Image]:
         images = [sample.images[0] for sample in samples[first : first + batch_size]]
-        drawn += generator.reconstruct(images, steps=steps, guidance_scale=guidance_scale, seed=seed + first)
-    result = compare(samples, drawn, seed)
+        return generator.reconstruct(images, steps=steps, guidance_scale=guidance_scale, seed=noise + first)
+
+    if model is None:
+        drawn = [image for first in range(0, limit, batch_size) for image in draw(first)]
+        found = {"name": "decoder/placement", **compare(samples, drawn, noise), **which}
+    else:
+        settings = {"limit": limit, "seed": noise, "steps": steps, "guidance_scale": guidance_scale}
+        settings |= {"batch_size": batch_size, **which}
+        items = [{"key": f"{i:05d}", "objects": (s.facts or {})["objects"]} for i, s in enumerate(samples)]
+        run = RunFolder.open(folder, Manifest("decoder/placement", str(model), model_hash(model), settings), items)
+        for batch in run.batches("images", batch_size):
+            first = int(batch[0]["key"])
+            pairs = zip(batch, samples[first : first + batch_size], draw(first), strict=True)
+            run.save_images({item["key"]: [sample.images[0], image] for item, sample, image in pairs})
+        found = {**run.write_scores(score_run(run)), "folder": str(run.folder)}
+        drawn = [run.images(item["key"])[1] for item in items]
     if sheet is not None:
         write_sheet(sheet, samples, drawn)
-    return {
-        "name": "decoder/placement",
-        **result,
-        "split": split,
-        "seed": seed,
-        "seconds": round(time.time() - start, 1),
-    }
+    return {**found, "seconds": round(time.time() - start, 1)}
+
+
+def score_run(run: RunFolder) -> dict[str, Any]:
+    """The figures of `evaluate_placement` from a run's pictures, each true one beside what was drawn of it."""
+    pairs = [run.images(item["key"]) for item in run.items]
+    samples = [
+        Sample(item["key"], (true,), facts={"objects": item["objects"]})
+        for item, (true, _) in zip(run.items, pairs, strict=True)
+    ]
+    which = {name: run.manifest.settings[name] for name in ("scenes", "split", "pictures_differ", "seed")}
+    figures = compare(samples, [drawn for _, drawn in pairs], run.manifest.settings["seed"])
+    return {"name": "decoder/placement", **figures, **which}
+
+
+def _chosen(limit: int, seed: int | None, split: Split, cutouts: Cutouts) -> tuple[list[Sample], dict[str, Any]]:
+    """The scenes, and what they are."""
+    if seed is not None or split == "pairs":
+        which = {"scenes": f"fresh, seed {seed}", "split": split, "pictures_differ": 0}
+        return single_objects(limit, seed or 0, split, cutouts), which
+    every = frozen_scenes.load(f"placement/{split}")
+    if not len(COLUMNS) <= limit <= len(every):
+        raise EvaluationError(
+            f"limit = {limit}: the frozen scenes hold {len(every)} single objects of split {split!r}; ask for "
+            f"{len(COLUMNS)} to {len(every)}, or give a seed for fresh scenes"
+        )
+    left = {column: limit // 3 + (column < limit % 3) for column in range(3)}
+    samples = []
+    images, differ = frozen_scenes.pictures(every, cutouts)
+    for scene, image in zip(every, images, strict=True):
+        objects = [{"concept": thing.concept, "box": list(thing.box)} for thing in scene.things]
+        sample = Sample(scene.key, (image,), facts={"objects": objects})
+        if left[column := true_place(sample)[0]]:
+            left[column] -= 1
+            samples.append(sample)
+    return samples, {"scenes": frozen_scenes.VERSION, "split": split, "pictures_differ": differ}
 
 
 def single_objects(limit: int, seed: int, split: Split, cutouts: Cutouts | None = None) -> list[Sample]:

@@ -1,10 +1,10 @@
-"""Questions about fresh scenes: exact match per question type, against two baselines that cannot see.
+"""Questions about scenes: exact match per question type, against two baselines that cannot see.
 
-Scenes are composed at evaluation time with exact answers, so nothing here was in a training set: see `fresh_scenes`
-for why. Each scene gives one question, each of the six types the same number of questions, and the score is the
-mean of the types' accuracies. What it has to beat is the better of two: ``constant``, the best fixed answer per type,
-chosen on the very answers it is scored on (no other constant does better), and ``blank``, the same model asked the
-same questions over a picture of plain mid-grey.
+Scenes are frozen (`open_pisces.eval.frozen_scenes`) or composed at evaluation time, with exact answers; nothing here
+was in a training set: see `fresh_scenes` for why. Each scene gives one question, each of the six types the same number
+of questions, and the score is the mean of the types' accuracies. What it has to beat is the better of two:
+``constant``, the best fixed answer per type, chosen on the very answers it is scored on (no other constant is better),
+and ``blank``, the same model asked the same questions over a picture of plain mid-grey.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,15 +23,16 @@ from PIL import Image as Pillow
 from open_pisces.batch import Question, Sample
 from open_pisces.data.draws import stream
 from open_pisces.data.sources.scenes import Composer, Cutouts, Split, load_cutouts
+from open_pisces.eval import frozen_scenes
+from open_pisces.eval.frozen_scenes import KINDS, checksum
 from open_pisces.eval.intervals import EvaluationError, macro_interval
+from open_pisces.eval.runs import Manifest, RunFolder, model_hash
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from open_pisces.generate import Generator
 
-KINDS = ("what", "how_many", "which_colour", "where", "is_there", "left_or_right")
-"""The six types of questions, as `open_pisces.data.sources.scenes` names them."""
 NEVER_ASKED = {"pairs": ("how_many",)}
 """Types without an open answer in a split: held-out pairs are always one thing and another."""
 SEEDS_FROM = 2**62
@@ -56,10 +58,10 @@ def fresh_scenes(split: Split, seed: int, cutouts: Cutouts | None = None) -> Ite
     return (composer.scene(index) for index in count())
 
 
-def balanced_questions(
+def balanced_scenes(
     scenes: Iterator[Sample], limit: int, seed: int, kinds: Sequence[str] = KINDS
-) -> list[tuple[Image, Question]]:
-    """``limit`` pictures with one question each, equally many of each of ``kinds`` (the first kinds get the rest).
+) -> list[tuple[Sample, Question]]:
+    """``limit`` scenes with one question each, equally many of each of ``kinds`` (the first kinds get the rest).
 
     Scene k is asked about kind ``k mod len(kinds)`` and passed over if it has no such question, so that the answers
     of a kind are spread as the composer spreads them; which of several questions is drawn.
@@ -70,7 +72,7 @@ def balanced_questions(
     if limit < len(kinds):
         raise EvaluationError(f"limit = {limit}: give at least {len(kinds)}, one question for each type")
     wanted = {kind: limit // len(kinds) + (place < limit % len(kinds)) for place, kind in enumerate(kinds)}
-    found: list[tuple[Image, Question]] = []
+    found: list[tuple[Sample, Question]] = []
     for index, sample in enumerate(islice(scenes, _SEARCHED * limit)):
         kind = kinds[index % len(kinds)]
         questions = [question for question in sample.questions if question.kind == kind]
@@ -78,7 +80,7 @@ def balanced_questions(
             continue
         wanted[kind] -= 1
         choice = int(stream(seed, "eval", "question", index).integers(len(questions)))
-        found.append((sample.images[0], questions[choice]))
+        found.append((sample, questions[choice]))
         if len(found) == limit:
             return found
     missing = ", ".join(kind for kind in kinds if wanted[kind])
@@ -94,49 +96,102 @@ def normalise(answer: str) -> str:
 def evaluate_vqa(
     generator: Generator,
     limit: int,
-    seed: int,
+    seed: int | None = None,
     split: Split = "train",
     batch_size: int = 64,
-    blank: bool = True,
     cutouts: Cutouts | None = None,
+    model: str | Path | None = None,
+    folder: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Score ``generator.text`` on ``limit`` questions about fresh scenes.
+    """Score ``generator.text`` on ``limit`` questions about scenes, asked over the picture and over a blank one.
 
     Args:
         generator: anything with ``text(images, prompts) -> answers``.
         limit: number of questions.
-        seed: of scenes and questions; training never sees the same scenes (`fresh_scenes`).
+        seed: None takes the frozen scenes (`open_pisces.eval.frozen_scenes`), whose first version is what seed 0
+            composed when it was made; a number composes fresh ones. Training never sees either (`fresh_scenes`).
         split: ``train`` (trained concepts and styles), ``pairs`` (held-out pairs; all types but
             "how many") or ``style`` (held-out style).
         batch_size: questions per call of the model.
-        blank: also ask the same questions over a blank picture (twice the time).
         cutouts: what `open_pisces.data.sources.scenes.load_cutouts` gives; None loads the default ones.
+        model: the model's folder, for the run's manifest; None keeps no run.
+        folder: the run's folder; None chooses one by the manifest (`RunFolder.open`).
 
     Returns:
         ``score`` (macro mean of exact match over the types) with ``low`` and ``high``, ``n``, ``baselines``,
         ``baseline`` (the better one), ``margin`` (score minus that baseline, question by question, with its
-        interval), ``types``, ``examples`` (the first wrong answers), ``split``, ``seed``, ``seconds``.
+        interval), ``types``, ``examples`` (the first wrong answers), ``scenes``, ``split``, ``seconds``, ``folder``.
 
     Raises:
         EvaluationError: if ``limit`` is below the number of types, or there are no cut-outs, or no such split.
+        RunError: if ``folder`` holds another run.
     """
     start = time.time()
+    asked, which = _asked(limit, seed, split, load_cutouts() if cutouts is None else cutouts)
+    items = [
+        {"key": f"{number:05d}", "question": q.question, "answer": q.answer, "kind": q.kind, "pixels": checksum(image)}
+        for number, (image, q) in enumerate(asked)
+    ]
+    batches = (items[first : first + batch_size] for first in range(0, len(items), batch_size))
+    if model is None:
+        rows = [row for batch in batches for row in _rows(generator, batch, asked)]
+        return {"name": "scenes/vqa", **score_answers(*_columns(items, rows)), **which}
+    settings = {"limit": limit, "batch_size": batch_size, **which}
+    run = RunFolder.open(folder, Manifest("scenes/vqa", str(model), model_hash(model), settings), items)
+    for batch in run.batches("answers", batch_size):
+        run.append("answers", _rows(generator, batch, asked))
+    scores = run.write_scores(score_run(run))
+    return {**scores, "seconds": round(time.time() - start, 1), "folder": str(run.folder)}
+
+
+def score_run(run: RunFolder) -> dict[str, Any]:
+    """The figures of `evaluate_vqa` from a run's rows alone."""
+    which = {name: run.manifest.settings[name] for name in ("scenes", "split", "pictures_differ")}
+    return {"name": "scenes/vqa", **score_answers(*_columns(run.items, run.rows("answers"))), **which}
+
+
+def _asked(
+    limit: int, seed: int | None, split: Split, cutouts: Cutouts
+) -> tuple[list[tuple[Image, Question]], dict[str, Any]]:
+    """Pictures with their questions, and what they are."""
+    if seed is None:
+        chosen = frozen_scenes.questions(limit, split)
+        images, differ = frozen_scenes.pictures(chosen, cutouts)
+        which = {"scenes": frozen_scenes.VERSION, "split": split, "pictures_differ": differ}
+        return [(image, scene.asked()) for image, scene in zip(images, chosen, strict=True)], which
     kinds = [kind for kind in KINDS if kind not in NEVER_ASKED.get(split, ())]
-    asked = balanced_questions(fresh_scenes(split, seed, cutouts), limit, seed, kinds)
-    answers = _answers(generator, asked, batch_size)
-    grey = [(Pillow.new("RGB", image.size, GREY), question) for image, question in asked]
-    blanks = _answers(generator, grey, batch_size) if blank else None
-    result = score_answers([question for _, question in asked], answers, blanks, seed)
-    return {"name": "scenes/vqa", **result, "split": split, "seed": seed, "seconds": round(time.time() - start, 1)}
+    fresh = balanced_scenes(fresh_scenes(split, seed, cutouts), limit, seed, kinds)
+    which = {"scenes": f"fresh, seed {seed}", "split": split, "pictures_differ": 0}
+    return [(sample.images[0], question) for sample, question in fresh], which
+
+
+def _rows(
+    generator: Generator, items: Sequence[dict[str, Any]], asked: Sequence[tuple[Image, Question]]
+) -> list[dict[str, Any]]:
+    """What the model says to a batch of questions, over their pictures and over blank ones."""
+    images, questions = [asked[int(item["key"])][0] for item in items], [item["question"] for item in items]
+    answers = generator.text([[image] for image in images], questions)
+    blanks = generator.text([[Pillow.new("RGB", image.size, GREY)] for image in images], questions)
+    return [
+        {"key": item["key"], "answer": answer, "blank": blank}
+        for item, answer, blank in zip(items, answers, blanks, strict=True)
+    ]
+
+
+def _columns(
+    items: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
+) -> tuple[list[Question], list[str], list[str]]:
+    """Questions, answers, and answers over blank pictures."""
+    questions = [Question(item["question"], item["answer"], item["kind"]) for item in items]
+    return questions, [row["answer"] for row in rows], [row["blank"] for row in rows]
 
 
 def score_answers(
-    questions: Sequence[Question], answers: Sequence[str], blanks: Sequence[str] | None, seed: int = 0
+    questions: Sequence[Question], answers: Sequence[str], blanks: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
     """The figures of `evaluate_vqa` from what was asked and answered; ``blanks`` were given without the picture."""
     runs = {"score": _hits(questions, answers), "constant": _hits(questions, best_constants(questions))}
-    if blanks is not None:
-        runs["blank"] = _hits(questions, blanks)
+    runs["blank"] = _hits(questions, blanks)
     means = {name: float(np.mean([hits.mean() for hits in kinds.values()])) for name, kinds in runs.items()}
     best = max((name for name in means if name != "score"), key=lambda name: means[name])
     margins = {kind: hits - runs[best][kind] for kind, hits in runs["score"].items()}
@@ -175,12 +230,3 @@ def _hits(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, np
     for question, answer in zip(questions, answers, strict=True):
         hits.setdefault(question.kind, []).append(float(matches(question, answer)))
     return {kind: np.array(values) for kind, values in hits.items()}
-
-
-def _answers(generator: Generator, asked: Sequence[tuple[Image, Question]], batch_size: int) -> list[str]:
-    """The model's greedy answers to questions about their pictures."""
-    answers: list[str] = []
-    for start in range(0, len(asked), batch_size):
-        batch = asked[start : start + batch_size]
-        answers += generator.text([[image] for image, _ in batch], [question.question for _, question in batch])
-    return answers
