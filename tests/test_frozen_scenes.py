@@ -54,7 +54,7 @@ def test_what_the_first_version_holds() -> None:
             "color_attr": len(shapes) == 2 and shapes[0].colour != shapes[1].colour,
         }
         assert wanted[scene.category], scene
-        assert all(name[:-1] in scene.detailed.lower() and name[:-1] in scene.short for name in names)  # plurals
+        assert all(name[:-2] in scene.detailed.lower() and name[:-2] in scene.short for name in names)  # plurals
     held_out = vocabulary().held_out_pairs
     meeting = [frozenset(t.concept for t in s.things) for s in drawing if s.layout == "pair"]
     assert not [pair for pair in meeting if pair in held_out]
