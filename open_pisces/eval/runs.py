@@ -18,6 +18,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -32,6 +34,7 @@ from open_pisces.data.images import ImageError, open_image
 from open_pisces.model.weights import read_card
 
 Row = dict[str, Any]
+RUNS = Path("runs/eval")
 _MATTER = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
@@ -78,6 +81,12 @@ class Manifest:
     threads: int = field(default_factory=torch.get_num_threads)
     versions: dict[str, str] = field(default_factory=versions)
 
+    @property
+    def folder(self) -> Path:
+        """Where the run lies if no folder is named."""
+        means = {key: value for key, value in asdict(self).items() if key != "model"}
+        return RUNS / f"{self.task.replace('/', '-')}-{self.model_hash[:8]}-{digest(means)[:8]}"
+
 
 class RunFolder:
     """One evaluation's folder; see the head of this file."""
@@ -88,24 +97,24 @@ class RunFolder:
     # -------------------------------------------------------------------------------------------- opening
 
     @classmethod
-    def open(cls, folder: str | Path, manifest: Manifest, items: Sequence[Row]) -> RunFolder:
+    def open(cls, folder: str | Path | None, manifest: Manifest, items: Sequence[Row]) -> RunFolder:
         """Begin a run, or go on with one of the same manifest and items.
 
-        A run may go on under other versions, threads or device only if it had not begun: such rows may differ.
+        Without a folder it lies under `RUNS`, in one named after the task, the model and the manifest: the same command
+        finds it again. A run does not go on under other versions, threads or devices: its rows might differ.
 
         Raises:
             RunError: if keys repeat or are missing, or the folder holds something else.
         """
-        folder, rows = Path(folder), list(items)
-        keys = [row.get("key") for row in rows]
-        if not rows or len(set(keys)) != len(keys) or None in keys:
-            raise RunError(f"{folder}: a run needs items, each with its own `key`; found {len(rows)} items")
-        manifest = Manifest(**{**asdict(manifest), "items": digest(rows)})
+        rows = _plain(list(items))
+        manifest = Manifest(**_plain({**asdict(manifest), "items": digest(rows)}))
+        folder = manifest.folder if folder is None else Path(folder)
+        _check_keys(folder, rows)
         if (folder / "manifest.json").is_file():
             found = cls.load(folder)
             _refuse_another(folder, asdict(found.manifest), asdict(manifest))
             return found
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(not _begun(file) for file in folder.iterdir()):
             raise RunError(f"{folder} holds something else: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "items.jsonl", "".join(_line(row) for row in rows))
@@ -133,8 +142,8 @@ class RunFolder:
 
     @property
     def hash(self) -> str:
-        """sha256 of the manifest: runs with equal hashes ask the same of the same model in the same way."""
-        return digest(asdict(self.manifest))
+        """sha256 of the manifest but for the model's place: equal hashes ask the same of the same model in one way."""
+        return digest({key: value for key, value in asdict(self.manifest).items() if key != "model"})
 
     # ----------------------------------------------------------------------------------------------- rows
 
@@ -178,6 +187,25 @@ class RunFolder:
     def drop(self, name: str) -> None:
         """Forget the rows of NAME.jsonl, to make them anew."""
         (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
+
+    def note(self, name: str, value: Row) -> None:
+        """Keep something that belongs to the whole run and to no item, as NAME.json."""
+        _write(self.folder / f"{name}.json", json.dumps(value, indent=1, ensure_ascii=False))
+
+    def noted(self, name: str) -> Row:
+        """What was kept as NAME.json.
+
+        Raises:
+            RunError: if it is not there, or damaged.
+        """
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            raise RunError(f"{path}: no such file; the command that began the run goes on with it")
+        try:
+            value: Row = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSON's errors, and bytes that are no text
+            raise RunError(f"{path}: cannot be read ({error}): delete it and run the command again") from None
+        return value
 
     # --------------------------------------------------------------------------------------------- pictures
 
@@ -246,8 +274,11 @@ class RunFolder:
         path = self.folder / "scores.json"
         if not path.is_file():
             raise RunError(f"{self.folder} has no scores yet: `pisces eval rescore {self.folder}`")
-        scores: Row = json.loads(path.read_text())
-        if scores.get("run") != self.hash:
+        try:
+            scores = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # JSON's errors, and bytes that are no text
+            raise RunError(f"{path}: cannot be read ({error}): `pisces eval rescore {self.folder}`") from None
+        if not isinstance(scores, dict) or scores.get("run") != self.hash:
             raise RunError(f"{path}: scores of another manifest: `pisces eval rescore {self.folder}`")
         if model is not None and scores["model_hash"] != model:
             raise RunError(
@@ -257,22 +288,53 @@ class RunFolder:
         return scores
 
 
+def _plain(value: Any) -> Any:
+    """A value as it comes back from JSON: a run that goes on then holds the same types as one that begins."""
+    return json.loads(json.dumps(value))
+
+
+def _check_keys(folder: Path, rows: Sequence[Row]) -> None:
+    """Raise unless there are items and each has a key of its own."""
+    counts = Counter(str(row["key"]) for row in rows if row.get("key") is not None)
+    twice = [key for key, times in counts.items() if times > 1]
+    bare = len(rows) - counts.total()
+    if rows and not twice and not bare:
+        return
+    what = f"the key {twice[0]} comes {counts[twice[0]]} times" if twice else f"{bare} of {len(rows)} items have none"
+    raise RunError(f"{folder}: a run needs items, each with its own `key`; {what if rows else 'found no items'}")
+
+
+def _begun(file: Path) -> bool:
+    """Whether ``file`` is what a run leaves that was ended before its manifest was written."""
+    return file.name == "items.jsonl" or re.fullmatch(r"\.\d+-(items\.jsonl|manifest\.json)", file.name) is not None
+
+
 def _refuse_another(folder: Path, found: Row, asked: Row) -> None:
     """Raise if two manifests differ in anything but where the model lies."""
-    differing = [key for key in asked if key != "model" and found[key] != asked[key]]
-    if not differing:
-        return
-    inner = {**found, **found["settings"]}, {**asked, **asked["settings"]}
-    names = [key for key in inner[1] if key not in ("model", "settings") and inner[0].get(key) != inner[1][key]]
-    names += [key for key in inner[0] if key not in inner[1]]
-    what = ", ".join(f"{key} = {_brief(inner[0].get(key))}, now {_brief(inner[1].get(key))}" for key in names)
-    raise RunError(f"{folder} is a run of something else ({what}): name another folder, or delete this one")
+    a, b = _flat(found), _flat(asked)
+    parts = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    what = [f"{key[1]} = {_brief(a.get(key), b.get(key))}, now {_brief(b.get(key), a.get(key))}" for key in parts]
+    if what:
+        raise RunError(f"{folder} is a run of something else ({', '.join(what)}): name another folder, or delete it")
 
 
-def _brief(value: Any) -> str:
-    """A value in an error message."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:12]}..."
+def _flat(manifest: Row) -> dict[tuple[str, str], str]:
+    """What decides a manifest: each value as JSON, by where it stands and its name."""
+    groups = {"": manifest, "versions": manifest["versions"], "settings": manifest["settings"]}
+    return {
+        (group, key): json.dumps(value, sort_keys=True, ensure_ascii=False)
+        for group, values in groups.items()
+        for key, value in values.items()
+        if group or key not in ("model", "versions", "settings")
+    }
+
+
+def _brief(text: str | None, other: str | None) -> str:
+    """A value in an error message that sets it against another one; a long one is shown from where they part."""
+    if text is None or len(text) <= 40:
+        return text or "not set"
+    start = max(0, len(os.path.commonprefix([text, other or ""])) - 6)
+    return f"{'...' if start else ''}{text[start : start + 16]}..."
 
 
 def _line(row: Row) -> str:
@@ -287,9 +349,12 @@ def _read(path: Path) -> list[Row]:
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise RunError(f"{path}, line {number}: not valid JSON ({error}): delete the file and run again") from None
+        if not isinstance(row, dict) or "key" not in row:
+            raise RunError(f"{path}, line {number}: no row with a `key`: delete the file and run again")
+        rows.append(row)
     return rows
 
 
