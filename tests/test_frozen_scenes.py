@@ -13,6 +13,7 @@ from open_pisces.data.sources.scenes import Cutouts, vocabulary
 from open_pisces.eval import frozen_scenes as frozen
 from open_pisces.eval import placement, scenes
 from open_pisces.eval.freezing import freeze
+from open_pisces.eval.geneval_prompts import CATEGORIES, Unwanted, Wanted
 from open_pisces.eval.intervals import EvaluationError
 
 V1 = "65f808ab8387f426"
@@ -35,7 +36,7 @@ def test_the_first_version_is_what_it_was() -> None:
 
 def test_what_the_first_version_holds() -> None:
     drawing = frozen.load("drawing/train")
-    assert Counter(scene.category for scene in drawing) == dict.fromkeys(frozen.CATEGORIES, 60)
+    assert Counter(scene.category for scene in drawing) == dict.fromkeys(CATEGORIES, 60)
     assert Counter(s.category for s in frozen.load("drawing/pairs")) == {"two_object": 60, "position": 60}
     assert {split: len(frozen.load(f"questions/{split}")) for split in ("train", "pairs", "style")} == {
         "train": 1000,
@@ -59,6 +60,24 @@ def test_what_the_first_version_holds() -> None:
     meeting = [frozenset(t.concept for t in s.things) for s in drawing if s.layout == "pair"]
     assert not [pair for pair in meeting if pair in held_out]
     assert all(frozenset(t.concept for t in s.things) in held_out for s in frozen.load("drawing/pairs"))
+
+
+def test_scenes_are_prompts_of_geneval() -> None:
+    by_category = {scene.category: scene for scene in frozen.load("drawing/train")}
+    two, place = by_category["two_object"], by_category["position"]
+    assert two.prompt().include == tuple(Wanted(thing.concept) for thing in two.things)
+    first, second = (thing.concept for thing in place.things)
+    assert place.prompt().include == (Wanted(second), Wanted(first, position=(place.relation, 0)))
+    assert f"{first} {place.relation} " in place.short and place.short.index(second) > place.short.index(first)
+    many = by_category["counting"]
+    name, count = many.things[0].concept, len(many.things)
+    assert many.prompt().include == (Wanted(name, count),) and many.prompt().exclude == (Unwanted(name, count + 1),)
+    both = by_category["color_attr"]
+    assert both.prompt().include == tuple(Wanted(t.concept, colour=t.colour) for t in both.things)
+    assert (
+        by_category["colors"].prompt().include[0].colour and not by_category["single_object"].prompt().include[0].colour
+    )
+    assert both.prompt().prompt == both.short and both.prompt(detailed=True).prompt == both.detailed
 
 
 def test_frozen_questions_are_shared_out_among_the_types() -> None:

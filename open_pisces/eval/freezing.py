@@ -12,7 +12,8 @@ from typing import Any
 
 from open_pisces.batch import Question, Sample
 from open_pisces.data.sources.scenes import Cutouts, vocabulary
-from open_pisces.eval.frozen_scenes import CATEGORIES, KINDS, FrozenScene, Thing, checksum
+from open_pisces.eval.frozen_scenes import KINDS, FrozenScene, Thing, checksum
+from open_pisces.eval.geneval_prompts import CATEGORIES
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.placement import single_objects
 from open_pisces.eval.scenes import NEVER_ASKED, balanced_scenes, fresh_scenes

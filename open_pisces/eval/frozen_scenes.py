@@ -25,14 +25,13 @@ from PIL.Image import Image
 from open_pisces.batch import Question
 from open_pisces.data.sources.artwork import fit
 from open_pisces.data.sources.scenes import SIZE, Cutouts
+from open_pisces.eval.geneval_prompts import Prompt, Unwanted, Wanted
 from open_pisces.eval.intervals import EvaluationError
 
 VERSION = "v1"
 FROZEN = Path(__file__).parent / "frozen"
 KINDS = ("what", "how_many", "which_colour", "where", "is_there", "left_or_right")
 """The six types of questions, as `open_pisces.data.sources.scene_texts` names them."""
-CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-"""GenEval's six."""
 Box = tuple[int, int, int, int]
 
 
@@ -85,6 +84,25 @@ class FrozenScene:
             drawing = fit(cutouts.pictures[key], max(right - left, bottom - top))
             picture.paste(drawing, (left, top), drawing)
         return picture
+
+    def prompt(self, detailed: bool = False) -> Prompt:
+        """It as a prompt of GenEval, by its short or its detailed caption.
+
+        Two objects come with a relation here, for the scenes' captions have no other way to say them; the category
+        "two_object" does not look at it.
+        """
+        colour = {thing.concept: thing.colour for thing in self.things}
+        names = list(colour)
+        coloured = self.category in ("colors", "color_attr")
+        wanted = [Wanted(name, colour=colour[name] if coloured else "") for name in names]
+        unwanted: tuple[Unwanted, ...] = ()
+        if self.category == "counting":
+            wanted = [Wanted(names[0], len(self.things))]
+            unwanted = (Unwanted(names[0], len(self.things) + 1),)
+        if self.category == "position":  # "A left of B": B first, as in the official file
+            wanted = [Wanted(names[1]), Wanted(names[0], position=(self.relation, 0))]
+        text = self.detailed if detailed else self.short
+        return Prompt(self.key, self.category, text, tuple(wanted), unwanted)
 
     def asked(self) -> Question:
         """Its question."""
