@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test prove lint install wheel clean
+.PHONY: demo test prove lint install results wheel clean
 
 demo: $(READY) ## draw a sheet, caption it, answer questions; writes demo.png
 	$(BIN)/pisces demo --out demo.png
@@ -17,6 +17,16 @@ test: $(READY) ## every test that runs on every change
 
 prove: $(READY) ## long proofs: kills, many processes, large imports; writes docs/proof.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m prove --timeout 3600 tests/prove
+
+results: $(READY) ## the shipped model's figures, docs/results.md (half an hour; needs `pisces data build artwork`)
+	$(BIN)/pisces eval scenes
+	$(BIN)/pisces eval scenes --split pairs --limit 300
+	$(BIN)/pisces eval scenes --split style --limit 300
+	$(BIN)/pisces eval placement
+	$(BIN)/pisces eval drawing
+	$(BIN)/pisces eval drawing --split pairs
+	$(BIN)/pisces eval diagnose
+	$(BIN)/pisces eval report runs/eval --out docs/results.md
 
 lint: $(READY) ## format, rules and types
 	$(BIN)/ruff format --check open_pisces tests
@@ -37,7 +47,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned environment (minutes, once)"
 	@$(INSTALL) torch setuptools
-	@$(INSTALL) --no-build-isolation --editable '.[data,dev]'
+	@$(INSTALL) --no-build-isolation --editable '.[data,dev,eval]'
 	@touch $@
 
 clean: ## everything that can be made again, except data/ and runs/

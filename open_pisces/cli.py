@@ -14,10 +14,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from open_pisces.arguments import Parser, Result, add_command, add_json, at_least, check_out, quiet, share
 from open_pisces.cli_data import add_data
+from open_pisces.cli_eval import add_eval
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 BENCHES = (
     *("loader", "packing", "feature_cache", "supervised_logits", "stage_step", "mixed_batch", "compile"),
-    *("trainer_overhead", "async_save"),
+    *("trainer_overhead", "async_save", "eval_drawing", "eval_batching"),
 )
 
 
@@ -189,27 +190,6 @@ def export(args: argparse.Namespace) -> Result:
     return None
 
 
-def evaluate_scenes(args: argparse.Namespace) -> Result:
-    """Score answers to questions about fresh scenes."""
-    from open_pisces.eval.scenes import evaluate_vqa
-
-    return _scored(args, evaluate_vqa(_generator(args), args.limit, args.seed, args.split))
-
-
-def evaluate_placement(args: argparse.Namespace) -> Result:
-    """Score whether the decoder puts things where they belong, from true vectors."""
-    from open_pisces.eval import placement
-    from open_pisces.model.weights import WEIGHTS
-    from open_pisces.paint import Painter
-
-    if args.sheet:
-        check_out(args.sheet)
-    quiet()
-    painter = Painter.from_pretrained(args.model or WEIGHTS, args.device)  # a decoder is judged before there is an LLM
-    result = placement.evaluate_placement(painter, args.limit, args.seed, args.split, sheet=args.sheet)
-    return _scored(args, result)
-
-
 def bench(args: argparse.Namespace) -> Result:
     """Measure one of the speed claims."""
     from importlib import import_module
@@ -248,15 +228,6 @@ def _say(args: argparse.Namespace, text: str) -> None:
     """Print a result for people; with ``--json`` only the JSON object is printed."""
     if not args.json:
         print(text)
-
-
-def _scored(args: argparse.Namespace, result: dict[str, Any]) -> Result:
-    """Print a score for people, and pass it on."""
-    if not args.json:
-        from open_pisces.show import print_score
-
-        print_score(result)
-    return result
 
 
 def _names(prompts: list[str], n: int) -> list[str]:
@@ -340,7 +311,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
 
     add_data(add_command(commands, "data", None, "build datasets and look at them"))
-    _add_eval(add_command(commands, "eval", None, "measure a model"))
+    add_eval(add_command(commands, "eval", None, "measure a model"))
 
     command = add_command(commands, "bench", bench, "measure a speed claim: two ways side by side")
     command.add_argument("name", choices=BENCHES, metavar="NAME", help=", ".join(BENCHES))
@@ -362,19 +333,3 @@ def _add_drawing(command: argparse.ArgumentParser) -> None:
     command.add_argument("--steps", type=at_least(1), help="denoising steps (default: the model's)")
     command.add_argument("--guidance-scale", type=float, help="1 turns guidance off (default: the model's)")
     command.add_argument("--seed", type=at_least(0), default=0)
-
-
-def _add_eval(command: argparse.ArgumentParser) -> None:
-    """``pisces eval scenes`` and ``pisces eval placement``."""
-    commands = command.add_subparsers(required=True, metavar="BENCHMARK")
-    score = add_command(
-        commands, "scenes", evaluate_scenes, "questions about fresh scenes, against two baselines", True
-    )
-    score.add_argument("--task", choices=("vqa",), default="vqa")
-    text = "does the decoder put things where they belong, from true vectors"
-    place = add_command(commands, "placement", evaluate_placement, text, True)
-    place.add_argument("--sheet", type=Path, help="also write true pictures above rebuilt ones to this file")
-    for benchmark, splits in ((score, ("train", "pairs", "style")), (place, ("train", "style"))):
-        benchmark.add_argument("--split", choices=splits, default="train", help="all but train are held out")
-        benchmark.add_argument("--limit", type=at_least(6), default=1000, help="questions or pictures (default: 1000)")
-        benchmark.add_argument("--seed", type=at_least(0), default=0)

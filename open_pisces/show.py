@@ -38,6 +38,9 @@ def print_counts(result: dict[str, Any]) -> None:
 def print_score(result: dict[str, Any]) -> None:
     """Print a score with its interval, then everything else that came with it."""
     console = Console()
+    if "score" not in result:
+        print_counts(result)
+        return
     interval = f" [{_figure(result['low'])}, {_figure(result['high'])}]" if "low" in result and "high" in result else ""
     console.print(f"score {_figure(result['score'])}{interval}", style="bold", markup=False)
     for key, value in result.items():
@@ -50,6 +53,22 @@ def print_score(result: dict[str, Any]) -> None:
             console.print(f"  {key}", markup=False)
             for row in rows:
                 console.print(f"    {row}", markup=False)
+
+
+def print_benchmarks(found: dict[str, Any]) -> None:
+    """Print a row for each benchmark: score and interval, both readings, questions, or why there is no score."""
+    console = Console()
+    table = Table(title=f"{found['model']}, questions from {found['data']}", title_justify="left")
+    for column in ("benchmark", "score", "interval", "strict", "lenient", "n", "unread", "why not"):
+        table.add_column(column, justify="left" if column in ("benchmark", "why not") else "right", overflow="fold")
+    for name, row in found["rows"].items():
+        interval = f"{_figure(row['low'])} to {_figure(row['high'])}" if row.get("low") is not None else ""
+        figures = [_figure(row[key]) if row.get(key) is not None else "" for key in ("score", "strict", "lenient", "n")]
+        unread = row.get("unparsed")
+        table.add_row(
+            name, figures[0], interval, *figures[1:], "" if unread is None else str(unread), row.get("why") or ""
+        )
+    console.print(table)
 
 
 def print_plan(plan: dict[str, Any]) -> None:

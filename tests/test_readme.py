@@ -26,8 +26,9 @@ NOT_RUN = {
     "pisces data build scenes": "needs the downloaded artwork",
     "pisces train tiny": "takes hours; `pisces train nano` runs the same code",
     "pisces train tiny/stage1 train.lr=1e-3 name=tiny/warmer": "starts from a trained tiny",
-    "pisces eval scenes --task vqa --limit 1000 --seed 0 --json": "needs the downloaded artwork",
-    "pisces eval placement --limit 1000 --seed 0 --json": "needs the downloaded artwork",
+    "pisces eval scenes": "needs the downloaded artwork",
+    "pisces eval placement": "needs the downloaded artwork",
+    "pisces eval diagnose": "needs the downloaded artwork",
 }
 
 

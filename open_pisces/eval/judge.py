@@ -28,7 +28,7 @@ from open_pisces.data.images import generation_pixels
 from open_pisces.data.sources.scenes import SIZE, vocabulary
 from open_pisces.eval.detection import Detection, DetectorError
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLOURS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 """GenEval's ten, which are also the scenes' nine and pink."""
 JUDGES = Path(__file__).parent / "judges"
 STRIDE = 4
