@@ -221,7 +221,19 @@ def test_the_sentence_names_the_largest_loss(place: str, says: str) -> None:
     losses = {name: {"score": 0.1, "low": 0.05, "high": 0.2} for name in ("true", "decoder", "forced", "free")}
     losses["true"]["score"] = 0.9  # the judge's own fault is no place for a gain
     losses[place] = {"score": 0.4, "low": 0.3, "high": 0.5}
-    assert says in d.sentence({"losses": losses}) and "40 points [30, 50]" in d.sentence({"losses": losses})
+    told = d.sentence({"losses": losses, "noise": {"lost": {"score": 0.123}}})
+    assert says in told and "40 points [30, 50]" in told and "costs 12 on true vectors" in told
+
+
+def test_noise_is_as_large_as_the_error_of_the_forced_vectors(generator: Generator, cutouts: Cutouts) -> None:
+    scenes = list(frozen_scenes.load("drawing/train")[:60:2])
+    images, _ = frozen_scenes.pictures(scenes, cutouts)
+    items = [{"prompt": scene.short, "detailed": scene.detailed} for scene in scenes]
+    found = d._vectors(generator, items, images, 16)
+    errors = [(found[name] - found["true"]).pow(2).mean((0, 2)) for name in ("noise", "forced")]
+    assert torch.allclose(errors[0], errors[1], rtol=0.25)  # by position
+    apart = (found["noise"] - found["true"]) / errors[1].sqrt()[:, None]
+    assert abs(float(apart.mean())) < 0.1 and not torch.allclose(found["noise"], found["forced"])
 
 
 def test_differences_are_taken_caption_by_caption() -> None:

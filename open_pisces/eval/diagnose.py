@@ -7,6 +7,9 @@ The frozen captions are drawn from four sources, each a step further from the tr
 3. ``forced``: vectors that the LLM predicts when true ones are fed, as in training: what it has not learned.
 4. ``free``: vectors that it predicts from its own, as in drawing: what its errors add up to.
 
+Between 2 and 3 stands ``noise``: true vectors with white noise as large as the error in 3. What it costs, a decoder
+that is trained on such vectors could win back; what is lost beyond it are things that the vectors no longer say.
+
 Beside them: the error of the vectors by position, the drift of their norm and variance, whether they find their own
 picture among all, a linear probe that reads the concept from them (so that gen-CLIP can be told from the decoder),
 longer captions, other guidance, other seeds, and the empty caption. All of it in a run folder.
@@ -40,7 +43,7 @@ from open_pisces.eval.scenes import fresh_scenes
 if TYPE_CHECKING:
     from open_pisces.generate import Generator
 
-GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)
+GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 SEEDS = 3
 PROBED = 1500
 """Fresh single objects from which the probe learns."""
@@ -113,7 +116,13 @@ def picture_names(generator: Generator) -> list[str]:
     """What is drawn of every caption, in order."""
     usual = generator.pisces.settings.decoder.guidance_scale
     sweep = [scale for scale in GUIDANCE if scale != usual]
-    return [*SOURCES, "detailed", *(f"seed {j}" for j in range(1, SEEDS)), *(f"guidance {scale:g}" for scale in sweep)]
+    return [
+        *SOURCES,
+        "noise",
+        "detailed",
+        *(f"seed {j}" for j in range(1, SEEDS)),
+        *(f"guidance {scale:g}" for scale in sweep),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- the pictures
@@ -130,7 +139,10 @@ def _vectors(generator: Generator, items: Sequence[Row], true: Sequence[Image], 
         found["forced"].append(generator.vectors(captions, encoded))
         found["free"].append(generator.vectors(captions))
         found["detailed"].append(generator.vectors([item["detailed"] for item in batch]))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    vectors = {name: torch.cat(parts) for name, parts in found.items()}
+    draws = torch.randn(vectors["true"].shape, generator=torch.Generator().manual_seed(0)).to(vectors["true"].device)
+    spread_M1 = (vectors["forced"] - vectors["true"]).pow(2).mean((0, 2)).sqrt()[:, None]
+    return {**vectors, "noise": vectors["true"] + spread_M1 * draws}
 
 
 def _draw(generator: Generator, run: RunFolder, true: Sequence[Image], vectors: dict[str, Tensor]) -> None:
@@ -151,9 +163,9 @@ def _drawn(
     if name == "true":
         return [true[row] for row in rows]
     kind, _, value = name.partition(" ")
-    source = {"decoder": "true", "forced": "forced", "detailed": "detailed"}.get(kind, "free")
+    source = {"decoder": "true", **{own: own for own in ("noise", "forced", "detailed")}}.get(kind, "free")
     painter = generator.painter
-    null_ME = painter.bridge.statistics.null_ME if kind == "decoder" else generator.null_vectors
+    null_ME = painter.bridge.statistics.null_ME if kind in ("decoder", "noise") else generator.null_vectors
     number, scale = int(value) if kind == "seed" else 0, float(value) if kind == "guidance" else None
     return painter.paint(vectors[source][list(rows)], null_ME, [number] * len(rows), None, scale, 0)
 
@@ -246,6 +258,7 @@ def score_run(run: RunFolder, detectors: Sequence[str]) -> Row:
         after: _difference(tags, columns[before], columns[after])
         for before, after in zip(SOURCES, SOURCES[1:], strict=False)
     }
+    noise = {**_score(tags, columns["noise"]), "lost": _difference(tags, columns["decoder"], columns["noise"])}
     rows, usual = run.rows("vectors"), run.manifest.settings["guidance_scale"]
     scores: Row = {
         "name": "diagnose",
@@ -255,7 +268,9 @@ def score_run(run: RunFolder, detectors: Sequence[str]) -> Row:
         "split": run.manifest.settings["split"],
         "detector": detectors[0],
         "sources": sources,
+        "by_source": {name: row["score"] for name, row in {**sources, "noise": noise}.items()},
         "losses": {"true": _difference(tags, np.ones_like(columns["true"]), columns["true"]), **losses},
+        "noise": noise,
         "captions": _difference(tags, columns["detailed"], columns["free"]),
         "guidance": {str(usual): sources["free"]["score"]}
         | {n.split()[1]: _score(tags, columns[n])["score"] for n in names if n.startswith("guidance")},
@@ -353,10 +368,12 @@ def sentence(scores: Row) -> str:
     """Where the next gain lies, by the largest loss."""
     place = max(PLACES, key=lambda name: scores["losses"][name]["score"])
     loss, (where, advice) = scores["losses"][place], PLACES[place]
+    noise = 100 * scores["noise"]["lost"]["score"]
     rest = ", ".join(
         f"{PLACES[name][0]} {100 * scores['losses'][name]['score']:.0f}" for name in PLACES if name != place
     )
     return (
         f"The largest loss, {100 * loss['score']:.0f} points [{100 * loss['low']:.0f}, {100 * loss['high']:.0f}], lies "
-        f"in {where} (the others: {rest}): {advice}."
+        f"in {where} (the others: {rest}): {advice}. White noise of the size of its errors costs {noise:.0f} on true "
+        f"vectors: as much a decoder that is used to it could win."
     )

@@ -104,5 +104,6 @@ def _plot_guidance(axis: Any, scores: Row) -> None:
         f"{seeds['within']:.3f}, of two by {seeds['between']:.3f}\ndetailed captions: {lost:+.2f}\n"
         f"empty caption off by {scores['null_distance']:.2f}"
     )
-    axis.text(0.03, 0.03, text, transform=axis.transAxes, va="bottom", fontsize=9)
-    axis.set(title="guidance", xlabel="scale", ylim=(0, 1))
+    text += f"\ntrue vectors under noise of the error's size: {scores['noise']['score']:.2f}"
+    axis.text(0.03, 0.97, text, transform=axis.transAxes, va="top", fontsize=9)
+    axis.set(title="guidance, and the rest", xlabel="scale", ylim=(0, 1))

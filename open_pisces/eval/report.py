@@ -31,7 +31,7 @@ PICTURES = 4
 _TOLD = (
     *("n", "of", "n_real", "prompts", "questions", "maximum", "baseline", "baselines", "margin", "strict", "lenient"),
     *("unparsed", "unparsed_lenient", "refused", "biased", "protocol", "scenes", "split", "data", "rule", "rules"),
-    *("detector", "judge", "judges", "others", "agreement", "spread", "details", "sources", "losses", "retrieval"),
+    *("detector", "judge", "judges", "others", "agreement", "spread", "details", "by_source", "losses", "retrieval"),
     *("null_distance", "sentence", "interval", "why", "command"),
 )
 """What is told of scores below a table, where they have it."""
@@ -275,7 +275,7 @@ def measured(result: Result) -> Row:
         told["rules"] = "official"
     return {
         "model": result.name,
-        "measure": scores.get("name") or manifest.task,
+        "measure": _measure(result),
         **_figure(scores),
         "figures": found if len(found) > 1 else {},
         "told": _public(told),
@@ -283,6 +283,13 @@ def measured(result: Result) -> Row:
         **{name: getattr(manifest, name) for name in ("task", "device", "threads", "versions", "model_hash")},
         "run": run.hash,
     }
+
+
+def _measure(result: Result) -> str:
+    """What a run measured, with the held-out split if it was one."""
+    split = result.scores.get("split")
+    name = result.scores.get("name") or result.run.manifest.task
+    return f"{name}, {split}" if result.kind == "scenes" and split not in (None, "train") else str(name)
 
 
 def _says_something(value: Any) -> bool:
