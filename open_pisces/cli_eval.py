@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_pisces.arguments import Result, add_command, add_json, at_least, check_out, quiet
+from open_pisces.arguments import OutputError, Result, add_command, add_json, at_least, check_out, quiet
 
 if TYPE_CHECKING:
     from open_pisces.eval.detection import Detector
@@ -70,7 +70,7 @@ def geneval(args: argparse.Namespace) -> Result:
     from open_pisces.eval.runs import model_hash
 
     if not args.prompts and not args.images:
-        raise _error("give --prompts (GenEval's evaluation_metadata.jsonl, or a file in its form) or --images")
+        raise OutputError("give --prompts (GenEval's evaluation_metadata.jsonl, or a file in its form) or --images")
     prompts = read_prompts(args.prompts) if args.prompts else None
     quiet()
     detector = _detector(args)
@@ -140,7 +140,7 @@ def gallery(args: argparse.Namespace) -> Result:
     if args.compare:
         check_out(args.compare)
         if len(args.runs) < 2:
-            raise _error("--compare needs two or more galleries: name their folders")
+            raise OutputError("--compare needs two or more galleries: name their folders")
         found = galleries.compare(args.runs, args.compare)
         _say(args, str(args.compare))
         return found
@@ -160,16 +160,8 @@ def understanding(args: argparse.Namespace) -> Result:
     model, generator = _generator(args)
     judge = Judge(args.judge, **({"url": args.judge_url} if args.judge_url else {})) if args.judge else None
     names = args.suite if len(args.benchmarks) == 0 else args.benchmarks
-    found = evaluate(
-        generator,
-        names,
-        model=model,
-        data=args.data or FIXTURES,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        folder=args.out,
-        judge=judge,
-    )
+    how: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "folder": args.out, "judge": judge}
+    found = evaluate(generator, names, model=model, data=args.data or FIXTURES, **how)
     if not args.json:
         from open_pisces.show import print_benchmarks
 
@@ -213,6 +205,17 @@ def export(args: argparse.Namespace) -> Result:
     made = lay_out(RunFolder.load(args.folder), args.layout, args.out, args.part)
     _say(args, str(made))
     return {"out": str(made), "layout": args.layout}
+
+
+def draw(args: argparse.Namespace) -> Result:
+    """Draw another benchmark's prompts, to be exported in its layout."""
+    from open_pisces.eval.exports import draw_prompts
+
+    model, generator = _generator(args)
+    how: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "guidance_scale", "seed")}
+    run = draw_prompts(generator, model, args.layout, args.prompts, args.out, **how)
+    _say(args, str(run.folder))
+    return {"folder": str(run.folder), "prompts": len(run.items)}
 
 
 def report(args: argparse.Namespace) -> Result:
@@ -272,12 +275,6 @@ def _network(args: argparse.Namespace) -> FeatureNetwork:
     from open_pisces.eval.features import EfficientNetLite0, Inception
 
     return Inception(args.inception, args.device) if args.inception else EfficientNetLite0(args.device)
-
-
-def _error(text: str) -> Exception:
-    from open_pisces.eval.intervals import EvaluationError
-
-    return EvaluationError(text)
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
@@ -420,9 +417,14 @@ def _add_runs(commands: Any) -> None:
     command.add_argument("--threshold", type=float, help="GenEval's confidence threshold")
     command.add_argument("--counting-threshold", type=float, help="GenEval's threshold for counting")
     add_json(command)
+    command = add_command(commands, "draw", draw, "draw another benchmark's prompts, for `export`", model=True)
+    command.add_argument("--prompts", type=Path, required=True, help="its own file or folder of prompts")
+    command.add_argument("--out", type=Path, help=OUT)
+    _add_drawing(command, None, 0)
+    _add_layout(command)
     command = add_command(commands, "export", export, "lay out a run's pictures for another benchmark's own scorer")
     command.add_argument("folder", type=Path, metavar="RUN")
-    command.add_argument("--layout", choices=("geneval", "geneval2", "wise", "dpg"), required=True)
+    _add_layout(command)
     command.add_argument("--out", type=Path, required=True, help="the folder to write")
     command.add_argument("--part", action="store_true", help="allow fewer prompts than the benchmark has")
     add_json(command)
@@ -430,6 +432,11 @@ def _add_runs(commands: Any) -> None:
     command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of them")
     command.add_argument("--out", type=Path, default=Path("results.md"), help="Markdown; JSON beside it")
     add_json(command)
+
+
+def _add_layout(command: argparse.ArgumentParser) -> None:
+    """Which benchmark's prompts and places."""
+    command.add_argument("--layout", choices=("geneval", "geneval2", "wise", "dpg"), required=True)
 
 
 def _add_drawing(command: argparse.ArgumentParser, n: int | None, seed: int) -> None:

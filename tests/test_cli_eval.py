@@ -13,6 +13,7 @@ from PIL import Image as Pillow
 from open_pisces.cli import main
 from open_pisces.data.sources.scenes import Cutouts, vocabulary
 from open_pisces.eval import diagnose, frozen_scenes, placement, scenes
+from open_pisces.model.weights import WEIGHTS
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -71,6 +72,19 @@ def test_two_runs_of_one_command_agree_to_the_byte(pisces: Run) -> None:
     assert files[0] == files[1] and len(files[0]) >= 6 * 2 + 6
 
 
+def test_a_run_of_another_model_is_not_scored_under_this_one_s_name(pisces: Run) -> None:
+    pisces("drawing", "--per-category", "1", "--out", "run")
+    code, _, err = pisces("rescore", "run", "--model", WEIGHTS, model=False)
+    assert code == 2 and "is a run of the model" in err and "evaluate that model" in err
+    assert pisces("rescore", "run")[0] == 0
+    (Path("run") / "detections-scene-judge-one-stage.jsonl").unlink()
+    assert pisces("rescore", "run")[1]["detector"] == "scene judge (two-stage)"  # what has looked is what is scored
+    for rows in Path("run").glob("detections-*.jsonl"):
+        rows.unlink()
+    code, _, err = pisces("rescore", "run")
+    assert code == 2 and "has no detections yet" in err
+
+
 def test_a_drawing_says_how_good_its_judges_are(pisces: Run) -> None:
     _, found, _ = pisces("drawing", "--per-category", "1", "--split", "pairs", "--out", "run")
     for judge in ("scene judge (one-stage)", "scene judge (two-stage)"):
@@ -114,6 +128,19 @@ def test_geneval_on_pictures_that_are_there(pisces: Run, tmp_path: Path) -> None
     assert code == 2 and not Path("away").exists()
     code, _, _ = pisces("export", "run", "--layout", "geneval", "--out", "away", "--part", model=False)
     assert code == 0 and any(Path("away").rglob("*.png"))
+
+
+def test_another_benchmark_s_prompts_are_drawn_and_laid_out(pisces: Run) -> None:
+    rows = [{"Prompt": f"a {word}", "prompt_id": number} for number, word in ((2, "dog"), (1, "cat"))]
+    Path("wise.json").write_text(json.dumps(rows))
+    code, drawn, _ = pisces("draw", "--layout", "wise", "--prompts", "wise.json", "--out", "run")
+    assert code == 0 and drawn == {"folder": "run", "prompts": 2}
+    code, _, err = pisces("export", "run", "--layout", "wise", "--out", "away", model=False)
+    assert code == 2 and "2 prompts, wise has 1000" in err
+    code, _, _ = pisces("export", "run", "--layout", "wise", "--out", "away", "--part", model=False)
+    assert code == 0 and sorted(path.name for path in Path("away").iterdir()) == ["1.png", "2.png"]
+    code, _, err = pisces("draw", "--layout", "dpg", "--prompts", "nowhere")
+    assert code == 2 and "nowhere: not there" in err
 
 
 def test_understanding_of_fixtures(pisces: Run) -> None:

@@ -21,15 +21,21 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from PIL import Image as Pillow
 from PIL.Image import Image
 
 from open_pisces.eval.geneval_prompts import read_prompts, to_row
+from open_pisces.eval.geneval_runs import draw
 from open_pisces.eval.intervals import EvaluationError
-from open_pisces.eval.runs import Row, RunFolder
+from open_pisces.eval.runs import Manifest, Row, RunFolder, model_hash
+
+if TYPE_CHECKING:
+    from open_pisces.generate import Generator
+
+_USUAL = 4  # pictures of each prompt where a layout takes any number
 
 
 @cache
@@ -85,6 +91,43 @@ def _wise_items(path: Path) -> list[Row]:
 
 def _dpg_items(path: Path) -> list[Row]:
     return [{"key": file.stem, "prompt": file.read_text("utf-8").strip()} for file in sorted(path.glob("*.txt"))]
+
+
+def draw_prompts(
+    generator: Generator,
+    model: str | Path,
+    layout: str,
+    source: str | Path,
+    folder: str | Path | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> RunFolder:
+    """Draw a benchmark's prompts, as many pictures of each as its layout takes; an interrupted run goes on.
+
+    Args:
+        generator: anything with ``image(prompts, n, steps, guidance_scale, seed)`` and a ``device``.
+        model: its folder, for the manifest.
+        layout: one of `layouts`.
+        source: see `items`.
+        folder: the run's; None chooses one by the manifest (`RunFolder.open`).
+        steps: of the decoder; None is the model's own.
+        guidance_scale: None is the model's own.
+        seed: of the noise.
+        batch_size: prompts at once.
+
+    Raises:
+        EvaluationError: see `items`.
+        RunError: if the folder holds another run.
+    """
+    asked = items(layout, source)
+    settings = {"n": layouts()[layout]["pictures"] or _USUAL, "steps": steps, "guidance_scale": guidance_scale}
+    settings |= {"seed": seed, "batch_size": batch_size}
+    manifest = Manifest(f"drawings/{layout}", str(model), model_hash(model), settings, device=str(generator.device))
+    run = RunFolder.open(folder, manifest, asked)
+    draw(generator, run)
+    return run
 
 
 # -------------------------------------------------------------------------------------------------- where it belongs
