@@ -304,6 +304,7 @@ def test_judges_are_made_measured_and_loaded(tmp_path: Path, monkeypatch: pytest
     keys = [(style, t.concept, t.colour if t.is_shape else "") for style in styles for t in things]
     plates = Cutouts(dict.fromkeys(keys, plate), {style: style for style in styles})
     monkeypatch.setattr(check, "MEASURED", {"train": 12})
+    monkeypatch.setattr(check, "CALIBRATED", 8)
     plan = {"one-stage": (1, 2), "two-stage": (2, 2)}
     check.make(tmp_path / "made", plates, plan, pictures=8)
     card = judges.card(tmp_path / "made")

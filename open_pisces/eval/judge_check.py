@@ -32,6 +32,8 @@ LABELLED = JUDGES / "labelled"
 """Drawn pictures and what a person saw in them: ``pictures.png``, a sheet without gaps, and ``labels.json``."""
 PLAN = {"one-stage": (1, 3200), "two-stage": (2, 5000)}
 """Seed and steps of the judges in the package."""
+CALIBRATED = 1000
+"""Worn pictures on which a threshold is chosen."""
 MEASURED = {"train": 1000, "style": 300}
 """Frozen scenes of each split on which a judge is measured; models never see the style of ``style``, judges do."""
 _UNSEEN = 999  # seed of the pictures on which thresholds are chosen
@@ -45,7 +47,7 @@ def found_in(judge: SceneJudge, images: Sequence[Image], threshold: float | None
     return [[one for one in detections if one.score > least] for detections in every]
 
 
-def calibrate(judge: SceneJudge, cutouts: Cutouts, seed: int, count: int = 1000) -> float:
+def calibrate(judge: SceneJudge, cutouts: Cutouts, seed: int, count: int) -> float:
     """The threshold at which most worn pictures have exactly the right things found in them."""
     made = compose(cutouts, count, seed)
     worn = wear(torch.from_numpy(made.pixels_NHWC).permute(0, 3, 1, 2).float() / 255, stream(seed, "judge", "check"))
@@ -197,7 +199,7 @@ def write_card(
     judges = [SceneJudge(kind, load_network(kind, folder), 0.0) for kind in plan]
     card: dict[str, Any] = {}
     for judge in judges:
-        judge.threshold = judge.counting_threshold = calibrate(judge, cutouts, _UNSEEN)
+        judge.threshold = judge.counting_threshold = calibrate(judge, cutouts, _UNSEEN, CALIBRATED)
         seed, steps = plan[judge.kind]
         parameters = sum(p.numel() for p in judge.network.parameters())
         trained = {"seed": seed, "steps": steps, "pictures": pictures, "parameters": parameters}

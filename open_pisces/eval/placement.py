@@ -182,7 +182,7 @@ def evaluate_placement(
         RunError: if ``folder`` holds another run.
     """
     start, noise = time.time(), seed or 0
-    samples, which = _chosen(limit, seed, split, load_cutouts() if cutouts is None else cutouts)
+    samples, which = _chosen(limit, seed, split, cutouts)
 
     def draw(first: int) -> list[Image]:
         images = [sample.images[0] for sample in samples[first : first + batch_size]]
@@ -219,7 +219,7 @@ def score_run(run: RunFolder) -> dict[str, Any]:
     return {"name": "decoder/placement", **figures, **which}
 
 
-def _chosen(limit: int, seed: int | None, split: Split, cutouts: Cutouts) -> tuple[list[Sample], dict[str, Any]]:
+def _chosen(limit: int, seed: int | None, split: Split, cutouts: Cutouts | None) -> tuple[list[Sample], dict[str, Any]]:
     """The scenes, and what they are."""
     if seed is not None or split == "pairs":
         which = {"scenes": f"fresh, seed {seed}", "split": split, "pictures_differ": 0}
@@ -232,7 +232,7 @@ def _chosen(limit: int, seed: int | None, split: Split, cutouts: Cutouts) -> tup
         )
     left = {column: limit // 3 + (column < limit % 3) for column in range(3)}
     samples = []
-    images, differ = frozen_scenes.pictures(every, cutouts)
+    images, differ = frozen_scenes.pictures(every, load_cutouts() if cutouts is None else cutouts)
     for scene, image in zip(every, images, strict=True):
         objects = [{"concept": thing.concept, "box": list(thing.box)} for thing in scene.things]
         sample = Sample(scene.key, (image,), facts={"objects": objects})
