@@ -6,7 +6,6 @@ stood together in training. The sheet shows what came out, right or wrong; nothi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from open_pisces.batch import Question, Sample
+from open_pisces.data.images import save_whole
 from open_pisces.data.prompts import wordings
 from open_pisces.data.shards import ShardReader, data_path
 from open_pisces.eval.scenes import matches
@@ -100,7 +100,7 @@ def run_demo(generator: Generator, out: Path, seed: int = 0) -> None:
         for scene in scenes:
             dialogues.append(talk(generator, scene))
             bar.update(answering, completed=len(dialogues))
-    _write(draw_sheet(PROMPTS, pictures, captions, [scene.images[0] for scene in scenes], dialogues), out)
+    save_whole(draw_sheet(PROMPTS, pictures, captions, [scene.images[0] for scene in scenes], dialogues), out)
     for number, dialogue in enumerate(dialogues, start=1):
         console.print(f"\nscene {number}", style="bold")
         for turn in dialogue:
@@ -182,13 +182,3 @@ class _Pen:
         enlarged = picture.convert("RGB").resize((PICTURE, PICTURE), Pillow.Resampling.BICUBIC)
         self.sheet.paste(enlarged, (left, top))
         self.draw.rectangle((left - 1, top - 1, left + PICTURE, top + PICTURE), outline="#d0d0d0")
-
-
-def _write(sheet: Image, out: Path) -> None:
-    """Save the sheet so that ``out`` is never half a picture."""
-    hidden = out.with_name(f".{os.getpid()}-{out.name}")
-    try:
-        sheet.save(hidden)
-        os.replace(hidden, out)
-    finally:
-        hidden.unlink(missing_ok=True)

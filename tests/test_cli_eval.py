@@ -66,6 +66,7 @@ def test_two_runs_of_one_command_agree_to_the_byte(pisces: Run) -> None:
     files = []
     for name in ("one", "two"):
         code, found, _ = pisces("drawing", "--per-category", "1", "--out", name)
+        assert found["baseline"] is None  # one caption of each category: no other to hold the pictures against
         assert code == 0 and found["n"] == 6 and found["others"]["scene judge (two-stage)"]["same_verdict"] >= 0
         folder = Path(name)
         files.append({p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()})

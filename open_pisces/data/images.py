@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -103,6 +104,16 @@ def to_pil(pixels: np.ndarray) -> Image:
     if not np.isfinite(pixels).all():
         raise ImageError("pixels hold NaN or infinity: the model that made them has diverged")
     return Pillow.fromarray((pixels.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def save_whole(image: Image, path: Path) -> None:
+    """Save a picture so that ``path`` is never half of one."""
+    hidden = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        image.save(hidden)
+        os.replace(hidden, path)
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 def contact_sheet(images: Sequence[Image], captions: Sequence[str], columns: int, cell: int = 128) -> Image:

@@ -126,19 +126,18 @@ def score_run(run: RunFolder, names: Sequence[str] = ()) -> Row:
     }
 
 
-def _baseline(run: RunFolder, name: str) -> float:
-    """The score of the pictures when each is held against the next caption of its category."""
+def _baseline(run: RunFolder, name: str) -> float | None:
+    """The score of the pictures when each is held against the next caption of its category; None if none has two."""
     rules, detections = found(run, name)
     groups: dict[str, list[Prompt]] = {}
     for prompt in prompts_of(run):
         groups.setdefault(prompt.tag, []).append(prompt)
     tags, correct = [], []
     for tag, prompts in groups.items():
-        for prompt, other in zip(prompts, [*prompts[1:], prompts[0]], strict=True):
+        for prompt, other in zip(prompts, [*prompts[1:], prompts[0]], strict=True) if len(prompts) > 1 else ():
             tags.append(tag)
             correct.append([judge(prompt, picture, rules).correct for picture in detections[other.key]])
-    result: float = summarise(tags, correct)["score"]
-    return result
+    return summarise(tags, correct)["score"] if correct else None
 
 
 def measured(name: str) -> dict[str, Any]:

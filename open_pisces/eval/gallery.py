@@ -8,7 +8,6 @@ scored.
 from __future__ import annotations
 
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -21,6 +20,7 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import track
 
+from open_pisces.data.images import save_whole
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.runs import Manifest, Row, RunError, RunFolder, model_hash
 
@@ -109,7 +109,7 @@ def draw(
             [item["prompt"] for item in batch], n, settings["steps"], settings["guidance_scale"], seed
         )
         run.save_images({item["key"]: row for item, row in zip(batch, drawn, strict=True)})
-    _save(sheet(run), run.folder / SHEET)
+    save_whole(sheet(run), run.folder / SHEET)
     return run
 
 
@@ -135,7 +135,7 @@ def compare(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     for run in runs[1:]:
         _check_same_prompts(runs[0], run)
     heads = headings(runs)
-    _save(side_by_side(runs, heads), Path(out))
+    save_whole(side_by_side(runs, heads), Path(out))
     return {
         "file": str(out),
         "models": [", ".join(filter(None, head)) for head in heads],
@@ -321,13 +321,3 @@ def fitted(picture: Image, side: int) -> Image:
     resized = picture.convert("RGB").resize(size, Pillow.Resampling.LANCZOS if scale < 1 else Pillow.Resampling.BICUBIC)
     square.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
     return square
-
-
-def _save(sheet: Image, out: Path) -> None:
-    """Save a sheet so that ``out`` is never half a picture."""
-    hidden = out.with_name(f".{os.getpid()}-{out.name}")
-    try:
-        sheet.save(hidden)
-        os.replace(hidden, out)
-    finally:
-        hidden.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ A cell is what a source printed or a run measured; any other is empty, or "not r
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -24,7 +23,7 @@ from open_pisces.eval.geneval import Rules
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.questions import FIXTURES
 from open_pisces.eval.report_markdown import HERE, NOT_RUN, to_markdown
-from open_pisces.eval.runs import Row, RunError, RunFolder, digest
+from open_pisces.eval.runs import Row, RunError, RunFolder, digest, write_whole
 
 PICTURES = 4
 """GenEval's pictures of each prompt."""
@@ -89,8 +88,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> dict[st
     found["unfinished"] = unfinished
     if out is not None:
         path = Path(out)
-        _write(path, to_markdown(found))
-        _write(path.with_suffix(".json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_whole(path, to_markdown(found))
+        write_whole(path.with_suffix(".json"), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
 
 
@@ -304,13 +303,3 @@ def _public(value: Any) -> Any:
     if isinstance(value, list):
         return [_public(inner) for inner in value]
     return f".../{PurePath(value).name}" if isinstance(value, str) and PurePath(value).is_absolute() else value
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    hidden = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        hidden.write_text(text, encoding="utf-8")
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)

@@ -117,8 +117,8 @@ class RunFolder:
         if folder.is_dir() and any(not _begun(file) for file in folder.iterdir()):
             raise RunError(f"{folder} holds something else: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "items.jsonl", "".join(_line(row) for row in rows))
-        _write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))  # last: it says that all is there
+        write_whole(folder / "items.jsonl", "".join(_line(row) for row in rows))
+        write_whole(folder / "manifest.json", json.dumps(asdict(manifest), indent=1))  # last: it says that all is there
         return cls(folder, manifest, rows)
 
     @classmethod
@@ -190,7 +190,7 @@ class RunFolder:
 
     def note(self, name: str, value: Row) -> None:
         """Keep something that belongs to the whole run and to no item, as NAME.json."""
-        _write(self.folder / f"{name}.json", json.dumps(value, indent=1, ensure_ascii=False))
+        write_whole(self.folder / f"{name}.json", json.dumps(value, indent=1, ensure_ascii=False))
 
     def noted(self, name: str) -> Row:
         """What was kept as NAME.json.
@@ -219,7 +219,7 @@ class RunFolder:
         for key, images in pictures.items():
             folder = self.place(key)
             (folder / "samples").mkdir(parents=True, exist_ok=True)
-            _write(folder / "metadata.jsonl", _line(self.items[self._places[key]]))
+            write_whole(folder / "metadata.jsonl", _line(self.items[self._places[key]]))
             files = {f"{number:04d}.png": image for number, image in enumerate(images)}
             for name, image in files.items():
                 image.save(folder / "samples" / name)
@@ -259,7 +259,7 @@ class RunFolder:
         """Write ``scores`` with what they belong to; the whole is returned."""
         whole = {**scores, "task": self.manifest.task, "model": self.manifest.model}
         whole |= {"model_hash": self.manifest.model_hash, "run": self.hash}
-        _write(self.folder / "scores.json", json.dumps(whole, indent=1, ensure_ascii=False))
+        write_whole(self.folder / "scores.json", json.dumps(whole, indent=1, ensure_ascii=False))
         return whole
 
     def scores(self, model: str | None = None) -> Row:
@@ -365,7 +365,7 @@ def _mend(path: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     hidden = path.with_name(f".{os.getpid()}-{path.name}")
     try:
