@@ -56,19 +56,24 @@ def print_score(result: dict[str, Any]) -> None:
 
 
 def print_benchmarks(found: dict[str, Any]) -> None:
-    """Print a row for each benchmark: score and interval, both readings, questions, or why there is no score."""
+    """Print a row for each benchmark: score and interval, both readings, questions; below, what there is to say."""
     console = Console()
     table = Table(title=f"{found['model']}, questions from {found['data']}", title_justify="left")
-    for column in ("benchmark", "score", "interval", "strict", "lenient", "n", "unread", "why not"):
-        table.add_column(column, justify="left" if column in ("benchmark", "why not") else "right", overflow="fold")
+    for column in ("benchmark", "score", "interval", "strict", "lenient", "n", "unread"):
+        table.add_column(column, justify="left" if column == "benchmark" else "right")
+    said: dict[str, list[str]] = {}
     for name, row in found["rows"].items():
         interval = f"{_figure(row['low'])} to {_figure(row['high'])}" if row.get("low") is not None else ""
         figures = [_figure(row[key]) if row.get(key) is not None else "" for key in ("score", "strict", "lenient", "n")]
         unread = row.get("unparsed")
-        table.add_row(
-            name, figures[0], interval, *figures[1:], "" if unread is None else str(unread), row.get("why") or ""
-        )
+        table.add_row(name, figures[0] or "not run", interval, *figures[1:], "" if unread is None else str(unread))
+        for why in (row.get("why") or "").split("; "):
+            said.setdefault(why, []).append(name)
     console.print(table)
+    for why, names in said.items():
+        if why:
+            who = "all" if len(names) == len(found["rows"]) else ", ".join(names)
+            console.print(f"{who}: {why}", markup=False)
 
 
 def print_plan(plan: dict[str, Any]) -> None:

@@ -150,6 +150,16 @@ def test_understanding_of_fixtures(pisces: Run) -> None:
     assert all({"score", "strict", "lenient", "n", "why"} <= set(row) for row in found["rows"].values())
 
 
+def test_people_see_a_row_for_each_benchmark_and_what_there_is_to_say(
+    pisces: Run, nano_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["eval", "understanding", "pope", "mm_vet", "--limit", "1", "--model", str(nano_folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert code == 0 and sum("pope" in line and "│" in line for line in lines) == 1
+    assert any("mm_vet" in line and "not run" in line for line in lines)
+    assert any(line.startswith(("all: ", "mm_vet: ", "pope: ")) for line in lines)
+
+
 def test_the_judges_card_and_people_s_output(capsys: pytest.CaptureFixture[str], pisces: Run) -> None:
     code, card, _ = pisces("judge", model=False)
     assert code == 0 and set(card) >= {"one-stage", "two-stage"}
