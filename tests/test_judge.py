@@ -247,6 +247,13 @@ def test_accuracy_on_scenes(
     }
 
 
+def test_a_pair_in_another_relation_is_not_in_place() -> None:
+    found = [one("heart", LEFT, "red"), one("circle", RIGHT, "blue")]
+    for relation, right in (("left of", 1), ("right of", 0), ("above", 0)):
+        scores = check.on_scenes(Scripted(found), [pair("red", "blue", relation)], [BLANK])  # type: ignore[arg-type]
+        assert (scores["class"]["score"], scores["position"]["score"]) == (1, right)
+
+
 @pytest.mark.parametrize(
     ("things", "found", "scores"),
     [

@@ -20,7 +20,6 @@ import yaml
 
 Options = Mapping[str, str]
 """Letter to text; empty for questions without options."""
-LETTERS = string.ascii_uppercase
 _LEAD = re.compile(r"(?:\banswer\s*(?:is\b|would be\b|:|：)|答案\s*(?:是|为|:|：))\s*:?\s*", re.IGNORECASE)
 _MARKUP = re.compile(r"[*`#]+|\\boxed|</?[a-z]+>")
 
