@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from open_pisces.errors import PiscesError
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 Result = dict[str, Any] | None
 """What a command gives back: with ``--json`` it is printed as the last line."""
 
 
-class OutputError(ValueError):
+class OutputError(PiscesError):
     """A place that cannot be written to; the message names it and the remedy."""
 
 

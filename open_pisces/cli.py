@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from open_pisces.arguments import Parser, Result, add_command, add_json, at_least, check_out, quiet, share
 from open_pisces.cli_data import add_data
 from open_pisces.cli_eval import add_eval
+from open_pisces.errors import PiscesError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         result = args.run(args)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        if not _is_expected(error):
-            raise
+    except (PiscesError, OSError) as error:
+        if isinstance(error, OSError) and not error.filename:
+            raise  # not about a file: a fault of the program
         print(f"pisces: {'; '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -51,13 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if result is not None and getattr(args, "json", False):
         print(json.dumps(result))
     return 0
-
-
-def _is_expected(error: Exception) -> bool:
-    """Whether the error speaks to the user: one of the package's own, or a named file's."""
-    if isinstance(error, OSError):
-        return bool(error.filename)
-    return type(error).__module__.startswith("open_pisces.")
 
 
 # ------------------------------------------------------------------------------------------------- the commands

@@ -15,12 +15,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from open_pisces.errors import PiscesError
+
 RECIPES = Path(__file__).parent / "recipes"
 TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3", "own_vectors")
 """In the order in which they run; a scale has those for which it has a recipe (``own_vectors``: not the paper's)."""
 
 
-class ConfigError(ValueError):
+class ConfigError(PiscesError):
     """A setting that cannot be used; the message names file, key, value and remedy."""
 
 

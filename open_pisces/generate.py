@@ -16,11 +16,12 @@ from transformers import DynamicCache
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn, generation_turns
 from open_pisces.data.tokenizer import load_tokenizer
+from open_pisces.errors import PiscesError
 from open_pisces.model.pisces import Pisces
 from open_pisces.paint import Painter, pick_device
 
 
-class PromptError(ValueError):
+class PromptError(PiscesError):
     """A prompt that cannot be used; the message names it and the remedy."""
 
 

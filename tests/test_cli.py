@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from open_pisces import cli
 from open_pisces.cli import main
+from open_pisces.model.bridge import VisualTokenPooler
 
 QUICK = ["--steps", "2"]
 
@@ -355,6 +357,16 @@ def test_programming_errors_keep_their_traceback(photo: str, monkeypatch: pytest
     monkeypatch.setattr(cli, "_generator", fail)
     with pytest.raises(type(error), match=str(error).strip("'")):
         main(["ask", photo, "What is it?"])
+
+
+def test_an_error_of_a_part_of_the_model_is_one_line(photo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(args: Any) -> Any:
+        VisualTokenPooler(2)(torch.zeros(1, 10, 4))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_generator", fail)
+        assert main(["ask", photo, "What is it?"]) == 2
+    assert capsys.readouterr().err == "pisces: 10 features are no square grid that 2 divides\n"
 
 
 # ------------------------------------------------------------------------------------------------ data commands

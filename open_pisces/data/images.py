@@ -18,8 +18,10 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.Image import Image
 
+from open_pisces.errors import PiscesError
 
-class ImageError(ValueError):
+
+class ImageError(PiscesError):
     """A picture that cannot be used; the message names the file, the value and the remedy."""
 
 

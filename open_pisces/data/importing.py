@@ -26,6 +26,7 @@ from PIL import Image as Pillow
 from open_pisces.batch import Question, Sample
 from open_pisces.data.images import ImageError, open_image
 from open_pisces.data.shard_writer import ShardWriter
+from open_pisces.errors import PiscesError
 
 ENOUGH = 100
 """Records after which the share of bad ones is judged while the import runs."""
@@ -35,11 +36,11 @@ _KEPT = ("PNG", "JPEG", "MPO", "WEBP", "GIF")  # formats (MPO: JPEG with a secon
 _LONGEST_KEY = 150
 
 
-class DatasetImportError(ValueError):
+class DatasetImportError(PiscesError):
     """A dataset that cannot be imported; the message names it and the remedy."""
 
 
-class BadRecord(ValueError):
+class BadRecord(PiscesError):
     """A record that cannot be used: its name, and the cause it is counted under."""
 
     def __init__(self, name: str, cause: str, detail: str = "") -> None:

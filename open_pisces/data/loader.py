@@ -26,6 +26,7 @@ from open_pisces.data.mixture import Draw, Mixture
 from open_pisces.data.packing import pack
 from open_pisces.data.prompts import IGNORED, Rendered, Renderer, SampleError, sample_turns
 from open_pisces.data.shards import DamagedSample
+from open_pisces.errors import PiscesError
 
 MULTIPLE = 64
 """Sequences are padded to a multiple of this, so that a compiled model meets few shapes."""
@@ -134,11 +135,11 @@ def _stack(images: list[Image], cut: Callable[[Image, int], np.ndarray], size: i
 # ---------------------------------------------------------------------------------------------- bad samples
 
 
-class LengthError(ValueError):
+class LengthError(PiscesError):
     """A sequence longer than the settings allow; the message names the sample, its length and the limit."""
 
 
-class TooManyDamaged(ValueError):
+class TooManyDamaged(PiscesError):
     """More samples had to be skipped than the run allows; the message names the first of them."""
 
 

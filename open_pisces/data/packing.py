@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from open_pisces.errors import PiscesError
+
 TRIES = 32
 """Row lengths tried for a batch."""
 
 
-class PackingError(ValueError):
+class PackingError(PiscesError):
     """A sample that fits in no row; the message names its length and the remedy."""
 
 

@@ -21,11 +21,12 @@ import yaml
 
 from open_pisces.batch import Sample
 from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER, read_template, special_tokens
+from open_pisces.errors import PiscesError
 
 IGNORED = -100
 
 
-class SampleError(ValueError):
+class SampleError(PiscesError):
     """A sample that cannot serve the task drawn for it; the message names both and the remedy."""
 
 

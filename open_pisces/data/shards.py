@@ -24,6 +24,7 @@ import numpy as np
 
 from open_pisces.batch import Question, Sample
 from open_pisces.data.images import ImageError, open_image
+from open_pisces.errors import PiscesError
 
 FIXTURE = Path(__file__).parent / "fixture"
 VERSION = 2
@@ -37,7 +38,7 @@ _READ_AHEAD, _KEPT_BLOCKS = 1 << 20, 256  # bytes one request of a remote shard 
 _OPEN_FILES = 128
 
 
-class ShardError(ValueError):
+class ShardError(PiscesError):
     """A dataset that cannot be read or written; the message names the file and the remedy."""
 
 

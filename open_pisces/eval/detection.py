@@ -9,8 +9,10 @@ from typing import Protocol
 import numpy as np
 from PIL.Image import Image
 
+from open_pisces.errors import PiscesError
 
-class DetectorError(ValueError):
+
+class DetectorError(PiscesError):
     """A detector that cannot do what is asked; the message names it, the thing and the remedy."""
 
 

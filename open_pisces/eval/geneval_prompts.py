@@ -26,6 +26,7 @@ import yaml
 
 from open_pisces.data.draws import stream
 from open_pisces.data.sources.artwork import article
+from open_pisces.errors import PiscesError
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """The six categories, by the tag that the official file gives them, in its order."""
@@ -34,7 +35,7 @@ COUNTS = (2, 3, 4)
 """Numbers that counting prompts ask for."""
 
 
-class PromptSetError(ValueError):
+class PromptSetError(PiscesError):
     """A prompt set that cannot be used; the message names the file and line or the key, the value and the remedy."""
 
 

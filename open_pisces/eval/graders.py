@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from open_pisces.errors import PiscesError
 from open_pisces.eval.runs import Row, RunFolder, digest
 
 FILE = "judged"
@@ -32,7 +33,7 @@ AT_ONCE = 8
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 
-class GraderError(ValueError):
+class GraderError(PiscesError):
     """A judge that cannot be used; the message names it and the remedy."""
 
 

@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from open_pisces.errors import PiscesError
+
 RESAMPLES = 2000
 _DRAWS_AT_ONCE = 4_000_000  # bounds memory to about 64 MB however many values there are
 
 
-class EvaluationError(ValueError):
+class EvaluationError(PiscesError):
     """A measurement that cannot be made as asked; the message names the value and the remedy."""
 
 

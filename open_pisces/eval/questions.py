@@ -24,6 +24,7 @@ import numpy as np
 from PIL.Image import Image
 
 from open_pisces.data.images import ImageError, open_image
+from open_pisces.errors import PiscesError
 from open_pisces.eval.benchmarks import Benchmark
 from open_pisces.eval.runs import Row
 
@@ -36,7 +37,7 @@ _COMPUTED = ("options", "lead", "suffix")
 _LETTERS = "ABCDEFGHIJ"
 
 
-class QuestionsError(ValueError):
+class QuestionsError(PiscesError):
     """Questions that cannot be had; the message names the dataset, what is missing and the remedy."""
 
 

@@ -31,6 +31,7 @@ import torch
 from PIL.Image import Image
 
 from open_pisces.data.images import ImageError, open_image
+from open_pisces.errors import PiscesError
 from open_pisces.model.weights import read_card
 
 Row = dict[str, Any]
@@ -38,7 +39,7 @@ RUNS = Path("runs/eval")
 _MATTER = ("torch", "transformers", "diffusers", "numpy", "pillow")
 
 
-class RunError(ValueError):
+class RunError(PiscesError):
     """A run folder that cannot be used as asked; the message names it and the remedy."""
 
 

@@ -12,9 +12,10 @@ from PIL.Image import Image
 
 from open_pisces.data.images import open_image
 from open_pisces.data.prompts import Turn
+from open_pisces.errors import PiscesError
 
 
-class HarnessError(ValueError):
+class HarnessError(PiscesError):
     """A request of a harness that cannot be served; the message names it and the remedy."""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from open_pisces.batch import wide
 from open_pisces.config import ModelConfig
+from open_pisces.errors import PiscesError
 
 
 class VisualTokenPooler(nn.Module):
@@ -26,11 +27,11 @@ class VisualTokenPooler(nn.Module):
         """``(B, grid * grid, E)`` to ``(B, M, E)`` with ``M = (grid / kernel) ** 2``.
 
         Raises:
-            ValueError: if the sequence is no square grid that the kernel divides.
+            PiscesError: if the sequence is no square grid that the kernel divides.
         """
         side = int(features_BGE.shape[1] ** 0.5)
         if side * side != features_BGE.shape[1] or side % self.kernel:
-            raise ValueError(f"{features_BGE.shape[1]} features are no square grid that {self.kernel} divides")
+            raise PiscesError(f"{features_BGE.shape[1]} features are no square grid that {self.kernel} divides")
         grid = rearrange(features_BGE, "b (h w) e -> b h w e", h=side)
         pooled = reduce(grid, "b (h k) (w l) e -> b h w e", "mean", k=self.kernel, l=self.kernel)
         return rearrange(pooled, "b h w e -> b (h w) e")

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from open_pisces.batch import wide
+from open_pisces.errors import PiscesError
 
 LOGITS = 64 * 2**20
 """Logits that exist at a time, 256 MB in float32; smaller chunks would make the matrix products slower."""
@@ -18,7 +19,7 @@ PACKAGES = {"liger": "liger-kernel", "cut_cross_entropy": "cut-cross-entropy"}
 """What has to be installed for each fused kernel."""
 
 
-class KernelError(ValueError):
+class KernelError(PiscesError):
     """A fused kernel that cannot run here; the message names its package and the remedy."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from open_pisces.batch import wide
+from open_pisces.errors import PiscesError
 
 
 class PixelUnshuffleVAE:
@@ -70,7 +71,7 @@ class ImageDecoder(nn.Module):
         self._noiser: Any = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
         if clean and not self.is_flow:
             name = type(scheduler).__name__
-            raise ValueError(f"decoder.predicts = 'clean' needs FlowMatchEulerDiscreteScheduler, not {name}")
+            raise PiscesError(f"decoder.predicts = 'clean' needs FlowMatchEulerDiscreteScheduler, not {name}")
 
     @property
     def is_flow(self) -> bool:
@@ -144,7 +145,7 @@ class ImageDecoder(nn.Module):
         guided = guidance_scale != 1.0
         if guided:
             if null_ME is None:
-                raise ValueError(
+                raise PiscesError(
                     f"guidance_scale {guidance_scale} needs the null condition: pass null_ME or a scale of 1"
                 )
             vectors_BME = torch.cat([vectors_BME, null_ME.expand_as(vectors_BME)])

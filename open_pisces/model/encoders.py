@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import SiglipVisionModel
 
 from open_pisces.config import ConfigError, GenerationEncoderConfig
+from open_pisces.errors import PiscesError
 
 
 class PixelNorm(nn.Module):
@@ -146,7 +147,7 @@ class GenerationEncoder(nn.Module):
             ``(B, 1 + K, E)``: the last block's output, class token first, without a final norm.
         """
         if pixels_BCHW.shape[-2:] != (self.image_size, self.image_size):
-            raise ValueError(f"pictures of {tuple(pixels_BCHW.shape[-2:])}; this encoder takes {self.image_size} px")
+            raise PiscesError(f"pictures of {tuple(pixels_BCHW.shape[-2:])}; this encoder takes {self.image_size} px")
         x = self.patches(self.normalise(pixels_BCHW)).flatten(2).transpose(1, 2) + self.positions[1:]
         if keep_BK is not None:
             x = x.gather(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses, SequenceBatch, wide
 from open_pisces.config import LossConfig, ModelConfig
+from open_pisces.errors import PiscesError
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.cross_entropy import head_cross_entropy
 from open_pisces.model.decoder import ImageDecoder
@@ -150,7 +151,7 @@ class Pisces(nn.Module):
             return {"position_ids": batch.positions_BS}
         if kind != "sdpa":
             found = f"attention {kind!r} with {len(batch.positions_BS)} rows"
-            raise ValueError(f"{found} would let packed samples see each other: use sdpa, or flash with data.rows=1")
+            raise PiscesError(f"{found} would let packed samples see each other: use sdpa, or flash with data.rows=1")
         return {"position_ids": batch.positions_BS, "attention_mask": block_mask(batch.samples_BS)}
 
     # ------------------------------------------------------------------------------------------ vectors out

@@ -33,6 +33,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from open_pisces.config import GenerationEncoderConfig, LossConfig, ModelConfig, validate
+from open_pisces.errors import PiscesError
 from open_pisces.model.build import PARTS, assemble, assemble_decoder, build_part
 from open_pisces.model.decoder import PixelUnshuffleVAE
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
@@ -42,7 +43,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FORMAT = 1
 
 
-class ModelFolderError(ValueError):
+class ModelFolderError(PiscesError):
     """A model folder with a missing, damaged or mismatching part."""
 
 

@@ -33,13 +33,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from open_pisces.errors import PiscesError
 from open_pisces.train.distributed import World
 from open_pisces.train.optim import AveragedWeights
 
 FORMAT = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PiscesError):
     """A checkpoint that cannot be written or read, or does not fit the run; the message names it."""
 
 

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from open_pisces.batch import StepBatches
 from open_pisces.config import ConfigError, RunConfig, TrainConfig
+from open_pisces.errors import PiscesError
 from open_pisces.paint import pick_device
 
 PATIENCE = 5.0
@@ -35,7 +36,7 @@ WAITING = ("gloo", "nccl", "processgroup", "c10d", "connection", "socket", "time
 """Words by which the libraries' errors of communication are known: they have no class of their own."""
 
 
-class WorldError(RuntimeError):
+class WorldError(PiscesError, RuntimeError):
     """A process that did not take part; the message names it."""
 
 

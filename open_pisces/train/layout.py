@@ -16,6 +16,7 @@ from torch import nn
 
 from open_pisces.config import RunConfig
 from open_pisces.data.loader import MULTIPLE
+from open_pisces.errors import PiscesError
 from open_pisces.train.distributed import blocks, split_frozen
 from open_pisces.train.flops import Counts
 from open_pisces.train.rehearsal import Needs, Shape, rehearse
@@ -42,7 +43,7 @@ RESERVE = 4.0
 """GiB that no tensor shows: CUDA context, NCCL's and cuBLAS's buffers, gaps. An allowance, not a count."""
 
 
-class PlanError(ValueError):
+class PlanError(PiscesError):
     """A plan that cannot be made, or a training that does not fit; the message says by how much and what to change."""
 
 

@@ -17,6 +17,7 @@ from open_pisces.config import RunConfig
 from open_pisces.data.loader import SkipTally
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import open_dataset
+from open_pisces.errors import PiscesError
 from open_pisces.model.weights import write_folder
 from open_pisces.train.checkpoint import Checkpoints, load_latest, own_folder, read_progress, state_of
 from open_pisces.train.distributed import World, compile_parts, full, join_world, recompute, reduce_gradients, shard
@@ -32,7 +33,7 @@ LOSSES = ("text", "vectors", "diffusion", "contrastive", "mae")
 SPIKE_STEPS = 100
 
 
-class BadStep(FloatingPointError):
+class BadStep(PiscesError, FloatingPointError):
     """A loss or gradient that is not finite, or a spike; the step was not applied."""
 
 

@@ -26,6 +26,7 @@ from PIL.Image import Image
 from open_pisces.batch import Sample
 from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import data_path
+from open_pisces.errors import PiscesError
 
 HERE = Path(__file__).parent
 CUTOUT = 96
@@ -36,7 +37,7 @@ _COMPONENTS, _FLAGS = 2, 9  # emojibase's groups: skin tones and hair, flags
 _RENDER = 160  # pixels a drawing is rendered at before it is trimmed and reduced
 
 
-class ArtworkError(ValueError):
+class ArtworkError(PiscesError):
     """Artwork that cannot be fetched or used; the message names the package or file and the remedy."""
 
 
