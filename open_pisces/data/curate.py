@@ -11,10 +11,8 @@ under a name of their own, give ``missing_image`` first.
 from __future__ import annotations
 
 import difflib
-import io
 import math
 import unicodedata
-import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable
@@ -25,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as Pillow
 from PIL.Image import Image
 
 from open_pisces.batch import Sample
-from open_pisces.data.images import ImageError, open_image
+from open_pisces.data.images import ImageError, image_size, open_image
 from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import DamagedSample, ShardError, ShardReader, open_dataset
 from open_pisces.data.stats import Appearance, alike, appearance_of, checked, words_of
@@ -70,7 +67,7 @@ class Candidate:
     @cached_property
     def sizes(self) -> list[tuple[int, int]]:
         """(width, height) of each picture as stored, from its header alone."""
-        return [self._read(number, _size_of, raw) for number, raw in enumerate(self.files)]
+        return [self._read(number, image_size, raw) for number, raw in enumerate(self.files)]
 
     @cached_property
     def images(self) -> list[Image]:
@@ -88,16 +85,6 @@ class Candidate:
         except ImageError as error:
             where = f"{self._reader.folder}: sample {self.words.key!r}, picture {number}"
             raise DamagedSample(f"{where}: {error}", "image") from None
-
-
-def _size_of(raw: bytes) -> tuple[int, int]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Pillow.DecompressionBombWarning)  # nothing is decoded here
-            with Pillow.open(io.BytesIO(raw)) as image:
-                return image.size
-    except (OSError, SyntaxError, EOFError, ValueError, Pillow.DecompressionBombError) as error:
-        raise ImageError(f"the header cannot be read ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------- copies of pictures

@@ -21,18 +21,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 import fsspec
-from PIL import Image as Pillow
 
 from open_pisces.batch import Question, Sample
 from open_pisces.data.images import ImageError, open_image
-from open_pisces.data.shard_writer import ShardWriter
+from open_pisces.data.shard_writer import ShardWriter, kept_format
 from open_pisces.errors import PiscesError
 
 ENOUGH = 100
 """Records after which the share of bad ones is judged while the import runs."""
 NAMED = 5
 """First offenders kept for each cause."""
-_KEPT = ("PNG", "JPEG", "MPO", "WEBP", "GIF")  # formats (MPO: JPEG with a second picture) that shards hold as they are
 _LONGEST_KEY = 150
 
 
@@ -288,9 +286,8 @@ def _checked(raw: bytes, min_side: int, max_aspect: float) -> bytes:
     short, long = sorted(image.size)
     if short < min_side or long > max_aspect * short:
         raise BadRecord("picture", "shape", f"{image.width} x {image.height}")
-    with Pillow.open(io.BytesIO(raw)) as header:
-        if header.format in _KEPT:
-            return raw
+    if kept_format(raw):
+        return raw
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

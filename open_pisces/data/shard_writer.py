@@ -179,17 +179,22 @@ def _png(image: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _suffix(raw: bytes) -> str:
-    """The usual ending of a picture's format, from its first bytes."""
+def kept_format(raw: bytes) -> str:
+    """The usual ending of a picture's format, from its first bytes; "" for one that shards do not hold as it is."""
     if raw[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if raw[:3] == b"\xff\xd8\xff":
         return "jpg"
     if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
         return "webp"
-    if raw[:4] == b"GIF8":
-        return "gif"
-    raise ShardError(f"a picture that begins with {raw[:8]!r} is no PNG, JPEG, WebP or GIF: convert it first")
+    return "gif" if raw[:4] == b"GIF8" else ""
+
+
+def _suffix(raw: bytes) -> str:
+    ending = kept_format(raw)
+    if not ending:
+        raise ShardError(f"a picture that begins with {raw[:8]!r} is no PNG, JPEG, WebP or GIF: convert it first")
+    return ending
 
 
 def _text_of(sample: Sample) -> bytes:
