@@ -40,7 +40,8 @@ class Sample:
     """One entry of a dataset: pictures and what is known about them in words.
 
     ``short`` and ``detailed`` describe ``images[0]``; ``conversation`` is a list of turns
-    ``{"role": "user" | "assistant", "content": [str | {"image": index}]}``.
+    ``{"role": "user" | "assistant", "content": [str | {"image": index}]}``, before them at most one of ``"system"``,
+    which holds text only.
     """
 
     key: str
@@ -51,6 +52,13 @@ class Sample:
     conversation: tuple[dict[str, Any], ...] = ()
     source: str = ""
     facts: dict[str, Any] | None = None
+    more_captions: tuple[str, ...] = ()
+    """Further short captions of ``images[0]``; trainings draw one of all."""
+
+    @property
+    def short_captions(self) -> tuple[str, ...]:
+        """Every short caption: ``short``, then the others."""
+        return tuple(text for text in (self.short, *self.more_captions) if text)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -60,14 +68,25 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def unit_pixels(pixels: Tensor) -> Tensor:
+    """Pixels as floats in [0, 1]: bytes are divided by 255 in float32, floats pass as they are.
+
+    Batches carry bytes to the device, a quarter of the memory; each encoder converts its micro-batch.
+    """
+    import torch
+
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+
 class _Movable:
     """Moves every tensor field of a frozen dataclass."""
 
     def to(self, device: str | torch.device, floats: torch.dtype | None = None) -> Any:
-        """A copy whose tensors live on ``device``, those of fractions in ``floats`` if it is given."""
+        """A copy whose tensors live on ``device``; pixels and other fractions in ``floats`` if it is given."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         moved = {name: value.to(device) for name, value in found.items() if hasattr(value, "to")}
         if floats:
+            moved = {name: unit_pixels(value) for name, value in moved.items()}
             moved |= {name: value.to(floats) for name, value in moved.items() if value.is_floating_point()}
         return replace(self, **moved)  # type: ignore[type-var]
 
@@ -91,9 +110,9 @@ class SequenceBatch(_Movable):
     labels_K: Tensor
     """int64, the tokens predicted at ``text_at_K``."""
     understanding_pixels_BCHW: Tensor
-    """float32 in [0, 1], normalised by the model; may hold no picture."""
+    """uint8, or floats in [0, 1], normalised by the model; may hold no picture."""
     generation_pixels_BCHW: Tensor
-    """float32 in [0, 1]; may hold no picture."""
+    """Likewise, for the generation encoder."""
     total_text: int = 0
     """Supervised tokens of the *global* batch: what the text loss is divided by."""
     total_vectors: int = 0
@@ -117,9 +136,9 @@ class PairBatch(_Movable):
     """Pictures with captions, for gen-CLIP and the decoder."""
 
     pixels_BCHW: Tensor
-    """float32 in [0, 1] at the encoder's input size."""
+    """uint8, or floats in [0, 1], at the encoder's input size."""
     targets_BCHW: Tensor
-    """float32 in [0, 1] at the decoder's output size."""
+    """Likewise, at the decoder's output size."""
     ids_BS: Tensor
     """int64 caption tokens, padded on the right."""
     mask_BS: Tensor

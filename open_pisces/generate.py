@@ -248,7 +248,7 @@ class Generator:
                     f"this model takes {self.max_prompt_tokens}: shorten it"
                 )
         batch = collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
-        batch = _cast(batch, self._dtype, vectors)
+        batch = replace(batch, generation_vectors_BME=vectors)
         mask_BS = (batch.ids_BS != self.renderer.pad).long()
         inputs_BSD, _ = self.pisces.embed(batch)
         cache = DynamicCache(config=self.pisces.llm.config)
@@ -276,12 +276,3 @@ def _said(prompt: str) -> str:
     if not prompt.strip():
         raise PromptError("the prompt is empty: say in words what to draw or to answer")
     return prompt.strip()
-
-
-def _cast(batch: Any, dtype: torch.dtype, vectors: Tensor | None) -> Any:
-    return replace(
-        batch,
-        understanding_pixels_BCHW=batch.understanding_pixels_BCHW.to(dtype),
-        generation_pixels_BCHW=batch.generation_pixels_BCHW.to(dtype),
-        generation_vectors_BME=vectors,
-    )

@@ -52,17 +52,12 @@ class Painter:
         encoder, bridge, decoder = parts.values()
         return cls(config, encoder, bridge, decoder, pick_device(device))
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the decoder computes in."""
-        return self.decoder.condition.positions_ME.dtype
-
     @torch.inference_mode()
     def encode(self, images: list[Image]) -> Tensor:
         """The true generation vectors of pictures, ``(B, M, E)``, in the LLM's space."""
         size = self.encoder.image_size
         pixels = torch.stack([torch.from_numpy(generation_pixels(image, size)) for image in images])
-        return self.bridge.targets(self.encoder.features(pixels.to(self.device, self.dtype)))
+        return self.bridge.targets(self.encoder.features(pixels.to(self.device)))
 
     def reconstruct(
         self, images: list[Image], steps: int | None = None, guidance_scale: float | None = None, seed: int = 0
@@ -99,9 +94,9 @@ class Painter:
         draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
         noise = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])
         pixels = self.decoder.sample(
-            leave(vectors_BME).to(self.dtype),
-            None if null_ME is None or scale == 1.0 else leave(null_ME).to(self.dtype),
-            noise.to(self.device, self.dtype),
+            leave(vectors_BME),
+            None if null_ME is None or scale == 1.0 else leave(null_ME),
+            noise.to(self.device),
             steps or self.settings.steps,
             scale,
         )

@@ -21,7 +21,7 @@ from open_pisces.config import LossConfig, load_config
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn
 from open_pisces.model.build import build_pisces
-from open_pisces.model.pisces import Pisces
+from open_pisces.model.pisces import Pisces, with_blank_pictures
 from open_pisces.model.weights import without_sources
 
 SAY = (Turn("user", ("How are you?",)), Turn("assistant", ("Fine, thank you.",)))
@@ -220,7 +220,7 @@ def test_a_batch_of_one_task_touches_every_module_with_zero_gradients(
     model: Pisces, renderer: Renderer, task: tuple[Turn, ...], idle: str
 ) -> None:
     # A sharded rank that leaves a module out hangs the others.
-    model(batch_of(renderer, task, task)).loss.backward()
+    model(with_blank_pictures(batch_of(renderer, task, task))).loss.backward()
     for name, parameter in model.bridge.named_parameters():
         assert parameter.grad is not None, name
         if name.startswith(idle):
@@ -229,10 +229,38 @@ def test_a_batch_of_one_task_touches_every_module_with_zero_gradients(
 
 
 def test_a_batch_without_pictures_touches_every_module_too(model: Pisces, renderer: Renderer) -> None:
-    losses = model(batch_of(renderer, SAY))
+    losses = model(with_blank_pictures(batch_of(renderer, SAY)))
     losses.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.bridge.parameters())
     assert losses.parts["vectors"] == 0 and losses.parts["text"] > 0
+
+
+@pytest.mark.parametrize("task", [SEE, DRAW, SAY], ids=["see", "draw", "say"])
+def test_blank_pictures_change_no_loss_and_no_gradient(
+    model: Pisces, renderer: Renderer, task: tuple[Turn, ...]
+) -> None:
+    batch = batch_of(renderer, task)
+    found = []
+    for given in (batch, with_blank_pictures(batch)):
+        model.zero_grad()
+        losses = model(given)
+        losses.loss.backward()
+        found.append([losses.loss.detach()] + [p.grad for p in model.llm.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert one is not None and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("task", "seen", "drawn"), [(SAY, 0, 0), (SEE, 1, 0), (DRAW, 0, 1)], ids=["say", "see", "draw"]
+)
+def test_an_encoder_runs_only_for_pictures(
+    model: Pisces, renderer: Renderer, task: tuple[Turn, ...], seen: int, drawn: int
+) -> None:
+    calls = []
+    for name in ("understanding_encoder", "generation_encoder"):
+        getattr(model, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(batch_of(renderer, task))
+    assert calls == ["understanding_encoder"] * seen + ["generation_encoder"] * drawn
 
 
 @torch.no_grad()

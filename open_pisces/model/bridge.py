@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 from open_pisces.batch import wide
 from open_pisces.config import ModelConfig
 from open_pisces.errors import PiscesError
+from open_pisces.model.precision import FloatBuffers
 
 
 class VisualTokenPooler(nn.Module):
@@ -61,8 +60,10 @@ class GenerationHead(nn.Module):
         return self.second(nn.functional.gelu(self.first(hidden)))
 
 
-class TargetStatistics(nn.Module):
+class TargetStatistics(FloatBuffers):
     """Where generation targets lie: the LLM works in standardised space, only the decoder leaves it.
+
+    Always float32: rounded statistics would shift every target.
 
     ``mean_E`` and ``std_E`` are per channel (0 and 1 when targets stay raw). ``null_ME`` is the mean target at each
     position, in the LLM's space: squared error drives the empty caption's vectors there, so it is what the decoder
@@ -80,16 +81,6 @@ class TargetStatistics(nn.Module):
         self.register_buffer("std_E", torch.ones(width))
         self.register_buffer("null_ME", torch.zeros(vectors, width))
         self.register_buffer("taken", torch.zeros(()))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TargetStatistics:
-        """Follow the model to another device, but never out of float32: rounding here would shift every target."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            now = getattr(self, name)
-            if now.dtype != value.dtype:
-                setattr(self, name, value.to(now.device))
-        return self
 
     @torch.no_grad()
     def take(self, raw_KME: Tensor, standardise: bool) -> None:

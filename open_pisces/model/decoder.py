@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DCond
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from open_pisces.batch import wide
+from open_pisces.batch import unit_pixels, wide
 from open_pisces.errors import PiscesError
 
 
@@ -68,7 +68,7 @@ class ImageDecoder(nn.Module):
         self.image_size, self.spatial, self.clean = image_size, spatial, clean
         self.grid = int(vectors**0.5)
         self.condition = PositionTable(vectors, unet.config.cross_attention_dim)
-        self._noiser: Any = None if self.is_flow else DDPMScheduler.from_config(scheduler.config)
+        self._noiser: Any = None if self.is_flow else _noiser(scheduler)
         if clean and not self.is_flow:
             name = type(scheduler).__name__
             raise PiscesError(f"decoder.predicts = 'clean' needs FlowMatchEulerDiscreteScheduler, not {name}")
@@ -88,34 +88,51 @@ class ImageDecoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
-        """Pictures in [0, 1] to latents; the autoencoder is frozen, its mean is used so that nothing is random."""
-        return self.vae.encode(pixels_BCHW * 2 - 1).latent_dist.mode() * self.vae.config.scaling_factor
+        """Pictures to float32 latents; the autoencoder is frozen, its mean is used so that nothing is random.
+
+        The autoencoder may compute in less (autocast, a bfloat16 model). Its latents are upcast, because noise is added
+        to them at a level that bfloat16 would round.
+        """
+        pixels = unit_pixels(pixels_BCHW) * 2 - 1
+        latents = self.vae.encode(pixels.to(getattr(self.vae, "dtype", pixels.dtype))).latent_dist.mode()
+        return wide(latents) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Latents to pictures in [0, 1]."""
-        return (self.vae.decode(latents_BCHW / self.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        """Latents to float32 pictures in [0, 1]."""
+        latents = latents_BCHW / self.vae.config.scaling_factor
+        pixels = self.vae.decode(latents.to(getattr(self.vae, "dtype", latents.dtype))).sample
+        return (wide(pixels) / 2 + 0.5).clamp(0, 1)
 
     def denoise(self, noisy_BCHW: Tensor, times_B: Tensor, vectors_BME: Tensor) -> Tensor:
-        """One call of the U-Net: its prediction (noise, velocity or clean) for latents at ``times_B`` in [0, 1000]."""
+        """One call of the U-Net: its prediction (noise, velocity or clean) for latents at ``times_B`` in [0, 1000].
+
+        All arguments are float32. Latents and context are cast to the U-Net's dtype at the last moment, by autocast or
+        here. Times and sizes never are, the U-Net casts their embeddings: above 512 bfloat16 holds every fourth number.
+        """
         size = float(self.image_size)
-        ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=vectors_BME.device, dtype=vectors_BME.dtype)
+        ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=vectors_BME.device)
         pooled = {"text_embeds": vectors_BME.mean(1), "time_ids": ids.expand(len(vectors_BME), 6)}
         if self.spatial:
             grid = vectors_BME.transpose(1, 2).unflatten(2, (self.grid, self.grid))
             grid = F.interpolate(grid, noisy_BCHW.shape[-2:], mode="bilinear", align_corners=False)
             noisy_BCHW = torch.cat([noisy_BCHW, grid.to(noisy_BCHW.dtype)], 1)
         context = vectors_BME + self.condition.positions_ME
+        kind = noisy_BCHW.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            dtype = self.condition.positions_ME.dtype
+            noisy_BCHW = noisy_BCHW.to(dtype)
+            context = context.to(dtype)
         return self.unet(noisy_BCHW, times_B, context, added_cond_kwargs=pooled).sample
 
     def forward(self, latents_BCHW: Tensor, vectors_BME: Tensor, noise_BCHW: Tensor, times_B: Tensor) -> Tensor:
         """The squared error of one denoising step, per picture: ``(B,)``.
 
         Args:
-            latents_BCHW: clean latents.
+            latents_BCHW: clean latents, float32.
             vectors_BME: conditions in gen-CLIP space.
-            noise_BCHW: standard normal noise.
-            times_B: in [0, 1], 1 being pure noise.
+            noise_BCHW: standard normal noise, float32.
+            times_B: in [0, 1], 1 being pure noise; float32.
         """
         if self.is_flow:
             at = times_B.view(-1, 1, 1, 1)
@@ -125,8 +142,11 @@ class ImageDecoder(nn.Module):
             count = self._noiser.config.num_train_timesteps
             steps = (times_B * count).long().clamp_max(count - 1)
             noisy = self._noiser.add_noise(latents_BCHW, noise_BCHW, steps)
-            velocity = self._noiser.config.prediction_type == "v_prediction"
-            target = self._noiser.get_velocity(latents_BCHW, noise_BCHW, steps) if velocity else noise_BCHW
+            target = noise_BCHW
+            if self._noiser.config.prediction_type == "v_prediction":
+                target = self._noiser.get_velocity(latents_BCHW, noise_BCHW, steps)
+            elif self._noiser.config.prediction_type == "sample":
+                target = latents_BCHW
         predicted = self.denoise(noisy, steps, vectors_BME)
         return (wide(predicted) - wide(target)).pow(2).mean((1, 2, 3))
 
@@ -138,7 +158,7 @@ class ImageDecoder(nn.Module):
 
         Guidance acts here and nowhere else: ``null + scale * (conditioned - null)`` on the prediction, with
         the empty caption's vectors as the null condition (paper: inference, after Emu2). A scale of 1 skips it and
-        needs no null condition. Latents stay float32 whatever the U-Net computes in.
+        needs no null condition. Latents, times and noise levels stay float32 whatever the U-Net computes in.
         """
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=vectors_BME.device)
@@ -153,7 +173,6 @@ class ImageDecoder(nn.Module):
         for time in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
             times = time.expand(len(vectors_BME)).to(latents.device)
-            scaled = scaled.to(vectors_BME.dtype)
             predicted = self.denoise(scaled.repeat(2, 1, 1, 1) if guided else scaled, times, vectors_BME).float()
             if guided:
                 conditioned, null = predicted.chunk(2)
@@ -161,4 +180,31 @@ class ImageDecoder(nn.Module):
             if self.clean:
                 predicted = (latents - predicted) / (time / 1000)
             latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
-        return self.decode(latents.to(vectors_BME.dtype))
+        return self.decode(latents)
+
+
+def _noiser(scheduler: Any) -> DDPMScheduler:
+    """What adds noise in training, on the schedule that the sampler walks back.
+
+    Raises:
+        PiscesError: for a ``prediction_type`` that has no target here, or that the sampler cannot take a step with.
+    """
+    noiser = DDPMScheduler.from_config(scheduler.config)
+    kind, name = noiser.config.prediction_type, type(scheduler).__name__
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise PiscesError(
+            f"decoder.scheduler.prediction_type = {kind!r} is not known: set epsilon, v_prediction or sample"
+        )
+    if kind == "sample":  # some samplers accept the setting and refuse the first step
+        trial = type(scheduler).from_config(scheduler.config)
+        trial.set_timesteps(2)
+        try:
+            latents = torch.zeros(1, 1, 1, 1)
+            trial.scale_model_input(latents, trial.timesteps[0])
+            trial.step(latents, trial.timesteps[0], latents)
+        except NotImplementedError:
+            raise PiscesError(
+                f"decoder.scheduler.prediction_type = 'sample': {name} cannot sample with it: take DDIMScheduler or "
+                f"EulerDiscreteScheduler, or set epsilon"
+            ) from None
+    return noiser

@@ -6,17 +6,24 @@ because its patches can be dropped for the MAE pass; its blocks equal transforme
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import SiglipVisionModel
 
+from open_pisces.batch import unit_pixels
 from open_pisces.config import ConfigError, GenerationEncoderConfig
 from open_pisces.errors import PiscesError
+from open_pisces.model.precision import FloatBuffers
 
 
-class PixelNorm(nn.Module):
-    """Moves pixels from [0, 1] to the range an encoder was trained in: ``(x - mean) / std`` per channel."""
+class PixelNorm(FloatBuffers):
+    """Moves pixels from [0, 1] to the range an encoder was trained in: ``(x - mean) / std`` per channel.
+
+    Computed in float32, also in a bfloat16 model: what it returns is cast by the encoder.
+    """
 
     mean: Tensor
     std: Tensor
@@ -27,8 +34,8 @@ class PixelNorm(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Normalise ``(B, 3, H, W)`` in [0, 1]."""
-        return (pixels_BCHW - self.mean) / self.std
+        """Normalise ``(B, 3, H, W)``, uint8 or floats in [0, 1]."""
+        return (unit_pixels(pixels_BCHW) - self.mean) / self.std
 
 
 class UnderstandingEncoder(nn.Module):
@@ -56,14 +63,18 @@ class UnderstandingEncoder(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] to the tower's last layer, ``(B, N, width)``."""
-        return self.tower(self.normalise(pixels_BCHW)).last_hidden_state
+        return self._tower(pixels_BCHW).last_hidden_state
 
     def summary(self, pixels_BCHW: Tensor) -> Tensor:
         """One vector a picture, ``(B, width)``, from SigLIP's pooling head: what contrastive training compares."""
-        pooled = self.tower(self.normalise(pixels_BCHW)).pooler_output
+        pooled = self._tower(pixels_BCHW).pooler_output
         if pooled is None:
             raise ConfigError("this SigLIP tower was built without its pooling head: set vision_use_head to true")
         return pooled
+
+    def _tower(self, pixels_BCHW: Tensor) -> Any:
+        dtype = self.tower.get_input_embeddings().weight.dtype
+        return self.tower(self.normalise(pixels_BCHW).to(dtype))
 
 
 def layer_norm(width: int, norm: str) -> nn.LayerNorm:
@@ -148,7 +159,8 @@ class GenerationEncoder(nn.Module):
         """
         if pixels_BCHW.shape[-2:] != (self.image_size, self.image_size):
             raise PiscesError(f"pictures of {tuple(pixels_BCHW.shape[-2:])}; this encoder takes {self.image_size} px")
-        x = self.patches(self.normalise(pixels_BCHW)).flatten(2).transpose(1, 2) + self.positions[1:]
+        pixels_BCHW = self.normalise(pixels_BCHW).to(self.patches.weight.dtype)
+        x = self.patches(pixels_BCHW).flatten(2).transpose(1, 2) + self.positions[1:]
         if keep_BK is not None:
             x = x.gather(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]))
         first = (self.class_token + self.positions[0]).expand(x.shape[0], 1, -1)

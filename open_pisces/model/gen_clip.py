@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from open_pisces.batch import PairBatch, wide
+from open_pisces.batch import PairBatch, unit_pixels, wide
 from open_pisces.config import ConfigError, ContrastiveConfig
 from open_pisces.model.encoders import Block, GenerationEncoder, UnderstandingEncoder
 
@@ -43,7 +43,7 @@ class MaskedAutoencoder(nn.Module):
 
     def targets(self, pixels_BCHW: Tensor) -> Tensor:
         """Each patch's pixels with their own mean and deviation taken out (MAE's normalised targets)."""
-        patches = rearrange(pixels_BCHW, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        patches = rearrange(unit_pixels(pixels_BCHW), "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
         return (patches - mean) / (variance + 1e-4).sqrt()
 
@@ -126,7 +126,8 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """CLIP's loss and the share of captions that find their picture.
 
-    Pairs with the same caption are neither right nor wrong: they leave the comparison.
+    Pairs with the same caption are neither right nor wrong: they leave the comparison. Similarities times a scale of up
+    to 100 are computed in float32 also under autocast: bfloat16 would round them to steps of 0.5.
 
     Args:
         images_KE: unit vectors of all pictures of the global batch.
@@ -143,8 +144,9 @@ def contrast(
     twins_RK = captions_K[mine_R][:, None] == captions_K[None]
     twins_RK = twins_RK.scatter(1, mine_R[:, None], False)
     loss, found = scale.new_zeros(()), scale.new_zeros(())
-    for ours, others in ((images_KE, texts_KE), (texts_KE, images_KE)):
-        scores_RK = (scale * ours[mine_R] @ others.T).masked_fill(twins_RK, float("-inf"))
-        loss = loss + F.cross_entropy(scores_RK, mine_R, reduction="sum")
-        found = (scores_RK.argmax(1) == mine_R).sum()
+    with torch.autocast(images_KE.device.type, enabled=False):
+        for ours, others in ((images_KE, texts_KE), (texts_KE, images_KE)):
+            scores_RK = (scale * ours[mine_R] @ others.T).masked_fill(twins_RK, float("-inf"))
+            loss = loss + F.cross_entropy(scores_RK, mine_R, reduction="sum")
+            found = (scores_RK.argmax(1) == mine_R).sum()
     return loss / (2 * len(images_KE)), found.detach() / len(images_KE)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from open_pisces.batch import Losses, SequenceBatch, wide
 from open_pisces.config import LossConfig, ModelConfig
@@ -15,14 +16,16 @@ from open_pisces.model.bridge import Bridge
 from open_pisces.model.cross_entropy import head_cross_entropy
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
+from open_pisces.model.precision import FloatBuffers
 
 
-class Pisces(nn.Module):
+class Pisces(FloatBuffers):
     """The multimodal LLM with its two encoders and its decoder.
 
     The hidden state (after the LLM's final norm) at ``[IMG]`` predicts vector 1, at vector k vector k + 1, at vector
     M ``[/IMG]``. Training feeds all M vectors. Both losses are sums divided by counts of the *global* batch, so
-    that accumulation and sharding change nothing.
+    that accumulation and sharding change nothing. In a model that is cast, rotary frequencies and statistics stay
+    float32 (`FloatBuffers`).
     """
 
     def __init__(
@@ -76,25 +79,30 @@ class Pisces(nn.Module):
         return self.bridge.targets(self.generation_encoder.features(pixels_BCHW))
 
     def embed(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """The LLM's input and the vectors it must predict.
+        """The LLM's input and the vectors it must predict; an encoder runs only if the batch has pictures for it.
+
+        A picture that no place takes (see `with_blank_pictures`) ties its modules to the graph with weight 0.
 
         Returns:
-            ``(B, S, D)`` embeddings, image places filled; ``(pictures, M, E)`` targets.
+            ``(B, S, D)`` embeddings, image places filled; ``(pictures, M, E)`` targets in float32.
         """
         words_BSD = self.llm.get_input_embeddings()(batch.ids_BS)
-        if batch.understanding_features_BNE is None:
-            seen_BND = self.understand(_at_least_one(batch.understanding_pixels_BCHW))
-        else:
-            seen_BND = self.bridge.understanding_projector(_at_least_one(batch.understanding_features_BNE))
+        flat = words_BSD.flatten(0, 1)
+        if batch.understanding_features_BNE is not None:
+            seen_BNE = batch.understanding_features_BNE.to(words_BSD.dtype)
+            flat = _place(flat, batch.understanding_at_K, self.bridge.understanding_projector(seen_BNE))
+        elif len(batch.understanding_pixels_BCHW):
+            flat = _place(flat, batch.understanding_at_K, self.understand(batch.understanding_pixels_BCHW))
         targets_BME = batch.generation_vectors_BME
         if targets_BME is None and batch.generation_features_BME is not None:
-            targets_BME = self.bridge.statistics.enter(wide(_at_least_one(batch.generation_features_BME)))
-        elif targets_BME is None:
-            targets_BME = self.generation_vectors(_at_least_one(batch.generation_pixels_BCHW))
-        fed_BMD = self.bridge.generation_projector(targets_BME.to(words_BSD.dtype))
-        flat = words_BSD.flatten(0, 1)
-        flat = _place(flat, batch.understanding_at_K, seen_BND)
-        flat = _place(flat, batch.generation_at_K, fed_BMD)
+            targets_BME = self.bridge.statistics.enter(wide(batch.generation_features_BME))
+        elif targets_BME is None and len(batch.generation_pixels_BCHW):
+            targets_BME = self.generation_vectors(batch.generation_pixels_BCHW)
+        if targets_BME is None:
+            targets_BME = self.bridge.statistics.null_ME.expand(0, -1, -1)
+        else:
+            fed_BMD = self.bridge.generation_projector(targets_BME.to(words_BSD.dtype))
+            flat = _place(flat, batch.generation_at_K, fed_BMD)
         return flat.view_as(words_BSD), targets_BME[: len(batch.generation_at_K) // targets_BME.shape[1]]
 
     # ------------------------------------------------------------------------------------------ the objective
@@ -136,7 +144,8 @@ class Pisces(nn.Module):
 
     def hidden(self, inputs_BSD: Tensor, **cache: Any) -> Tensor:
         """The LLM's last hidden states, ``(B, S, D)``, after its final norm."""
-        return self.llm.base_model(inputs_embeds=inputs_BSD, **{"use_cache": False, **cache}).last_hidden_state
+        # `get_decoder` finds the transformer inside PEFT's wrappers too; `base_model` is theirs there.
+        return self.llm.get_decoder()(inputs_embeds=inputs_BSD, **{"use_cache": False, **cache}).last_hidden_state
 
     def packing(self, batch: SequenceBatch) -> dict[str, Tensor]:
         """What keeps the samples of packed rows apart; nothing for rows of one sample.
@@ -168,13 +177,23 @@ def block_mask(samples_BS: Tensor) -> Tensor:
     return same.tril_()
 
 
-def _at_least_one(pictures: Tensor) -> Tensor:
-    """A blank picture where a batch has none: every module runs on every step, or sharded ranks would hang."""
-    return pictures if len(pictures) else pictures.new_zeros(1, *pictures.shape[1:])
+def with_blank_pictures(batch: SequenceBatch) -> SequenceBatch:
+    """A batch with a blank picture for each encoder that has none.
+
+    For trainings on several ranks: each rank must run every sharded module in every step, or its all-gathers would wait
+    for the others' forever. Inference has no such need.
+    """
+    names = ("understanding_pixels_BCHW", "generation_pixels_BCHW", "understanding_features_BNE")
+    blanks = {}
+    for name in (*names, "generation_features_BME"):
+        pictures = getattr(batch, name)
+        if pictures is not None and len(pictures) == 0:
+            blanks[name] = pictures.new_zeros(1, *pictures.shape[1:])
+    return replace(batch, **blanks)
 
 
 def _place(flat_KD: Tensor, at_K: Tensor, vectors_BND: Tensor) -> Tensor:
-    """Write vectors into their places; a blank stand-in has no places and only ties its module to the graph."""
+    """Write vectors into their places; pictures without places add 0, which only ties their module to the graph."""
     vectors = vectors_BND.flatten(0, 1).to(flat_KD.dtype)
     if len(at_K) == 0:
         return flat_KD + 0 * vectors.sum()

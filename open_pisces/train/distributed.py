@@ -274,16 +274,21 @@ def shard(module: nn.Module, world: World, config: TrainConfig) -> None:
     if world.mesh is None:
         return
     mesh = world.mesh if config.replicas > 1 else world.mesh["shard"]
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = half if config.precision == "bf16" else MixedPrecisionPolicy()
+    policy = root_policy = MixedPrecisionPolicy()
+    if config.precision == "bf16":
+        # Blocks get hidden states, which may be cast. What enters the model as a whole (pixels, targets, noise, times)
+        # may not: casting it would round noise levels and diffusion times. Autocast casts where it is computed with.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        root_policy = replace(policy, cast_forward_inputs=False)
     whole, spread = split_frozen(module, config.shard_frozen_above)
     kept = {p for part in whole for p in part.to(world.device).parameters()}
     for part in module.modules():
         if getattr(part, "keep_float32", False):
             fully_shard(part, mesh=mesh)
-    for part in [*blocks(module), *spread, module]:
+    inner = blocks(module)
+    for part in [*inner, *spread, module]:
         if any(p not in kept for p in part.parameters()) and not isinstance(part, FSDPModule):
-            fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=kept)
+            fully_shard(part, mesh=mesh, mp_policy=policy if part in inner else root_policy, ignored_params=kept)
 
 
 def split_frozen(module: nn.Module, most: int) -> tuple[list[nn.Module], list[nn.Module]]:

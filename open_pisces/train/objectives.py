@@ -28,6 +28,7 @@ from open_pisces.frozen import get_part, in_start, open_features
 from open_pisces.model.bridge import TargetStatistics, VisualTokenPooler
 from open_pisces.model.build import assemble
 from open_pisces.model.gen_clip import Embedded, GenCLIP
+from open_pisces.model.pisces import with_blank_pictures
 from open_pisces.train.contrast import Pull, pulled, pulls
 from open_pisces.train.distributed import World
 
@@ -134,9 +135,10 @@ class DecoderOnVectors(nn.Module):
     def forward(self, batch: PairBatch, noise_BCHW: Tensor, times_B: Tensor, dropped_B: Tensor) -> Losses:
         """The error of one denoising step, as a share of the global batch's; where ``dropped_B``, without condition."""
         raw_BME, latents = self.vectors(batch), self.decoder.encode(batch.targets_BCHW)
-        null_BME = self.statistics.leave(self.statistics.null_ME).to(raw_BME).expand_as(raw_BME)
+        null_BME = self.statistics.leave(self.statistics.null_ME).expand_as(raw_BME)
         vectors = torch.where(dropped_B.view(-1, 1, 1), null_BME, raw_BME)
         weight = 0.0 if batch.blank else 1 / max(batch.total, 1)
+        # `to(latents)` follows a float64 proof; latents are never less than float32, so nothing is rounded.
         loss = self.decoder(latents, vectors, noise_BCHW.to(latents), times_B.to(latents)).sum() * weight
         return Losses(loss, {"diffusion": loss.detach()})
 
@@ -213,7 +215,7 @@ def _pisces(config: RunConfig, world: World) -> Training:
     )
 
     def losses(batch: SequenceBatch) -> Losses:
-        return pisces(batch)
+        return pisces(batch if world.ranks == 1 else with_blank_pictures(batch))
 
     def idle(batch: SequenceBatch) -> list[nn.Module]:
         found = []

@@ -120,7 +120,8 @@ def _sequences(module: Any, config: RunConfig, shape: Shape) -> SequenceBatch:
     encoders, kinds = (module.understanding_encoder, module.generation_encoder), ("understanding", "generation")
     counts, vectors = (shape.seen, shape.drawn), (module.understanding_encoder.vectors, config.model.generation.vectors)
     cached = [bool(config.data.features) and kind in config.data.feature_kinds for kind in kinds]
-    pixels = [torch.empty(n, 3, e.image_size, e.image_size) for n, e in zip(counts, encoders, strict=True)]
+    sides = [encoder.image_size for encoder in encoders]
+    pixels = [torch.empty(n, 3, side, side, dtype=torch.uint8) for n, side in zip(counts, sides, strict=True)]
     features = [torch.empty(n, v, e.width) for n, v, e in zip(counts, vectors, encoders, strict=True)]
     places = [torch.zeros(n * v, dtype=torch.long) for n, v in zip(counts, vectors, strict=True)]
     labels = torch.zeros(shape.supervised, dtype=torch.long)
@@ -144,10 +145,10 @@ def _pairs(sizes: tuple[int, int], config: RunConfig, shape: Shape) -> PairBatch
     """A micro-batch of gen-CLIP's or the decoder's training, with nothing in it."""
     cached = bool(config.data.features) and config.objective == "decoder"
     ids, settings = torch.zeros(shape.pictures, shape.caption, dtype=torch.long), config.model.generation
-    pixels = torch.empty(shape.pictures, 3, sizes[0], sizes[0])
+    pixels, targets = (torch.empty(shape.pictures, 3, side, side, dtype=torch.uint8) for side in sizes)
     return PairBatch(
         pixels_BCHW=pixels,
-        targets_BCHW=pixels if sizes[0] == sizes[1] else torch.empty(shape.pictures, 3, sizes[1], sizes[1]),
+        targets_BCHW=pixels if sizes[0] == sizes[1] else targets,
         ids_BS=ids,
         mask_BS=ids.bool(),
         draws=((0, ""),) * shape.pictures,
