@@ -8,7 +8,7 @@ from typing import Any
 
 from open_pisces.arguments import OutputError, Result, add_command, add_json, at_least, check_out, device_name, quiet
 
-FORMATS = ("folder", "webdataset", "huggingface", "llava", "parquet", "pixelprose", "cambrian", "onevision")
+FORMATS = ("folder", "webdataset", "coco", "huggingface", "llava", "parquet", "pixelprose", "cambrian", "onevision")
 OPTIONS = (
     "caption_field",
     "detailed_field",

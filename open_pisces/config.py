@@ -177,6 +177,8 @@ class DataConfig(Settings):
     """Share of samples that may be damaged before the run stops; those are skipped, counted and named."""
     drop_caption: float = Field(default=0.1, ge=0, le=1)
     """Share of generation samples that train with the empty caption (null-caption guidance, after Emu2)."""
+    system: Literal["keep", "drop"] = "keep"
+    """Conversations with a system turn: it takes the place of the template's own system text, or it is left out."""
 
     @model_validator(mode="after")
     def _fits(self) -> DataConfig:

@@ -24,19 +24,11 @@ from PIL import Image
 
 from open_pisces.data import importing
 from open_pisces.data.images import open_image
-from open_pisces.data.importing import (
-    FORMATS,
-    BadRecord,
-    DatasetImportError,
-    Options,
-    Place,
-    Record,
-    import_dataset,
-    place,
-    read_records,
-)
+from open_pisces.data.importing import FORMATS, import_dataset, read_records
+from open_pisces.data.records import BadRecord, DatasetImportError, Options, Place, Record, place
 from open_pisces.data.shards import ShardError, ShardReader
-from open_pisces.data.sources import llava, webdataset
+from open_pisces.data.sources import json_rows, webdataset
+from open_pisces.data.sources.conversations import conversation
 
 Row = tuple[str, bytes | None, bytes | None]
 """Name, file of the picture, text; None where it is missing."""
@@ -487,7 +479,7 @@ def test_a_damaged_tar_is_an_error_that_names_it(tmp_path: Path) -> None:
         (["Is <image> like <image>\n?", "Yes"], 2, ["Is ", {"image": 0}, " like ", {"image": 1}, "?"]),
         (["<image>\n<image>", "Two"], 2, [{"image": 0}, {"image": 1}]),
         (["Hello", "Hi"], 0, ["Hello"]),
-        (["What?", "A cat"], 1, "placeholders"),
+        (["What?", "A cat"], 1, [{"image": 0}, "What?"]),
         (["<image>\n<image> What?", "A cat"], 1, "placeholders"),
         (["<image> What?", "A cat"], 0, "placeholders"),
         (["<image> What?", "This: <image>"], 2, "placeholders"),
@@ -499,12 +491,14 @@ def test_a_damaged_tar_is_an_error_that_names_it(tmp_path: Path) -> None:
 )
 def test_placeholders_become_pictures_in_their_places(values: list[Any], pictures: int, expected: Any) -> None:
     turns = [{"from": ("human", "gpt")[at % 2], "value": value} for at, value in enumerate(values)]
+    names = tuple(f"{at}.png" for at in range(pictures))
     if isinstance(expected, str):
         with pytest.raises(BadRecord) as error:
-            llava.conversation_of(turns, pictures, "one")
+            conversation(turns, names, "one")
         assert (error.value.name, error.value.cause) == ("one", expected)
     else:
-        asked, answered = llava.conversation_of(turns, pictures, "one")
+        (asked, answered), found = conversation(turns, names, "one")
+        assert found == names
         assert asked == {"role": "user", "content": expected}
         assert answered == {"role": "assistant", "content": [values[1]]}
 
@@ -512,7 +506,7 @@ def test_placeholders_become_pictures_in_their_places(values: list[Any], picture
 @pytest.mark.parametrize("roles", [("gpt", "human"), ("human", "human"), ("human", "tool"), ("system", "human")])
 def test_turns_alternate_from_the_user_on(roles: tuple[str, str]) -> None:
     with pytest.raises(BadRecord, match="turns"):
-        llava.conversation_of([{"from": role, "value": "x"} for role in roles], 0, "one")
+        conversation([{"from": role, "value": "x"} for role in roles], (), "one")
 
 
 def test_pictures_are_counted_over_all_turns_of_a_conversation(tmp_path: Path) -> None:
@@ -541,23 +535,23 @@ ARRAY = r'[ {"a": "]}\"{[", "b": [1, {"c": "\\"}]} , null, {"d": }, 7,"s,[", [2]
 def test_an_array_is_cut_into_elements_wherever_its_pieces_end(
     size: int, memory: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llava, "_CHUNK", size)
+    monkeypatch.setattr(json_rows, "_CHUNK", size)
     put(memory, {"x.json": ARRAY.encode()})
-    found = list(llava.json_rows(place(f"{memory}/x.json")))
+    found = list(json_rows.json_rows(place(f"{memory}/x.json")))
     good = [row for row in found if not isinstance(row, BadRecord)]
     assert good == [{"a": ']}"{[', "b": [1, {"c": "\\"}]}, {"e": "猫猫"}]
     assert [isinstance(row, BadRecord) for row in found] == [False, True, True, True, True, False]
     put(memory, {"cut.json": ARRAY.encode()[:-1]})
     with pytest.raises(DatasetImportError, match=r"cut\.json: the JSON array does not end"):
-        list(llava.json_rows(place(f"{memory}/cut.json")))
+        list(json_rows.json_rows(place(f"{memory}/cut.json")))
 
 
 def test_an_element_without_an_end_does_not_fill_the_memory(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llava, "_CHUNK", 100)
-    monkeypatch.setattr(llava, "_LARGEST", 1000)
+    monkeypatch.setattr(json_rows, "_CHUNK", 100)
+    monkeypatch.setattr(json_rows, "_LARGEST", 1000)
     put(memory, {"x.json": b'[{"a": [1}' + b', {"b": 2}' * 1000 + b"]"})
     with pytest.raises(DatasetImportError, match="an element that does not end"):
-        list(llava.json_rows(place(f"{memory}/x.json")))
+        list(json_rows.json_rows(place(f"{memory}/x.json")))
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -633,10 +627,10 @@ def test_onevision_holds_pictures_and_says_where_each_is_from(tmp_path: Path) ->
     put(f"{tmp_path}/set", {"x.parquet": parquet_of(**columns)})
     told = import_dataset("onevision", f"{tmp_path}/set", tmp_path / "out", max_bad=1)
     reader = ShardReader(tmp_path / "out")
-    assert told["skipped"] == {"placeholders": 2} and told["offenders"] == {"placeholders": ["b", "c"]}
-    assert keys(reader) == ["a"] and reader.words(0).source == "ureader" and reader.pictures(0) == [picture(1)]
+    assert told["skipped"] == {"placeholders": 1} and told["offenders"] == {"placeholders": ["b"]}
+    assert keys(reader) == ["a", "c"] and reader.words(0).source == "ureader" and reader.pictures(0) == [picture(1)]
     structs = {name: [turn[name] for turn in TURNS] for name in ("from", "value")}
-    assert llava.conversation_of(structs, 1, "one") == reader.words(0).conversation
+    assert conversation(structs, ("1.png",), "one")[0] == reader.words(0).conversation
 
 
 def test_a_table_without_usual_columns_asks_and_a_damaged_one_is_named(tmp_path: Path) -> None:
@@ -704,7 +698,7 @@ def watched(kind: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> tuple[It
     size = max(info["size"] for info in fsspec.filesystem("memory").find("/set", detail=True).values())
     monkeypatch.setattr(Place, "open", lambda self, *_: Counting(self.system.cat_file(self.root)))
     monkeypatch.setattr(Counting, "taken", 0)
-    monkeypatch.setattr(llava, "_CHUNK", 8192)
+    monkeypatch.setattr(json_rows, "_CHUNK", 8192)
     return read_records(source, Options(format)), size
 
 

@@ -50,8 +50,8 @@ class Candidate:
 
     @property
     def captions(self) -> list[str]:
-        """The short and the detailed caption, those that are there."""
-        return [caption for caption in (self.words.short, self.words.detailed) if caption.strip()]
+        """The short captions and the detailed one, those that are there."""
+        return [caption for caption in (*self.words.short_captions, self.words.detailed) if caption.strip()]
 
     @property
     def licences(self) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from open_pisces.data.shards import ShardError
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "gif")
 TEXTS = ("txt", "caption")
+_PREFERRED = ("jpg", "jpeg", "png", "webp", "gif")  # of several unnumbered pictures, the first of these is the picture
 _BLOCK = 512
 Members = list[tuple[int, int, int, str]]
 
@@ -30,14 +31,16 @@ def index_folder(
     Args:
         folder: holds ``*.tar``, in whose order samples are numbered.
         fields: where a sample's words are: ``{"short": "caption"}`` names fields of its JSON member, ``"txt"`` its
-            text member; ``{}`` means the layout of our own shards. None keeps what an index that is there says.
+            text member; ``{}`` means the layout of our own shards. ``{"image": "depth.png"}`` names another member as
+            the picture. None keeps what an index that is there says.
         licences: rows of the licence table; None keeps those of an index that is there.
 
     Returns:
         Counts: ``samples``, ``shards``, and ``skipped`` by cause.
 
     Raises:
-        ShardError: no tar files there, a tar that is cut short, or no sample with a picture or text in any of them.
+        ShardError: no tar files there, a tar that is cut short or whose members of one sample are not next to each
+            other, or no sample with a picture or text in any of them.
     """
     folder = Path(folder)
     paths = sorted(folder.glob("*.tar"))
@@ -49,7 +52,9 @@ def index_folder(
     writer, skipped, keys = IndexWriter(licences, fields), Counter[str](), set[str]()
     for path in paths:
         writer.shards.append({"file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)})
-        for key, members in samples_of(path):
+        halves: dict[str, bool] = {}
+        for key, members in samples_of(path, fields.get("image", "")):
+            _check_together(path, key, members, halves)
             if not any(kind in ("json", "text") for *_, kind in members) and fields:
                 skipped["no text"] += 1
             elif not members:
@@ -74,8 +79,25 @@ def _before(folder: Path) -> dict[str, Any]:
     return index if isinstance(index, dict) else {}
 
 
-def samples_of(path: Path) -> Iterator[tuple[str, Members]]:
-    """The samples of a tar file in their order: key, and (offset, size, CRC-32, kind) of each known member.
+def _check_together(path: Path, key: str, members: Members, halves: dict[str, bool]) -> None:
+    """Refuse a tar in which a sample's picture and text are not next to each other; ``halves`` is what came before.
+
+    Raises:
+        ShardError: naming the first such sample.
+    """
+    kinds = {kind for *_, kind in members}
+    has_picture = "image" in kinds
+    if not kinds or kinds > {"image"}:
+        return
+    if halves.setdefault(key, has_picture) != has_picture:
+        raise ShardError(
+            f"{path}: picture and text of sample {key!r} are not next to each other, so it cannot be read in place: "
+            "unpack it and pack it with `tar --sort=name -cf`"
+        )
+
+
+def samples_of(path: Path, image: str = "") -> Iterator[tuple[str, Members]]:
+    """The samples of a tar file in their order: key, and (offset, size, CRC-32, kind) of each member that is read.
 
     Raises:
         ShardError: if the file is cut short or no tar.
@@ -88,7 +110,7 @@ def samples_of(path: Path) -> Iterator[tuple[str, Members]]:
                     continue  # folders, and the companions that macOS puts beside each file
                 stem, suffix = _split(info.name)
                 if stem != key and key:
-                    yield key, _in_order(members)
+                    yield key, _read_of(members, image)
                     members = []
                 key = stem
                 if kind := kind_of(suffix):
@@ -105,7 +127,7 @@ def samples_of(path: Path) -> Iterator[tuple[str, Members]]:
     except tarfile.TarError as error:
         raise ShardError(f"{path}: cut short or no tar file ({error}): get a whole copy or take it away") from None
     if key:
-        yield key, _in_order(members)
+        yield key, _read_of(members, image)
 
 
 def kind_of(suffix: str) -> str:
@@ -121,11 +143,30 @@ def _split(name: str) -> tuple[str, str]:
     return (f"{folder}{slash}{stem}".removeprefix("./").replace("/", "-"), suffix)
 
 
-def _in_order(members: list[tuple[str, tuple[int, int, int, str]]]) -> Members:
-    """Pictures by the number before their ending (``0.png``, ``10.png``), then the rest as it came."""
+def _read_of(members: list[tuple[str, tuple[int, int, int, str]]], image: str) -> Members:
+    return [members[at][1] for at in read_members([suffix for suffix, _ in members], image)]
 
-    def place(member: tuple[str, Any]) -> tuple[int, int]:
-        number = member[0].partition(".")[0]
-        return (0 if member[1][3] == "image" else 1, int(number) if number.isdigit() else 0)
 
-    return [member for _, member in sorted(members, key=place)]
+def read_members(suffixes: Sequence[str], image: str = "") -> list[int]:
+    """Which members of a sample are read, by what their names have after the key: pictures in order, then texts.
+
+    The picture is ``jpg`` (or ``png`` ...), or ``0.jpg``, ``1.jpg`` ... by number. What has another name before its
+    ending (``depth.png``, ``seg.png``, ``ocr.txt``) is something about the picture and not read; ``image`` may name
+    one to be the picture. Only where all members have one (a key with dots in it: ``photo.v2.jpg``), all are read.
+    """
+    known = [at for at, suffix in enumerate(suffixes) if kind_of(suffix)]
+    plain = [at for at in known if (front := suffixes[at].rpartition(".")[0]) == "" or front.isdigit()]
+    read = plain or known
+    texts = [at for at in read if kind_of(suffixes[at]) != "image"]
+    if image:
+        return [at for at in known if suffixes[at].lower() == image.lower()] + texts
+    pictures = [at for at in read if kind_of(suffixes[at]) == "image"]
+    alone = [at for at in pictures if suffixes[at].lower() in _PREFERRED]
+    alone = sorted(alone, key=lambda at: _PREFERRED.index(suffixes[at].lower()))
+    pictures = [at for at in pictures if at not in alone[1:]]
+    return sorted(pictures, key=lambda at: _number(suffixes[at])) + texts
+
+
+def _number(suffix: str) -> int:
+    front = suffix.partition(".")[0]
+    return int(front) if front.isdigit() else 0

@@ -107,17 +107,28 @@ def _count(samples: list[Sample], tokenizer: Any) -> np.ndarray:
     lengths = iter(map(len, encoded))
     rows = []
     for sample, group in zip(samples, groups, strict=True):
-        tokens = [sum(next(lengths) for _ in kind) for kind in group]
-        shown = sum(isinstance(part, dict) for turn in sample.conversation for part in turn["content"])
+        counted = [[next(lengths) for _ in kind] for kind in group]
+        # Of several short captions one is drawn; texts of the other columns come together.
+        tokens = [max(counted[0], default=0), *(sum(row) for row in counted[1:])]
+        shown = sum(isinstance(part, dict) for part in _parts(sample))
         rows.append([*tokens, len(sample.questions), len(sample.conversation), shown])
     return np.array(rows, np.int32)
 
 
 def _texts(sample: Sample) -> Iterator[list[str]]:
-    yield [sample.short] if sample.short else []
+    yield list(sample.short_captions)
     yield [sample.detailed] if sample.detailed else []
     yield [text for asked in sample.questions for text in (asked.question, asked.answer)]
-    yield [part for turn in sample.conversation for part in turn["content"] if isinstance(part, str)]
+    yield [part for part in _parts(sample) if isinstance(part, str)]
+
+
+def _parts(sample: Sample) -> list[Any]:
+    """The parts of all turns; a conversation of another form is met again, and counted, when it is drawn."""
+    parts: list[Any] = []
+    for turn in sample.conversation:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        parts += content if isinstance(content, list) else []
+    return parts
 
 
 def _bound(table: np.ndarray, task: Task, renderer: Renderer, questions: int) -> np.ndarray:
@@ -152,14 +163,15 @@ def _check(
         LengthError: if one of them is too long.
     """
     shown: Any = (None,) * len(reader.image_members(index))  # the pictures' number is all that rendering asks for
-    sample = _longest_questions(_words(reader, index), shown, config.questions_per_image, renderer)
+    sample = _longest(_words(reader, index), shown, config.questions_per_image, renderer)
     ways = len(wordings().get("generate" if task.startswith("generate") else task, [""])) if task != "question" else 1
     for way in range(ways):
         try:
-            turns = sample_turns(sample, task, _Fixed(way), 0.0, config.questions_per_image)  # type: ignore[arg-type]
+            draw: Any = _Fixed(way)
+            turns = sample_turns(sample, task, draw, 0.0, config.questions_per_image, config.system == "keep")
+            length = len(renderer.render(turns).ids)
         except SampleError:
             return  # lacks what the task needs: skipped and counted when it is drawn
-        length = len(renderer.render(turns).ids)
         if length > config.max_length:
             raise LengthError(
                 f"{source.path}: sample {sample.key!r} takes {length} tokens as {task}, data.max_length is "
@@ -186,10 +198,12 @@ class _Fixed:
         return np.arange(count)
 
 
-def _longest_questions(sample: Sample, images: Any, most: int, renderer: Renderer) -> Sample:
-    """The same sample with its pictures, and its longest questions first."""
+def _longest(sample: Sample, images: Any, most: int, renderer: Renderer) -> Sample:
+    """The same sample with its pictures, its longest short caption, and its longest questions first."""
 
     def tokens(asked: Question) -> int:
         return len(renderer.text_ids(asked.question)) + len(renderer.text_ids(asked.answer))
 
-    return replace(sample, images=images, questions=tuple(sorted(sample.questions, key=tokens, reverse=True)[:most]))
+    short = max(sample.short_captions, key=lambda text: len(renderer.text_ids(text)), default="")
+    questions = tuple(sorted(sample.questions, key=tokens, reverse=True)[:most])
+    return replace(sample, images=images, questions=questions, short=short, more_captions=())

@@ -182,9 +182,8 @@ def _tried(read: Callable[[Draw], Any], draws: list[Draw], mixture: Mixture) -> 
         try:
             done.append(read(draw))
         except (DamagedSample, SampleError) as error:
-            cause = error.cause if isinstance(error, DamagedSample) else "no text"
             source = mixture.sources[draw.source].path
-            skipped.append(Skip(source, mixture.readers[draw.source].key(draw.index), cause, str(error)))
+            skipped.append(Skip(source, mixture.readers[draw.source].key(draw.index), error.cause, str(error)))
     return done, tuple(skipped)
 
 
@@ -301,7 +300,14 @@ class SequenceLoader:
         reader = self.mixture.readers[draw.source]
         sample = reader[draw.index] if any(self._cut) else reader.without_pixels(draw.index)
         random = stream(self.seed, "render", draw.source, draw.epoch, sample.key)
-        turns = sample_turns(sample, draw.task, random, self.config.drop_caption, self.config.questions_per_image)
+        turns = sample_turns(
+            sample,
+            draw.task,
+            random,
+            self.config.drop_caption,
+            self.config.questions_per_image,
+            keep_system=self.config.system == "keep",
+        )
         rendered = self.renderer.render(turns)
         if len(rendered.ids) > self.config.max_length:
             raise LengthError(
@@ -394,7 +400,7 @@ class PairLoader:
     def _read(self, draw: Draw) -> tuple[Draw, Sample, str, np.ndarray | None]:
         """A sample with a picture, one of its captions (which one is drawn per epoch), and its cached features."""
         sample = self.mixture.sample(draw)
-        texts = [text for text in (sample.short, sample.detailed) if text]
+        texts = [text for text in (*sample.short_captions, sample.detailed) if text]
         if not texts or not sample.images:
             lacks = "no caption" if sample.images else "no picture"
             raise SampleError(f"sample {sample.key!r} of {sample.source!r} has {lacks}: drop it from the source")

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from open_pisces.batch import Sample
+from open_pisces.data.captions import draw_caption
 from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER, read_template, special_tokens
 from open_pisces.errors import PiscesError
 
@@ -28,6 +29,21 @@ IGNORED = -100
 
 class SampleError(PiscesError):
     """A sample that cannot serve the task drawn for it; the message names both and the remedy."""
+
+    cause = "no text"
+    """A short word for counting."""
+
+
+class SystemTurnError(SampleError):
+    """A conversation with a system turn, for a template that has none."""
+
+    cause = "system turn"
+
+
+class TurnsError(SampleError):
+    """A conversation whose turns are not of the form of `Sample.conversation`."""
+
+    cause = "turns"
 
 
 @dataclass(frozen=True)
@@ -90,14 +106,24 @@ class Renderer:
         """Lay out a conversation.
 
         Args:
-            turns: alternating user and assistant turns, user first.
+            turns: alternating user and assistant turns, user first; a system turn before them takes the place of the
+                template's own system text.
             answer_next: end with an open assistant turn, for inference.
+
+        Raises:
+            SystemTurnError: for a system turn, if the template has no place for one.
         """
         out = Rendered()
         out.add(self.frame_ids(self.frame["begin"]))
-        if self.frame["system"]:
+        system = self.frame["system"]
+        if turns and turns[0].role == "system":
+            if "system" not in self.frame["open"]:
+                raise SystemTurnError("the chat template has no system turn: set data.system=drop to leave it out")
+            system = "".join(str(part) for part in turns[0].content)
+            turns = turns[1:]
+        if system:
             frame = self.frame["open"]["system"], self.frame["close"]
-            out.add(self.frame_ids(frame[0]) + self.text_ids(self.frame["system"]) + self.frame_ids(frame[1]))
+            out.add(self.frame_ids(frame[0]) + self.text_ids(system) + self.frame_ids(frame[1]))
         drawn: list[int] = []
         for turn in turns:
             out.add(self.frame_ids(self.frame["open"][turn.role]))
@@ -150,38 +176,50 @@ def generation_turns(caption: str, wording: int = 0) -> tuple[Turn, ...]:
 
 
 def sample_turns(
-    sample: Sample, task: str, draw: np.random.Generator, drop_caption: float, questions: int
+    sample: Sample,
+    task: str,
+    draw: np.random.Generator,
+    drop_caption: float,
+    questions: int,
+    keep_system: bool = True,
 ) -> tuple[Turn, ...]:
     """What a sample becomes when a task is drawn for it.
 
     Args:
         sample: pictures and words.
         task: one of ``config.Task``.
-        draw: the stream of this sample in this epoch; wording, dropping and choice of questions come from it.
+        draw: the stream of this sample in this epoch; the choice among several captions, wording, dropping and the
+            choice of questions come from it.
         drop_caption: chance of the empty caption in a generation.
         questions: question-answer turns that share the picture.
+        keep_system: whether a conversation's system turn stays.
 
     Raises:
-        SampleError: if the sample has no text for the task.
+        SampleError: if the sample has no text for the task, or a conversation that is none.
     """
     if task == "conversation":
-        return _conversation(sample)
+        turns = _conversation(sample)
+        return turns if keep_system or turns[0].role != "system" else turns[1:]
     if task.startswith("generate"):
-        caption = _words(sample, sample.short if task == "generate_short" else sample.detailed, task)
+        text = draw_caption(sample, draw) if task == "generate_short" else sample.detailed
+        caption = _words(sample, text, task)
         caption = "" if draw.random() < drop_caption else caption
         wording = int(draw.integers(len(wordings()["generate"])))
         return (*generation_turns(caption, wording), Turn("assistant", (0,)))
     if task.startswith("caption"):
-        answer = _words(sample, sample.short if task == "caption_short" else sample.detailed, task)
+        text = draw_caption(sample, draw) if task == "caption_short" else sample.detailed
+        answer = _words(sample, text, task)
         prompt = wordings()[task][int(draw.integers(len(wordings()[task])))]
         return (Turn("user", (0, prompt)), Turn("assistant", (answer,)))
     if not sample.questions:
         raise SampleError(f"sample {sample.key!r} of {sample.source!r} has no questions: drop the task from its source")
-    turns: list[Turn] = []
+    asking: list[Turn] = []
+    shown = (0,) if sample.images else ()  # a question may be about no picture at all
     for index in draw.permutation(len(sample.questions))[:questions]:
         asked = sample.questions[int(index)]
-        turns += [Turn("user", (asked.question,) if turns else (0, asked.question)), Turn("assistant", (asked.answer,))]
-    return tuple(turns)
+        asking += [Turn("user", (*shown, asked.question)), Turn("assistant", (asked.answer,))]
+        shown = ()
+    return tuple(asking)
 
 
 def _words(sample: Sample, text: str, task: str) -> str:
@@ -193,11 +231,26 @@ def _words(sample: Sample, text: str, task: str) -> str:
 def _conversation(sample: Sample) -> tuple[Turn, ...]:
     if not sample.conversation:
         raise SampleError(f"sample {sample.key!r} of {sample.source!r} holds no conversation: drop the task")
-    turns = []
+    turns: list[Turn] = []
     for message in sample.conversation:
-        content = tuple(part if isinstance(part, str) else int(part["image"]) for part in message["content"])
+        role, content = _turn(message, sample.key)
+        if role == "system" and turns:
+            raise TurnsError(f"sample {sample.key!r}: a system turn that is not the first: import the dataset again")
         beyond = [part for part in content if isinstance(part, int) and part >= len(sample.images)]
         if beyond:
             raise SampleError(f"sample {sample.key!r}: picture {beyond[0]} is named, but it has {len(sample.images)}")
-        turns.append(Turn(message["role"], content))
+        turns.append(Turn(role, content))
     return tuple(turns)
+
+
+def _turn(message: Any, key: str) -> tuple[str, tuple[str | int, ...]]:
+    """Role and content of a turn as it is stored."""
+    try:
+        role = str(message["role"])
+        content = tuple(part if isinstance(part, str) else int(part["image"]) for part in message["content"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise TurnsError(f"sample {key!r}: a turn without {error}: import the dataset again") from None
+    is_picture = [isinstance(part, int) for part in content]
+    if role not in ("system", "user", "assistant") or (role == "system" and any(is_picture)):
+        raise TurnsError(f"sample {key!r}: a turn of {role!r} with {content}: import the dataset again")
+    return role, content

@@ -199,7 +199,7 @@ def _suffix(raw: bytes) -> str:
 
 def _text_of(sample: Sample) -> bytes:
     """A sample's JSON member: all fields but key and pictures."""
-    fields = {
+    fields: dict[str, Any] = {
         "short": sample.short,
         "detailed": sample.detailed,
         "questions": [asdict(question) for question in sample.questions],
@@ -207,6 +207,8 @@ def _text_of(sample: Sample) -> bytes:
         "source": sample.source,
         "facts": sample.facts,
     }
+    if sample.more_captions:  # only then: older datasets keep their digests
+        fields["more_captions"] = list(sample.more_captions)
     try:
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:

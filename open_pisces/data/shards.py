@@ -23,6 +23,7 @@ import fsspec
 import numpy as np
 
 from open_pisces.batch import Question, Sample
+from open_pisces.data.captions import CaptionError, captions_of
 from open_pisces.data.images import ImageError, open_image
 from open_pisces.errors import PiscesError
 
@@ -217,8 +218,9 @@ class ShardReader:
                 conversation=tuple(text.get("conversation") or ()),
                 source=_string(text.get("source")) or Path(str(self.folder)).name,
                 facts=text.get("facts"),
+                more_captions=captions_of(text.get("more_captions")),
             )
-        except TypeError as error:
+        except (TypeError, CaptionError) as error:
             raise DamagedSample(f"{self.folder}: sample {text['key']!r}: {error}", "text") from None
 
     def without_pixels(self, index: int) -> Sample:
@@ -240,7 +242,16 @@ class ShardReader:
         for name, field in self._fields.items():
             value = written.get("text") if field == "txt" else fields.get(field)
             fields[name] = value.strip() if isinstance(value, str) else value
+        if isinstance(fields.get("short"), list | dict) and "short" in self._fields:
+            fields["short"], *fields["more_captions"] = self._captions(key, fields["short"]) or ("",)
         return {**fields, "key": key}
+
+    def _captions(self, key: str, value: Any) -> tuple[str, ...]:
+        """The captions of a foreign shard's list."""
+        try:
+            return captions_of(value)
+        except CaptionError as error:
+            raise DamagedSample(f"{self.folder}: sample {key!r}: {error}", "text") from None
 
     def pictures(self, index: int) -> list[bytes]:
         """The files of a sample's pictures, as they were written."""

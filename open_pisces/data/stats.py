@@ -43,7 +43,12 @@ def checked(sample: Sample) -> Sample:
     Raises:
         DamagedSample: if they are not.
     """
-    texts = [sample.short, sample.detailed, *(text for q in sample.questions for text in (q.question, q.answer))]
+    texts = [
+        sample.short,
+        *sample.more_captions,
+        sample.detailed,
+        *(text for q in sample.questions for text in (q.question, q.answer)),
+    ]
     if not all(isinstance(text, str) for text in texts):
         raise DamagedSample(f"sample {sample.key!r}: a caption, question or answer is no text: correct it", "text")
     return sample
@@ -137,10 +142,10 @@ class Tally:
         """Count what a sample holds, but for tokens and copies."""
         self.pictures[len(sample.images)] += 1
         self.sizes.update(image.size for image in sample.images)
-        for name in self.words:
-            if text := getattr(sample, name).strip():
-                self.words[name][len(words_of(text))] += 1
-                self.tasks[name] += 1
+        for name, texts in (("short", sample.short_captions), ("detailed", (sample.detailed,))):
+            lengths = [len(words_of(text)) for text in texts if text.strip()]
+            self.words[name].update(lengths)
+            self.tasks[name] += bool(lengths)
         self.tasks.update(task for task in ("questions", "conversation") if getattr(sample, task))
         self.tasks["several pictures"] += len(sample.images) > 1
         self.kinds.update({str(question.kind or "no kind") for question in sample.questions})
@@ -238,7 +243,8 @@ def measure(path: str | Path, tokenizer: Any = None, limit: int | None = None) -
 
 def texts_of(sample: Sample) -> Iterator[tuple[str, str]]:
     """(kind, text) of everything a sample says, kinds as in `TEXTS`; of conversations, the pieces of text."""
-    yield from (("short", sample.short), ("detailed", sample.detailed))
+    yield from (("short", text) for text in sample.short_captions or ("",))
+    yield ("detailed", sample.detailed)
     for question in sample.questions:
         yield from (("questions", question.question), ("answers", question.answer))
     for turn in sample.conversation:

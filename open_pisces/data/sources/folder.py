@@ -1,4 +1,4 @@
-"""A folder of pictures with captions: in a CSV, TSV or JSONL file, or in ``NAME.txt`` beside ``NAME.jpg``.
+"""A folder of pictures with captions: in a CSV, TSV, JSONL or COCO file, or in ``NAME.txt`` beside ``NAME.jpg``.
 
 The list may be named, or lie in the folder (``metadata.*`` and ``captions.*`` first, as the hub's image folders have
 it); its pictures are named relative to it, or to ``images``.
@@ -7,16 +7,21 @@ it); its pictures are named relative to it, or to ``images``.
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
-from open_pisces.data.importing import (
+from open_pisces.data.captions import LIST_FIELDS
+from open_pisces.data.indexing import IMAGES
+from open_pisces.data.inline import is_inline
+from open_pisces.data.records import (
     BadRecord,
     DatasetImportError,
     Options,
     Place,
     Record,
+    captions_in,
     choose_field,
     is_text,
     key_of,
@@ -24,16 +29,19 @@ from open_pisces.data.importing import (
     with_fields,
     words_of,
 )
-from open_pisces.data.indexing import IMAGES
-from open_pisces.data.sources.llava import json_rows
+from open_pisces.data.sources import coco
+from open_pisces.data.sources.json_rows import json_rows
 
 LISTS = (".csv", ".tsv", ".jsonl")
 PICTURES = tuple(f".{ending}" for ending in (*IMAGES, "bmp", "tif", "tiff"))
 TEXTS = (".txt", ".caption")
 KEY_FIELDS = ("id", "key", "uid")
 IMAGE_FIELDS = ("file_name", "file", "filename", "filepath", "image", "image_path", "path")
-CAPTION_FIELDS = ("caption", "short", "text", "title")
+CAPTION_FIELDS = ("caption", "short", "text", "title", *LIST_FIELDS)
 DETAILED_FIELDS = ("detailed", "detailed_caption", "long_caption")
+_KNOWN = frozenset((*KEY_FIELDS, *IMAGE_FIELDS, *CAPTION_FIELDS, *DETAILED_FIELDS))
+_DELIMITERS = (",", ";", "\t", "|")
+_EXCEL = re.compile(r"sep=(.)\s*$")  # a first line that names the delimiter
 
 
 def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
@@ -47,6 +55,8 @@ def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
         raise DatasetImportError(f"{address}: no such folder or list of captions; check the path")
     listing = start if start.is_file() else _listing(start)
     images = place(options.images) if options.images else None
+    if listing is not None and coco.is_coco(listing):
+        return coco.read(listing, images or listing.parent)
     if listing is not None:
         return _listed(listing, images or listing.parent, options)
     for name in ("caption_field", "detailed_field", "image_field"):
@@ -57,6 +67,9 @@ def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
 
 def _listing(folder: Place) -> Place | None:
     names = folder.files(*LISTS, deep=False)
+    if not names:  # other JSON files may stand beside pictures: img2dataset writes one for each
+        found = [name for name in folder.files(".json", deep=False) if coco.is_coco(folder.at(name))]
+        names = [name for name in found if "caption" in name.lower()] or found
     usual = [n for n in names if n.rpartition(".")[0] in ("metadata", "captions")]
     if len(usual or names) > 1:
         raise DatasetImportError(
@@ -82,22 +95,28 @@ def _listed(listing: Place, images: Place, options: Options) -> Iterator[Record 
         if isinstance(row, BadRecord):
             yield row
             continue
-        file = words_of(row.get(image))
-        yield Record(
-            key=key_of(row.get(key), _stem(file) or f"{listing.name}-{number:08d}"),
-            pictures=(file,) if file else (),
-            short=words_of(row.get(caption)),
-            detailed=words_of(row.get(detailed)),
-            source=listing.parent.name,
-            base=images,
-        )
+        file, numbered = words_of(row.get(image)), f"{listing.name}-{number:08d}"
+        name = key_of(row.get(key), numbered if is_inline(file) else _stem(file) or numbered)
+        try:
+            captions = captions_in(name, row.get(caption), row.get(detailed))
+        except BadRecord as bad:
+            yield bad
+            continue
+        yield Record(name, (file,) if file else (), **captions, source=listing.parent.name, base=images)
 
 
 def _table(listing: Place) -> Iterator[dict[str, Any] | BadRecord]:
-    """The rows of a CSV or TSV file; one with too few cells lacks the last fields."""
+    """The rows of a CSV or TSV file; one with too few cells lacks the last fields.
+
+    Raises:
+        DatasetImportError: if its header cannot be read.
+    """
     with listing.open_text() as file:
-        reader = csv.reader(file, delimiter="\t" if ".tsv" in listing.file else ",", strict=True)
-        header = [name.removeprefix("\ufeff").strip() for name in next(reader, [])]
+        first = file.readline().removeprefix("\ufeff")
+        delimiter = _delimiter(first, "\t" if ".tsv" in listing.file else ",")
+        rest = file if _EXCEL.match(first) else chain([first], file)
+        reader = csv.reader(rest, delimiter=delimiter, strict=True)
+        header = _header(reader, listing.address)
         while True:
             try:
                 cells = next(reader, None)
@@ -115,6 +134,32 @@ def _table(listing: Place) -> Iterator[dict[str, Any] | BadRecord]:
                 yield BadRecord(name, "not UTF-8")
             elif cells:
                 yield dict(zip(header, cells, strict=False))
+
+
+def _delimiter(line: str, usual: str) -> str:
+    """What separates the names in a header: what finds most known names, then most names, then the usual one."""
+    if said := _EXCEL.match(line):
+        return said[1]
+
+    def found(delimiter: str) -> tuple[int, int, bool]:
+        try:
+            names = next(csv.reader([line], delimiter=delimiter, strict=True), [])
+        except csv.Error:
+            return 0, 0, delimiter == usual
+        known = sum(name.strip().lower() in _KNOWN for name in names)
+        return known, len(names), delimiter == usual
+
+    return max(_DELIMITERS, key=found)
+
+
+def _header(reader: Iterator[list[str]], address: str) -> list[str]:
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise DatasetImportError(f"{address}: its header cannot be read ({error}); mend the first line") from None
+    if not all(map(is_text, header)):
+        raise DatasetImportError(f"{address}: its header is not UTF-8; save the file as UTF-8")
+    return header
 
 
 # ------------------------------------------------------------------------------------------------ text beside it

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from open_pisces.data.importing import BadRecord, DatasetImportError, Options, Place, Record, place
+from open_pisces.data.records import BadRecord, DatasetImportError, Options, Place, Record, place
 from open_pisces.data.sources.parquet import ROWS, Columns, table_records
 
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from open_pisces.data.importing import (
+from open_pisces.data.captions import LIST_FIELDS
+from open_pisces.data.records import (
     BadRecord,
     DatasetImportError,
     Options,
     Place,
     Record,
+    captions_in,
     choose_field,
     inputs,
     key_of,
@@ -26,6 +28,7 @@ from open_pisces.data.importing import (
     words_of,
 )
 from open_pisces.data.sources import llava
+from open_pisces.data.sources.conversations import CONVERSATION_FIELDS, IMAGE_FIELDS, conversation, pictures_of
 
 ROWS = 16
 """Rows held at a time; those of picture tables may weigh megabytes each."""
@@ -33,9 +36,9 @@ LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "parquet": {
         "key": ("id", "uid", "key", "__key__", "image_id", "sample_id"),
         "image": ("image", "images", "img", "jpg", "png", "webp", "jpeg", "image_path", "file_name", "path"),
-        "caption": ("caption", "short", "short_caption", "text", "txt", "original_caption", "alt_text"),
+        "caption": ("caption", "short", "short_caption", "text", "txt", "original_caption", "alt_text", *LIST_FIELDS),
         "detailed": ("detailed", "detailed_caption", "long_caption", "vlm_caption", "recaption"),
-        "conversation": llava.CONVERSATION_FIELDS,
+        "conversation": CONVERSATION_FIELDS,
         "source": ("data_source",),
         "url": ("url",),
         "licence": ("licence", "license"),
@@ -49,18 +52,18 @@ LAYOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cambrian": {
         "key": ("id",),
-        "image": llava.IMAGE_FIELDS,
-        "conversation": llava.CONVERSATION_FIELDS,
+        "image": IMAGE_FIELDS,
+        "conversation": CONVERSATION_FIELDS,
         "source": ("source",),
     },
     "onevision": {
         "key": ("id",),
-        "image": llava.IMAGE_FIELDS,
-        "conversation": llava.CONVERSATION_FIELDS,
+        "image": IMAGE_FIELDS,
+        "conversation": CONVERSATION_FIELDS,
         "source": ("data_source",),
     },
 }
-LEAD = re.compile(r"\s*This image displays:\s*")
+LEAD = re.compile(r"\A\s*This image displays:\s*")
 """How the detailed captions of PixelProse begin."""
 ENDINGS = (".jpg", ".png", ".webp", ".jpeg")
 
@@ -150,19 +153,18 @@ class Columns:
     def _record(self, row: dict[str, Any], name: str, base: Place) -> Record:
         cells = {role: row[column] for role, column in self.names.items()}
         name = key_of(cells.get("key"), name)
-        pictures: tuple[bytes | str, ...] = ()
-        if cells.get("image") is not None:
-            pictures = _pictures(cells["image"], name)
-        elif self._file_names:
+        pictures = pictures_of([cells.get("image")], name)
+        if self._file_names:
             pictures = (_file_of(base, [key_of(row[c], "") for c in self._file_names if row[c]], name),)
-        detailed = words_of(cells.get("detailed"))
-        turns = cells.get("conversation")
+        captions = captions_in(name, cells.get("caption"), cells.get("detailed"))
+        turns: tuple[dict[str, Any], ...] = ()
+        if cells.get("conversation") is not None:
+            turns, pictures = conversation(cells["conversation"], pictures, name)
         return Record(
             key=name,
             pictures=pictures,
-            short=words_of(cells.get("caption")),
-            detailed=LEAD.sub("", detailed, count=1) if LEAD.match(detailed) else detailed,
-            conversation=() if turns is None else llava.conversation_of(turns, len(pictures), name),
+            **{**captions, "detailed": LEAD.sub("", captions["detailed"], count=1)},
+            conversation=turns,
             source=words_of(cells.get("source")),
             facts={role: cells[role] for role in ("url", "licence") if words_of(cells.get(role))} or None,
             base=base,
@@ -175,18 +177,6 @@ def _cells(batch: Any, row: int, name: str) -> dict[str, Any]:
         return {column: batch.column(number)[row].as_py() for number, column in enumerate(batch.schema.names)}
     except UnicodeDecodeError:
         raise BadRecord(name, "not UTF-8") from None
-
-
-def _pictures(cell: Any, name: str) -> tuple[bytes | str, ...]:
-    """The pictures of a cell: files, or names of files."""
-    found: list[bytes | str] = []
-    for one in cell if isinstance(cell, list) else [cell]:
-        if isinstance(one, dict):
-            one = one.get("bytes") if one.get("bytes") is not None else one.get("path")
-        if not isinstance(one, bytes | str) or one == "":
-            raise BadRecord(name, "missing image", f"a cell of {type(one).__name__}")
-        found.append(one)
-    return tuple(found)
 
 
 def _file_of(base: Place, stems: list[str], name: str) -> str:
