@@ -154,17 +154,21 @@ def reconstruct(args: argparse.Namespace) -> Result:
 
 def info(args: argparse.Namespace) -> Result:
     """Say what a model folder or a recipe's model consists of."""
-    from open_pisces.config import load_config
-    from open_pisces.model import weights
+    from open_pisces.config import ConfigError, load_config
+    from open_pisces.model import summary, weights
 
     quiet()
     what = args.what or str(weights.WEIGHTS)
     if args.what is None or Path(what).is_dir():
-        described = weights.describe_folder(what)
+        described = summary.describe_folder(what)
+        if args.verify:
+            described["verified"] = f"{weights.verify(what)} files equal the checksums recorded in config.json"
         if set(weights.PARTS) <= set(described["parts"]):
             described["null_distance"] = _generator(argparse.Namespace(model=what, device="auto")).null_distance()
     else:
-        described = weights.describe(load_config(what).model)
+        if args.verify:
+            raise ConfigError(f"{what}: --verify compares the files of a model folder, and this is a recipe")
+        described = summary.describe(load_config(what).model)
     if not args.json:
         from open_pisces.show import print_info
 
@@ -297,9 +301,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "what", nargs="?", metavar="MODEL|RECIPE", help="a model folder, or a recipe such as 8b/stage1"
     )
+    command.add_argument("--verify", action="store_true", help="compare all files with their recorded checksums")
     add_json(command)
 
-    command = add_command(commands, "export", export, "write a model folder anew in another dtype, for shipping")
+    command = add_command(commands, "export", export, "write a model folder anew in another dtype, adapter merged")
     command.add_argument("model", metavar="DIR", help="a model folder, such as runs/tiny/stage3/model")
     command.add_argument("out", metavar="OUT", help="the folder to write; one that is there is replaced")
     command.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")

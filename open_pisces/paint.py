@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from open_pisces.config import ConfigError, ModelConfig
-from open_pisces.data.images import generation_pixels, to_pil
+from open_pisces.data.images import generation_bytes, to_pil
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder
@@ -56,7 +56,7 @@ class Painter:
     def encode(self, images: list[Image]) -> Tensor:
         """The true generation vectors of pictures, ``(B, M, E)``, in the LLM's space."""
         size = self.encoder.image_size
-        pixels = torch.stack([torch.from_numpy(generation_pixels(image, size)) for image in images])
+        pixels = torch.stack([torch.from_numpy(generation_bytes(image, size)) for image in images])
         return self.bridge.targets(self.encoder.features(pixels.to(self.device)))
 
     def reconstruct(

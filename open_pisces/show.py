@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def print_info(name: str, described: dict[str, Any]) -> None:
-    """Print what `model.weights.describe` or `describe_folder` found.
+    """Print what `model.summary.describe` or `describe_folder` found.
 
     Args:
         name: the folder or recipe.

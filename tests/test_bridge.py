@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from open_pisces.model.bridge import TargetStatistics, VisualTokenPooler
+from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
 from open_pisces.model.pisces import Pisces
 
 
@@ -58,7 +58,7 @@ def raw_targets(pictures: int = 50) -> Tensor:
 
 def taken(standardise: bool = True) -> TargetStatistics:
     statistics = TargetStatistics(4, 3)
-    statistics.take(raw_targets(), standardise)
+    statistics.take(TargetSums.of(raw_targets()), standardise)
     return statistics
 
 
@@ -93,7 +93,7 @@ def test_raw_targets_keep_mean_0_and_deviation_1() -> None:
 
 def test_a_channel_that_never_changes_divides_by_no_zero() -> None:
     statistics = TargetStatistics(4, 3)
-    statistics.take(torch.ones(8, 4, 3), True)
+    statistics.take(TargetSums.of(torch.ones(8, 4, 3)), True)
     assert statistics.enter(torch.ones(1, 4, 3)).isfinite().all()
 
 
@@ -101,7 +101,7 @@ def test_a_channel_that_never_changes_divides_by_no_zero() -> None:
 def test_statistics_stay_float32_to_the_bit_in_a_narrower_model(nano_pisces: Pisces, dtype: torch.dtype) -> None:
     model = copy.deepcopy(nano_pisces)
     width = model.bridge.statistics.mean_E.shape[0]
-    model.bridge.statistics.take(torch.randn(9, 4, width) * 3 + 1 / 3, True)
+    model.bridge.statistics.take(TargetSums.of(torch.randn(9, 4, width) * 3 + 1 / 3), True)
     before = {name: value.clone() for name, value in model.bridge.statistics.named_buffers()}
     model.to(dtype)
     assert model.bridge.head.first.weight.dtype == dtype

@@ -71,8 +71,6 @@ def state_after(generator: Generator, turns: tuple[Turn, ...], ids: list[int], v
     batch = collate([rendered], [(picture(0),)], generator.renderer, *generator.sizes, multiple=1)
     batch = replace(
         batch,
-        understanding_pixels_BCHW=batch.understanding_pixels_BCHW.double(),
-        generation_pixels_BCHW=batch.generation_pixels_BCHW.double(),
         generation_vectors_BME=vectors if vectors is not None and vectors.shape[1] else None,
     )
     return generator.pisces.hidden(generator.pisces.embed(batch)[0])[0, -1]

@@ -20,6 +20,7 @@ from open_pisces.batch import SequenceBatch
 from open_pisces.config import LossConfig, load_config
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn
+from open_pisces.model.bridge import TargetSums
 from open_pisces.model.build import build_pisces
 from open_pisces.model.pisces import Pisces, with_blank_pictures
 from open_pisces.model.weights import without_sources
@@ -170,7 +171,8 @@ def test_targets_are_the_pooled_standardised_features_of_the_generation_encoder(
 ) -> None:
     batch = batch_of(renderer, DRAW)
     raw = model.bridge.pooler(model.generation_encoder(batch.generation_pixels_BCHW)[:, 1:])  # class token dropped
-    model.bridge.statistics.take(raw.repeat(2, 1, 1) * torch.tensor([1.0, 3.0]).view(2, 1, 1) + 1, True)
+    apart = raw.repeat(2, 1, 1) * torch.tensor([1.0, 3.0]).view(2, 1, 1) + 1
+    model.bridge.statistics.take(TargetSums.of(apart), True)
     expected = (raw - model.bridge.statistics.mean_E) / model.bridge.statistics.std_E
     torch.testing.assert_close(model.embed(batch)[1], expected)
     assert not torch.allclose(expected, raw, atol=0.1)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from open_pisces.batch import Question, Sample
 from open_pisces.data.draws import stream
-from open_pisces.data.images import generation_pixels, understanding_pixels
+from open_pisces.data.images import generation_bytes, understanding_bytes
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import IGNORED, Rendered, Renderer, Turn, generation_turns, sample_turns, wordings
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
@@ -359,8 +359,8 @@ def test_collated_pictures_come_in_the_order_of_their_places() -> None:
     # Second conversation: 1 is drawn and re-enters before the user's own 0; then 0 is drawn.
     seen = [images[0][0], images[1][1], images[1][0]]
     drawn = [images[1][1], images[1][0]]
-    assert np.array_equal(batch.understanding_pixels_BCHW, np.stack([understanding_pixels(i, 16) for i in seen]))
-    assert np.array_equal(batch.generation_pixels_BCHW, np.stack([generation_pixels(i, 8) for i in drawn]))
+    assert np.array_equal(batch.understanding_pixels_BCHW, np.stack([understanding_bytes(i, 16) for i in seen]))
+    assert np.array_equal(batch.generation_pixels_BCHW, np.stack([generation_bytes(i, 8) for i in drawn]))
     assert len(batch.understanding_at_K) == 4 * 3 and len(batch.generation_at_K) == 2 * 2
 
 

@@ -147,23 +147,41 @@ def _orientation(image: Image, parts: Parts | None) -> int:
     return found if isinstance(found, int) and found in _UPRIGHT else 1
 
 
-def understanding_pixels(image: Image, size: int) -> np.ndarray:
-    """What the understanding encoder sees: a plain bicubic resize, as SigLIP's processor does; (3, size, size)."""
-    return _pixels(image.convert("RGB").resize((size, size), Pillow.Resampling.BICUBIC))
+def understanding_bytes(image: Image, size: int) -> np.ndarray:
+    """What the understanding encoder sees: a plain bicubic resize, as SigLIP's processor does.
+
+    Returns:
+        uint8 ``(3, size, size)``. Batches carry bytes, a quarter of the memory of floats; models divide by 255.
+    """
+    return _channels_first(image.convert("RGB").resize((size, size), Pillow.Resampling.BICUBIC))
 
 
-def generation_pixels(image: Image, size: int) -> np.ndarray:
-    """What gen-CLIP sees and the decoder draws: short side to ``size`` (bicubic), centre crop; (3, size, size)."""
+def generation_bytes(image: Image, size: int) -> np.ndarray:
+    """What gen-CLIP sees and the decoder draws: short side to ``size`` (bicubic), center crop.
+
+    Returns:
+        uint8 ``(3, size, size)``, as `understanding_bytes`.
+    """
     image = image.convert("RGB")
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Pillow.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
-    return _pixels(image.crop((left, top, left + size, top + size)))
+    return _channels_first(image.crop((left, top, left + size, top + size)))
 
 
-def _pixels(image: Image) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(255))
+def understanding_pixels(image: Image, size: int) -> np.ndarray:
+    """`understanding_bytes` as float32 in [0, 1]."""
+    return understanding_bytes(image, size).astype(np.float32) / np.float32(255)
+
+
+def generation_pixels(image: Image, size: int) -> np.ndarray:
+    """`generation_bytes` as float32 in [0, 1]."""
+    return generation_bytes(image, size).astype(np.float32) / np.float32(255)
+
+
+def _channels_first(image: Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def to_pil(pixels: np.ndarray) -> Image:

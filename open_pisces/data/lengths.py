@@ -21,15 +21,19 @@ from open_pisces.data.shards import DamagedSample, ShardReader, data_path
 
 COLUMNS = ("short", "detailed", "questions", "conversation", "asked", "turns", "pictures")
 """Tokens of the texts, then how many questions, turns and pictures a sample has."""
+SHARED = 50_000
+"""Samples that one rank tokenizes at a time; their counts are one file of the cache."""
 _CHUNK = 1000
 _JOINTS = 4  # tokens that joining a text to its wording may cost
 
 
-def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig) -> None:
+def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig, rank: int = 0, ranks: int = 1) -> None:
     """Refuse a mixture that holds a sample too long for ``data.max_length`` in any wording of its tasks.
 
     Three sieves, so that it is soon done for millions: the bytes of a sample's texts, from the index alone (byte-level
     tokenizers never make more tokens than bytes); the tokens of those that are left; and a rendering of the last few.
+
+    With several ranks each checks the chunks of samples that fall to it; an error of one has to end all.
 
     Raises:
         LengthError: naming the sample, its length and the limit.
@@ -42,12 +46,15 @@ def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig) -> N
         left = np.arange(len(reader))
         if "conversation" not in tasks:
             left = np.flatnonzero(_most(reader, renderer) > config.max_length)
-        table = token_table(reader, renderer.tokenizer, left)
-        for task in tasks:
-            bound = _bound(table, task, renderer, config.questions_per_image)
-            for index in left[bound > config.max_length].tolist():
-                if mixture.holds(number, index):
-                    _check(reader, index, task, renderer, source, config)
+        # The chunks do not depend on the number of ranks, so that one cache of token counts serves any number.
+        starts = range(0, len(left), SHARED)[rank::ranks]
+        for chunk in (left[start : start + SHARED] for start in starts):
+            table = token_table(reader, renderer.tokenizer, chunk)
+            for task in tasks:
+                bound = _bound(table, task, renderer, config.questions_per_image)
+                for index in chunk[bound > config.max_length].tolist():
+                    if mixture.holds(number, index):
+                        _check(reader, index, task, renderer, source, config)
 
 
 def _most(reader: ShardReader, renderer: Renderer) -> np.ndarray:

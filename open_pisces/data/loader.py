@@ -21,7 +21,7 @@ from open_pisces.batch import PairBatch, Sample, SequenceBatch, Skip, StepBatche
 from open_pisces.config import DataConfig
 from open_pisces.data.draws import stream
 from open_pisces.data.features import KINDS, FeatureStore, Kind
-from open_pisces.data.images import generation_pixels, understanding_pixels
+from open_pisces.data.images import generation_bytes, understanding_bytes
 from open_pisces.data.mixture import Draw, Mixture
 from open_pisces.data.packing import pack
 from open_pisces.data.prompts import IGNORED, Rendered, Renderer, SampleError, sample_turns
@@ -123,13 +123,15 @@ def _batch(
         generation_at_K=torch.from_numpy(np.flatnonzero(generation_BS)),
         text_at_K=torch.from_numpy(supervised - 1),
         labels_K=torch.from_numpy(labels_BS.reshape(-1)[supervised]),
-        understanding_pixels_BCHW=_stack(seen, understanding_pixels, understanding_size),
-        generation_pixels_BCHW=_stack(drawn, generation_pixels, generation_size),
+        understanding_pixels_BCHW=_stack(seen, understanding_bytes, understanding_size),
+        generation_pixels_BCHW=_stack(drawn, generation_bytes, generation_size),
     )
 
 
 def _stack(images: list[Image], cut: Callable[[Image, int], np.ndarray], size: int) -> Tensor:
-    return torch.from_numpy(np.stack([cut(i, size) for i in images])) if images else torch.zeros(0, 3, size, size)
+    if not images:
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    return torch.from_numpy(np.stack([cut(image, size) for image in images]))
 
 
 # ---------------------------------------------------------------------------------------------- bad samples
@@ -365,8 +367,8 @@ class PairLoader:
         end = self.tokenizer.eos_token_id
         shape = self.features[0].shape("generation") if self.features else (0, 0)
         return PairBatch(
-            pixels_BCHW=torch.zeros(1, 3, self.sizes[0], self.sizes[0]),
-            targets_BCHW=torch.zeros(1, 3, self.sizes[1], self.sizes[1]),
+            pixels_BCHW=torch.zeros(1, 3, self.sizes[0], self.sizes[0], dtype=torch.uint8),
+            targets_BCHW=torch.zeros(1, 3, self.sizes[1], self.sizes[1], dtype=torch.uint8),
             ids_BS=torch.tensor([[end]]),
             mask_BS=torch.tensor([[True]]),
             draws=((0, "blank"),),
@@ -382,10 +384,10 @@ class PairLoader:
         ids = [row + [self.tokenizer.eos_token_id] for row in ids]
         longest = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
-        pixels = np.stack([generation_pixels(sample.images[0], input_size) for _, sample, *_ in read])
+        pixels = np.stack([generation_bytes(sample.images[0], input_size) for _, sample, *_ in read])
         targets = pixels
         if output_size != input_size:
-            targets = np.stack([generation_pixels(sample.images[0], output_size) for _, sample, *_ in read])
+            targets = np.stack([generation_bytes(sample.images[0], output_size) for _, sample, *_ in read])
         features = [found for *_, found in read if found is not None]
         return PairBatch(
             pixels_BCHW=torch.from_numpy(pixels),

@@ -17,7 +17,7 @@ from rich.progress import track
 
 from open_pisces.config import ConfigError, RunConfig
 from open_pisces.data.features import picture_rows, store_folder
-from open_pisces.data.images import ImageError, generation_pixels, open_image, understanding_pixels
+from open_pisces.data.images import ImageError, generation_bytes, open_image, understanding_bytes
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.frozen import FrozenEncoder, encoder_keys, load_encoders
 from open_pisces.paint import pick_device
@@ -75,7 +75,7 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
             return
         shape = tuple(encoder(torch.zeros(1, 3, side, side, device=device)).shape[1:])
         values, valid, start = _open(work, (rows, *shape), key["dtype"])
-        cut = generation_pixels if kind == "generation" else understanding_pixels
+        cut = generation_bytes if kind == "generation" else understanding_bytes
         batches = list(range(start, rows, batch_size))
         for number, at in enumerate(track(batches, f"{Path(str(reader.folder)).name}: {kind}", disable=not batches), 1):
             end = min(at + batch_size, rows)
@@ -134,4 +134,4 @@ def _pictures(
             raw = reader.pictures(sample)[row - int(rows[sample])]
             yield cut(open_image(raw), side), True
         except (DamagedSample, ImageError):
-            yield np.zeros((3, side, side), np.float32), False
+            yield np.zeros((3, side, side), np.uint8), False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
@@ -60,6 +62,24 @@ class GenerationHead(nn.Module):
         return self.second(nn.functional.gelu(self.first(hidden)))
 
 
+class TargetSums(NamedTuple):
+    """What target statistics are made of: float64 sums, which add up over chunks of pictures and over ranks."""
+
+    pictures: Tensor
+    """Scalar."""
+    vectors_ME: Tensor
+    squares_E: Tensor
+
+    @classmethod
+    def of(cls, raw_KME: Tensor) -> TargetSums:
+        """The sums over raw pooled features ``(pictures, M, E)``."""
+        raw = raw_KME.double()
+        return cls(raw.new_tensor(len(raw)), raw.sum(0), raw.square().sum((0, 1)))
+
+    def __add__(self, other: TargetSums) -> TargetSums:  # type: ignore[override]
+        return TargetSums(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
 class TargetStatistics(FloatBuffers):
     """Where generation targets lie: the LLM works in standardised space, only the decoder leaves it.
 
@@ -83,14 +103,22 @@ class TargetStatistics(FloatBuffers):
         self.register_buffer("taken", torch.zeros(()))
 
     @torch.no_grad()
-    def take(self, raw_KME: Tensor, standardise: bool) -> None:
-        """Set the statistics from raw pooled features ``(pictures, M, E)``."""
-        raw = raw_KME.double()
+    def take(self, sums: TargetSums, standardise: bool) -> None:
+        """Set the statistics from sums over raw pooled features; mean and deviation only with ``standardise``.
+
+        Raises:
+            PiscesError: for fewer than two vectors: they have no deviation.
+        """
+        vectors = float(sums.pictures) * len(sums.vectors_ME)
+        if vectors < 2:
+            raise PiscesError(f"target statistics need at least 2 vectors, found {vectors:.0f}: name more data")
         if standardise:
-            self.mean_E.copy_(raw.mean((0, 1)))
-            self.std_E.copy_(raw.std((0, 1)).clamp_min(1e-6))
-        self.null_ME.copy_(((raw - self.mean_E) / self.std_E).mean(0))
-        self.taken.fill_(raw.shape[0])
+            mean_E = sums.vectors_ME.sum(0) / vectors
+            variance_E = (sums.squares_E - vectors * mean_E.square()).clamp_min(0) / (vectors - 1)
+            self.mean_E.copy_(mean_E)
+            self.std_E.copy_(variance_E.sqrt().clamp_min(1e-6))
+        self.null_ME.copy_((sums.vectors_ME / sums.pictures - self.mean_E) / self.std_E)
+        self.taken.fill_(float(sums.pictures))
 
     def enter(self, raw: Tensor) -> Tensor:
         """From gen-CLIP's space to the LLM's."""

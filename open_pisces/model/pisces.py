@@ -28,6 +28,9 @@ class Pisces(FloatBuffers):
     float32 (`FloatBuffers`).
     """
 
+    base_model_prefix = ""
+    """None: PEFT asks for it when an adapter is attached to the whole model."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -48,7 +51,10 @@ class Pisces(FloatBuffers):
 
     @property
     def config(self) -> Any:
-        """The LLM's transformers configuration: what `Trainer` and PEFT look at and set. Ours is `settings`."""
+        """The LLM's transformers configuration: what `Trainer` and PEFT look at and set. Ours is `settings`.
+
+        Adapters: `model/adapters.py`.
+        """
         return self.llm.config
 
     @classmethod

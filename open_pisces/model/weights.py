@@ -3,7 +3,8 @@
 ::
 
     config.json               ours: settings, sha256 of every part's files, the training record, licences
-    llm/                      any causal LM, as transformers saves it
+    llm/                      any causal LM, as transformers saves it; whole, also with an adapter beside it
+    adapter/                  LoRA on the LLM, as PEFT saves it (if there is one)
     understanding_encoder/    SiglipVisionModel, as transformers saves it
     generation_encoder/       config.json, model.safetensors
     bridge/                   model.safetensors: projections, head, statistics of the targets
@@ -26,6 +27,7 @@ from typing import Any
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,11 +36,14 @@ from transformers import AutoModelForCausalLM, SiglipVisionModel
 
 from open_pisces.config import GenerationEncoderConfig, LossConfig, ModelConfig, validate
 from open_pisces.errors import PiscesError
-from open_pisces.model.build import PARTS, assemble, assemble_decoder, build_part
+from open_pisces.model import adapters
+from open_pisces.model.bridge import Bridge
+from open_pisces.model.build import PARTS, assemble, assemble_decoder
 from open_pisces.model.decoder import PixelUnshuffleVAE
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.pisces import Pisces
 
+FOLDERS = (*PARTS, "adapter", "tokenizer")
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FORMAT = 1
 
@@ -72,33 +77,42 @@ def read_config(folder: str | Path) -> ModelConfig:
     return validate(ModelConfig, read_card(folder)["model"], {"": f"{folder}/config.json"})
 
 
-def load_part(folder: str | Path, name: str, config: ModelConfig | None = None) -> nn.Module:
-    """One part of a model folder, in float32.
+def load_part(
+    folder: str | Path, name: str, config: ModelConfig | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """One part of a model folder; its weights are read in ``dtype``, without a copy in another one.
+
+    Checksums are not compared here, `verify` does that: it costs a second read of all weights.
 
     Raises:
-        ModelFolderError: if the part is missing, altered, damaged, or of another shape than the folder's settings.
+        ModelFolderError: if the part is missing, damaged, or of another shape than the folder's settings.
     """
     folder, config = Path(folder), config or read_config(folder)
     part = folder / name
     if not part.is_dir():
-        raise ModelFolderError(f"{folder}: the part {name}/ is missing; this folder holds {_present(folder)}")
-    verify(folder, name)
+        raise ModelFolderError(f"{folder}: the part {name}/ is missing; this folder holds {present(folder)}")
+    for file in read_card(folder)["parts"].get(name, {}):
+        if not (part / file).is_file():
+            raise ModelFolderError(f"{folder}: the part {name}/ lacks its file {file}: fetch the folder again")
     try:
-        return _LOADERS[name](part, config)
-    except ModelFolderError:
+        return _LOADERS[name](part, config, dtype)
+    except (ModelFolderError, adapters.AdapterError):
         raise
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
         raise ModelFolderError(f"{part}: cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_pisces(folder: str | Path, dtype: torch.dtype | None = None, weights: LossConfig | None = None) -> Pisces:
-    """A whole model, in evaluation mode; ``dtype`` defaults to float32 (statistics always stay float32)."""
+    """A whole model, in evaluation mode; ``dtype`` defaults to float32 (statistics always stay float32).
+
+    Host memory holds the weights once, in ``dtype``: 23 GB at ``8b`` in bfloat16.
+    """
     config = read_config(folder)
-    parts = {name: load_part(folder, name, config) for name in PARTS}
+    parts = {name: load_part(folder, name, config, dtype or torch.float32) for name in PARTS}
     check_widths(Path(folder), parts)
     pisces = assemble(config, parts, weights).eval()
     pisces.folder = Path(folder)
-    return pisces if dtype is None else pisces.to(dtype)
+    return pisces
 
 
 def check_widths(folder: Path, parts: dict[str, Any]) -> None:
@@ -121,24 +135,37 @@ def check_widths(folder: Path, parts: dict[str, Any]) -> None:
             )
 
 
-def verify(folder: Path, name: str) -> None:
-    """Compare a part's files with the sha256 recorded when the folder was written."""
-    for file, expected in read_card(folder)["parts"].get(name, {}).items():
-        path = folder / name / file
-        if not path.is_file():
-            raise ModelFolderError(f"{folder}: the part {name}/ lacks its file {file}")
-        if _sha256(path) != expected:
-            raise ModelFolderError(
-                f"{path}: differs from what config.json recorded: fetch it again, or, if you changed it on purpose, "
-                f"take its line out of config.json"
-            )
+def verify(folder: str | Path) -> int:
+    """Compare the files of all parts with the sha256 recorded when the folder was written; the number compared.
+
+    Raises:
+        ModelFolderError: naming the first file that is missing or differs.
+    """
+    folder, compared = Path(folder), 0
+    for name, files in read_card(folder)["parts"].items():
+        for file, expected in files.items():
+            path = folder / name / file
+            if not path.is_file():
+                raise ModelFolderError(f"{folder}: the part {name}/ lacks its file {file}: fetch the folder again")
+            if _sha256(path) != expected:
+                raise ModelFolderError(
+                    f"{path}: differs from what config.json recorded: fetch it again, or, if you changed it on "
+                    f"purpose, take its line out of config.json"
+                )
+            compared += 1
+    return compared
 
 
 # ------------------------------------------------------------------------------------------------------ writing
 
 
 def save_pisces(pisces: Pisces, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write a whole model; tokenizer, record and licences of the folder it was loaded from go with it."""
+    """Write a whole model; tokenizer, record and licences of the folder it was loaded from go with it.
+
+    Raises:
+        AdapterError: for an adapter that could not be loaded again; nothing is written then.
+    """
+    adapters.adopt_adapter(pisces)
     parts = {name: getattr(pisces, name) for name in PARTS if getattr(pisces, name) is not None}
     write_folder(folder, pisces.settings, parts, tokenizer, start=pisces.folder)
 
@@ -162,7 +189,12 @@ def write_folder(
         start: a model folder whose other parts, tokenizer, record and licences are taken over.
         record: what this training was, appended to the record.
         dtype: the dtype to store floating-point weights in (bf16 for shipping); None keeps each module's own.
+
+    Raises:
+        ModelFolderError: if ``folder`` holds something else.
+        AdapterError: for an adapter that could not be loaded again.
     """
+    adapters.check_adapters(parts)
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise ModelFolderError(
@@ -194,8 +226,9 @@ def _fill(
 ) -> None:
     before = read_card(start) if start else {"record": [], "parts": {}}
     taken_over: set[str] = set()
-    for name in [*PARTS, "tokenizer"]:
-        written = name in parts or (name == "tokenizer" and tokenizer is not None)
+    for name in FOLDERS:
+        owner = "llm" if name == "adapter" else name  # an adapter belongs to the LLM it was trained on
+        written = owner in parts or (name == "tokenizer" and tokenizer is not None)
         if start and not written and (Path(start) / name).is_dir():
             shutil.copytree(Path(start) / name, fresh / name, copy_function=_link)
             taken_over.add(name)
@@ -203,23 +236,25 @@ def _fill(
         _SAVERS[name](_cast(module, dtype), fresh / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(fresh / "tokenizer"))
-    for name in set(parts) | {"tokenizer"} - taken_over:
+    for name in set(FOLDERS) - taken_over:
         for file in (fresh / name).rglob("*config.json"):
             _forget_origin(file)
     settings = without_sources(config).model_dump(mode="json")
     records = before["record"] + ([record] if record else [])
     known = {name: before["parts"].get(name) for name in taken_over}  # what was not touched is not read again
-    hashes = {n: known.get(n) or _hashes(fresh / n) for n in [*PARTS, "tokenizer"] if (fresh / n).is_dir()}
+    hashes = {n: known.get(n) or _hashes(fresh / n) for n in FOLDERS if (fresh / n).is_dir()}
     card = {"format": FORMAT, "model": settings, "parts": hashes, "record": records}
     (fresh / "config.json").write_text(json.dumps(card, indent=1) + "\n")
     (fresh / "README.md").write_text(_readme(fresh, records))
 
 
 def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
-    """Write a whole model folder anew with its weights in ``dtype``: what is shipped is bfloat16."""
+    """Write a whole model folder anew with its weights in ``dtype`` and its adapter merged: what is shipped."""
+    verify(source)
     config = read_config(source)
     parts = {name: load_part(source, name, config) for name in PARTS}
     check_widths(Path(source), parts)
+    parts["llm"] = adapters.merge_adapter(parts["llm"])
     write_folder(out, config, parts, start=source, dtype=dtype)
 
 
@@ -265,7 +300,7 @@ def without_sources(config: ModelConfig) -> ModelConfig:
 
 def _readme(folder: Path, records: list[dict[str, Any]]) -> str:
     lines = ["---", "library_name: open_pisces", "pipeline_tag: any-to-any", "license: apache-2.0", "---", ""]
-    lines += ["# A Pisces model folder", "", f"Parts: {_present(folder)}. Loaded by `open_pisces`; `llm/`,"]
+    lines += ["# A Pisces model folder", "", f"Parts: {present(folder)}. Loaded by `open_pisces`; `llm/`,"]
     lines += ["`understanding_encoder/` and `decoder/` also by transformers and diffusers alone.", ""]
     lines += ["| training | steps | samples | minutes | device |", "|---|---|---|---|---|"]
     for r in records:
@@ -276,50 +311,58 @@ def _readme(folder: Path, records: list[dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------------- part by part
 
 
-def _load_llm(path: Path, config: ModelConfig) -> nn.Module:
-    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+def _load_llm(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     _complete(path, info)
+    if (path.parent / "adapter").is_dir():
+        adapters.load_adapter(llm, path.parent / "adapter")
     return llm
 
 
-def _load_understanding(path: Path, config: ModelConfig) -> nn.Module:
-    tower, info = SiglipVisionModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+def _load_understanding(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    tower, info = SiglipVisionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
     _complete(path, info)
     return UnderstandingEncoder(tower, config.understanding_mean, config.understanding_std)
 
 
-def _load_generation(path: Path, config: ModelConfig) -> nn.Module:
+def _load_generation(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     settings = validate(GenerationEncoderConfig, json.loads((path / "config.json").read_text()), {"": str(path)})
-    encoder = GenerationEncoder(settings, config.generation_mean, config.generation_std)
-    encoder.load_state_dict(_floats(path / "model.safetensors"))
+    with init_empty_weights(include_buffers=False):
+        encoder = GenerationEncoder(settings, config.generation_mean, config.generation_std)
+    _assign(encoder, load_file(path / "model.safetensors"), dtype)
     return encoder
 
 
-def _load_bridge(path: Path, config: ModelConfig) -> nn.Module:
-    from open_pisces.model.bridge import Bridge
-
-    weights = _floats(path / "model.safetensors")
+def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    weights = load_file(path / "model.safetensors")
     widths = weights["understanding_projector.first.weight"].shape[1], weights["head.first.weight"].shape[1]
-    bridge = Bridge(config, *widths)
-    bridge.load_state_dict(weights)
+    with init_empty_weights(include_buffers=False):
+        bridge = Bridge(config, *widths)
+    _assign(bridge, weights, dtype)
     return bridge
 
 
-def _load_decoder(path: Path, config: ModelConfig) -> nn.Module:
-    unet, info = UNet2DConditionModel.from_pretrained(
-        path / "unet", torch_dtype=torch.float32, output_loading_info=True
-    )
+def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, output_loading_info=True)
     _complete(path / "unet", info)
     values = json.loads((path / "vae" / "config.json").read_text())
-    unshuffled = "unshuffle" in values
-    vae: Any = PixelUnshuffleVAE(**values) if unshuffled else AutoencoderKL.from_pretrained(path / "vae")
-    if not unshuffled:
-        vae.requires_grad_(False)
+    if "unshuffle" in values:
+        vae: Any = PixelUnshuffleVAE(**values)
+    else:
+        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype).requires_grad_(False)
     kind = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler = getattr(diffusers, kind).from_pretrained(path / "scheduler")
     decoder = assemble_decoder(config, unet, vae, scheduler)
-    decoder.condition.load_state_dict(_floats(path / "condition.safetensors"))
+    _assign(decoder.condition, load_file(path / "condition.safetensors"), dtype)
     return decoder
+
+
+def _assign(module: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Give a module weights in ``dtype``, without ever holding them twice; buffers stay float32."""
+    buffers = dict(module.named_buffers())
+    for name, value in weights.items():
+        weights[name] = value.to(torch.float32 if name in buffers else dtype)
+    module.load_state_dict(weights, assign=True)
 
 
 _LOADERS = {
@@ -352,8 +395,16 @@ def _save_decoder(decoder: Any, path: Path) -> None:
     save_file(decoder.condition.state_dict(), path / "condition.safetensors")
 
 
+def _save_llm(llm: Any, path: Path) -> None:
+    if adapters.adapter_layers(llm):
+        adapters.save_base(llm, path)
+        adapters.save_adapter(llm, path.with_name("adapter"))
+    else:
+        llm.save_pretrained(path)
+
+
 _SAVERS: dict[str, Callable[[Any, Path], Any]] = {
-    "llm": lambda llm, path: llm.save_pretrained(path),
+    "llm": _save_llm,
     "understanding_encoder": lambda encoder, path: encoder.tower.save_pretrained(path),
     "generation_encoder": _save_generation,
     "bridge": _save_module,
@@ -367,10 +418,6 @@ def _complete(path: Path, info: dict[str, Any]) -> None:
         raise ModelFolderError(f"{path}: weights do not fit its config.json, for example {wrong[0]}")
 
 
-def _floats(path: Path) -> dict[str, torch.Tensor]:
-    return {key: value.float() for key, value in load_file(path).items()}
-
-
 def _hashes(part: Path) -> dict[str, str]:
     files = sorted(p for p in part.rglob("*") if p.is_file())
     return {str(p.relative_to(part)): _sha256(p) for p in files}
@@ -381,46 +428,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _present(folder: Path) -> str:
+def present(folder: Path) -> str:
+    """The parts that a model folder holds, for messages."""
     return ", ".join(name for name in PARTS if (folder / name).is_dir()) or "no part"
-
-
-# --------------------------------------------------------------------------------------------------- describing
-
-
-def describe(config: ModelConfig) -> dict[str, Any]:
-    """Parameters and bf16 bytes of every part, built on the meta device: no weights, no memory."""
-    parts = {}
-    sources = dict(zip(PARTS, _sources(config), strict=True))
-    for name in PARTS:
-        with torch.device("meta"):
-            module = build_part(name, without_sources(config))
-        parts[name] = {"parameters": _count(module), "bytes": 2 * _count(module), "source": sources[name]}
-        if name == "decoder":
-            parts[name]["unet"] = _count(module.unet)  # type: ignore[arg-type]
-    return {"parts": parts, "total": sum(p["parameters"] for p in parts.values())}
-
-
-def describe_folder(folder: str | Path) -> dict[str, Any]:
-    """What a model folder holds: parts, parameters, bytes on disk, training record, licences of the data."""
-    folder, card = Path(folder), read_card(folder)
-    parts: dict[str, dict[str, Any]] = {}
-    for name in PARTS:
-        if (folder / name).is_dir():
-            size = sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
-            parts[name] = {"parameters": _count(load_part(folder, name)), "bytes": size, "source": "trained here"}
-    licences: dict[str, dict[str, Any]] = {}
-    for record in card["record"]:
-        licences |= {entry["package"]: entry for entry in record.get("licences", [])}
-    total = sum(p["parameters"] for p in parts.values())
-    trainings = [{k: v for k, v in record.items() if k != "licences"} for record in card["record"]]
-    return {"parts": parts, "total": total, "record": trainings, "licences": list(licences.values())}
-
-
-def _sources(config: ModelConfig) -> list[str]:
-    sources = [config.llm.source, config.understanding.source, config.generation.source, None, config.decoder.source]
-    return [source or "random" for source in sources]
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

@@ -7,7 +7,7 @@ sample, purpose), so neither the order of work nor the number of processes can c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from open_pisces.batch import Losses, PairBatch, SequenceBatch, StepBatches, wide
 from open_pisces.config import ConfigError, RunConfig
 from open_pisces.data.draws import stream
+from open_pisces.data.images import generation_bytes
 from open_pisces.data.lengths import check_lengths
-from open_pisces.data.loader import MULTIPLE, PairLoader, SequenceLoader
+from open_pisces.data.loader import MULTIPLE, LengthError, PairLoader, SequenceLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import Renderer
 from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 from open_pisces.frozen import get_part, in_start, open_features
-from open_pisces.model.bridge import TargetStatistics, VisualTokenPooler
+from open_pisces.model.adapters import AdapterError, adapter_layers
+from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
 from open_pisces.model.build import assemble
 from open_pisces.model.gen_clip import Embedded, GenCLIP
 from open_pisces.model.pisces import with_blank_pictures
@@ -155,8 +157,8 @@ def _decoder(config: RunConfig, world: World) -> Training:
         mixture, tokenizer, config.seed, config.train.batch_size, config.train.accumulate, sizes, features
     )
     module = DecoderOnVectors(encoder, decoder, bridge.statistics, config.model.generation.pool)
-    if not bridge.statistics.taken:  # of the same pictures in every process
-        bridge.statistics.take(_raw_targets(config, module, loader), config.model.bridge.standardise)
+    if not bridge.statistics.taken:
+        bridge.statistics.take(_target_sums(config, module, mixture, world), config.model.bridge.standardise)
     loader.rank, loader.ranks = world.rank, world.ranks
     settings = config.diffusion
 
@@ -175,11 +177,37 @@ def _time(draw: np.random.Generator, flow: bool, shift: float) -> float:
     return float(1 / (1 + np.exp(-(draw.standard_normal() + shift)))) if flow else float(draw.random())
 
 
-def _raw_targets(config: RunConfig, module: DecoderOnVectors, loader: PairLoader) -> Tensor:
-    """Pooled raw features of the first pictures the run will see, on the CPU: ``(pictures, M, E)``."""
-    steps = -(-config.diffusion.statistics_samples // config.train.batch_size)
-    batches = (replace(batch, features_BME=None) for step in range(steps) for batch in loader(step).batches)
-    return torch.cat([module.vectors(batch) for batch in batches])
+STATISTICS_CHUNK = 32
+"""Pictures encoded together for the target statistics."""
+
+
+@torch.no_grad()
+def _target_sums(config: RunConfig, module: DecoderOnVectors, mixture: Mixture, world: World) -> TargetSums:
+    """Sums over the raw targets of the first pictures of the run; each rank encodes its share, on its own device.
+
+    Only the sums are kept, so 2,048 pictures at 1024 px need no more memory than 32.
+    """
+    encoder = module.generation_encoder.to(world.device)
+    pictures = torch.arange(config.diffusion.statistics_samples)
+    settings = config.model.generation
+    sums = TargetSums.of(torch.zeros(0, settings.vectors, settings.width))
+    for chunk in pictures.split(STATISTICS_CHUNK)[world.rank :: world.ranks]:
+        pixels = [pixels for g in chunk.tolist() for pixels in _generation_picture(mixture, g, encoder.image_size)]
+        if pixels:
+            features = encoder.features(torch.from_numpy(np.stack(pixels)).to(world.device))
+            sums += TargetSums.of(wide(module.pooler(features)).cpu())
+    if world.mesh is not None:  # sharding takes it to the device block by block
+        encoder.cpu()
+    return TargetSums(*(world.sum(part) for part in sums))
+
+
+def _generation_picture(mixture: Mixture, g: int, size: int) -> list[np.ndarray]:
+    """The picture of draw ``g`` as gen-CLIP sees it; none if it is damaged, which is counted when it is trained on."""
+    try:
+        images = mixture.sample(mixture.draw(g)).images
+    except DamagedSample:
+        return []
+    return [generation_bytes(image, size) for image in images[:1]]
 
 
 # ------------------------------------------------------------------------------------------------------- pisces
@@ -190,6 +218,11 @@ def _pisces(config: RunConfig, world: World) -> Training:
     tokenizer = get_tokenizer(config)
     names = ("llm", "understanding_encoder", "generation_encoder", "bridge")
     parts = {name: get_part(name, config.model, len(tokenizer)) for name in names}
+    if adapter_layers(parts["llm"]) and "llm" not in config.train.freeze:
+        raise AdapterError(
+            f"{config.name}: model.start = {config.model.start} holds an adapter, its base would not learn: merge it "
+            "first with `pisces export MODEL OUT`"
+        )
     decoder = get_part("decoder", config.model) if in_start(config.model, "decoder") else None
     pisces = assemble(config.model, {**parts, "decoder": decoder}, config.loss)
     for name in config.train.freeze:
@@ -198,7 +231,7 @@ def _pisces(config: RunConfig, world: World) -> Training:
     N, M = pisces.understanding_encoder.vectors, config.model.generation.vectors
     sizes = pisces.understanding_encoder.image_size, pisces.generation_encoder.image_size
     mixture, renderer = _mixture(config), Renderer(tokenizer, config.model.template, N, M)
-    check_lengths(mixture, renderer, config.data)
+    _check_lengths(mixture, renderer, config, world)
     loader = SequenceLoader(
         mixture,
         renderer,
@@ -228,6 +261,22 @@ def _pisces(config: RunConfig, world: World) -> Training:
     # What learns is written; what is frozen only where the folder this training starts from does not hold it.
     trained = {n: p for n, p in parts.items() if n not in config.train.freeze or not in_start(config.model, n)}
     return Training(pisces, loader, losses, trained, tokenizer, pisces.llm.base_model, idle=idle)
+
+
+def _check_lengths(mixture: Mixture, renderer: Renderer, config: RunConfig, world: World) -> None:
+    """Each rank checks its share of the data; what one finds, all refuse.
+
+    Raises:
+        LengthError: naming a sample over ``data.max_length``.
+    """
+    found = ""
+    try:
+        check_lengths(mixture, renderer, config.data, world.rank, world.ranks)
+    except LengthError as error:
+        found = str(error)
+    for message in world.gather_objects(found):
+        if message:
+            raise LengthError(message)
 
 
 # -------------------------------------------------------------------------------------------------- shared parts

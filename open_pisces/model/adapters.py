@@ -1,0 +1,232 @@
+"""LoRA and other PEFT adapters on the LLM: saved beside the whole base, loaded again, merged.
+
+An adapter may be attached in any of PEFT's three ways: ``pisces.llm.add_adapter(config)``,
+``pisces.llm = get_peft_model(pisces.llm, config)`` or ``get_peft_model(pisces, config)``. In a model folder the base
+stays whole in ``llm/`` and the adapter is ``adapter/`` in PEFT's format: vLLM and PEFT can use both as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from open_pisces.errors import PiscesError
+
+_INSTALL = "pip install 'open-pisces[lora]'"
+_BY_PATH = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "target_parameters")
+"""Settings that name modules by their path: those of a whole Pisces do not hold for its LLM alone."""
+
+
+class AdapterError(PiscesError):
+    """An adapter that cannot be saved, loaded or merged; the message names it and the remedy."""
+
+
+def adapter_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a module that PEFT has wrapped, by name; empty without an adapter."""
+    if not any("peft." in type(part).__module__ for part in module.modules()):
+        return {}  # PEFT need not be installed
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
+    return {name: part for name, part in module.named_modules() if isinstance(part, kinds)}
+
+
+def base_llm(llm: Any) -> Any:
+    """The transformers model inside a ``PeftModel``, or the model itself."""
+    return llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+
+
+def adopt_adapter(pisces: Any) -> None:
+    """Give the LLM the configuration of an adapter that was attached to the whole model, in the LLM's own paths.
+
+    Raises:
+        AdapterError: if the configuration names modules in a way that holds for the whole model only.
+    """
+    configs = getattr(pisces, "peft_config", None)
+    llm = base_llm(pisces.llm)
+    layers = adapter_layers(llm)
+    if not configs or not layers or getattr(llm, "peft_config", None):
+        return
+    localized = copy.deepcopy(configs)
+    for name, config in localized.items():
+        by_path = [setting for setting in _BY_PATH if getattr(config, setting, None)]
+        if by_path:
+            raise AdapterError(f"adapter {name!r} on the whole model has {by_path[0]}: attach it to pisces.llm instead")
+        config.target_modules = set(layers)
+        config.exclude_modules = None
+    llm.peft_config = localized
+
+
+def check_adapters(parts: dict[str, nn.Module]) -> None:
+    """Refuse what could not be loaded again, before anything is written.
+
+    Args:
+        parts: the parts of a model that are to be written, by name.
+
+    Raises:
+        AdapterError: for an adapter outside the LLM, several adapters, one that is merged, or one that is no layer.
+    """
+    for name, part in parts.items():
+        layers = adapter_layers(part) if isinstance(part, nn.Module) else {}
+        if name != "llm" and layers:
+            raise AdapterError(
+                f"{name}: {next(iter(layers))} carries an adapter, only the LLM's can be saved: restrict "
+                "target_modules to the LLM, or merge_and_unload() first"
+            )
+        if name == "llm":
+            _check_llm(part)
+
+
+def _check_llm(llm: nn.Module) -> None:
+    base = base_llm(llm)
+    layers = adapter_layers(base)
+    if not layers and base is llm:
+        return
+    if not layers:
+        raise AdapterError(
+            f"llm: {type(llm).__name__} changes no layer (prompt tuning?): only adapters in layers are saved"
+        )
+    name, config = _only_config(base)
+    if getattr(config, "bias", "none") != "none":
+        raise AdapterError(f"llm: adapter {name!r} has bias = {config.bias!r}, which changes the base: set bias='none'")
+    merged = [key for key, layer in layers.items() if getattr(layer, "merged", False)]
+    if merged:
+        raise AdapterError(f"llm: {merged[0]} holds its adapter merged: unmerge_adapter() or merge_and_unload() first")
+
+
+def _only_config(base: Any) -> tuple[str, Any]:
+    configs = getattr(base, "peft_config", None) or {}
+    if len(configs) != 1:
+        names = ", ".join(configs) or "none that is known"
+        raise AdapterError(f"llm: one adapter can be saved, found {names}: delete or merge the others")
+    return next(iter(configs.items()))
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+
+
+def save_base(llm: nn.Module, path: Path) -> None:
+    """Write the base of an LLM with adapters, whole and under its own names, as transformers saves it.
+
+    Raises:
+        AdapterError: if the base's weights cannot be told from the adapter's, for example in a quantized base.
+    """
+    base = base_llm(llm)
+    _plain(base, {_base_name(name): value for name, value in base.state_dict().items()}).save_pretrained(path)
+
+
+def _plain(base: Any, weights: dict[str, Tensor]) -> Any:
+    """A model of the same class without PEFT's traces, which transformers would write into the files; same memory."""
+    with init_empty_weights(include_buffers=False):
+        plain = type(base)(copy.deepcopy(base.config))
+    expected = plain.state_dict()
+    for name, value in expected.items():
+        if name not in weights or weights[name].shape != value.shape:
+            raise AdapterError(f"llm: the base's {name} is not whole under the adapter: merge it, or save it with PEFT")
+    plain.load_state_dict({name: weights[name] for name in expected}, assign=True)
+    plain.tie_weights()
+    plain.generation_config = base.generation_config
+    return plain
+
+
+def _base_name(name: str) -> str:
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def save_adapter(llm: nn.Module, path: Path) -> None:
+    """Write an LLM's adapter in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    from peft import get_peft_model_state_dict
+
+    base = base_llm(llm)
+    name, config = _only_config(base)
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.base_model_name_or_path = None
+    if hasattr(config, "init_lora_weights"):  # loading fills them; PiSSA's start, for one, would change the base
+        config.init_lora_weights = True
+    path.mkdir(parents=True)
+    config.save_pretrained(str(path))
+    _sort_lists(path / "adapter_config.json")
+    weights = get_peft_model_state_dict(base, adapter_name=name)
+    named = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in weights.items()}
+    save_file(named, path / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _sort_lists(file: Path) -> None:
+    """PEFT writes sets in the order of their hashes; the same adapter shall be the same bytes."""
+    values = json.loads(file.read_text())
+    for name in ("target_modules", "modules_to_save"):
+        if isinstance(values.get(name), list):
+            values[name] = sorted(values[name])
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+
+
+def load_adapter(llm: Any, path: Path) -> None:
+    """Attach the adapter of a folder to an LLM, frozen.
+
+    Raises:
+        AdapterError: if PEFT is not installed, or the adapter does not fit.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise AdapterError(f"{path}: this model has an adapter, which needs PEFT: {_INSTALL}") from None
+    dtype = llm.dtype
+    try:
+        info = llm.load_adapter(str(path))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise AdapterError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    wrong = [*info.missing_keys, *info.mismatched_keys, *info.unexpected_keys]
+    if wrong:
+        raise AdapterError(f"{path}: does not fit llm/, for example {wrong[0]}")
+    for parameter in llm.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def merge_adapter(llm: nn.Module) -> Any:
+    """The LLM with its adapter merged into its weights, which are changed in place; the same LLM if it has none.
+
+    Raises:
+        AdapterError: for an adapter that cannot be merged.
+    """
+    base = base_llm(llm)
+    layers = adapter_layers(base)
+    if not layers:
+        return llm
+    for name, layer in _outermost(layers):
+        parent, _, leaf = name.rpartition(".")
+        if hasattr(layer, "modules_to_save"):
+            plain = layer.modules_to_save[layer.active_adapter]
+        else:
+            try:
+                if not layer.merged:
+                    layer.merge(safe_merge=True)
+            except (ValueError, NotImplementedError) as error:
+                raise AdapterError(f"llm: {name} cannot be merged: {error}") from None
+            plain = layer.get_base_layer()
+        setattr(base.get_submodule(parent), leaf, plain)
+    return _plain(base, base.state_dict())
+
+
+def _outermost(layers: dict[str, nn.Module]) -> Iterator[tuple[str, Any]]:
+    """Wrapped layers that lie in no other: a wrapper's own modules go with it."""
+    for name, layer in layers.items():
+        if not any(name.startswith(f"{other}.") for other in layers):
+            yield name, layer
+
+
+def adapter_summary(path: Path) -> str:
+    """Kind and rank of an adapter folder, in words."""
+    values = json.loads((path / "adapter_config.json").read_text())
+    return f"{values.get('peft_type', 'adapter')} of rank {values.get('r', '?')}"

@@ -1,0 +1,173 @@
+"""What must not grow with the batch, the picture or the number of ranks (audit of paths that never ran at scale)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from open_pisces.config import RunConfig, load_config
+from open_pisces.data import lengths
+from open_pisces.data.loader import LengthError
+from open_pisces.data.mixture import Mixture
+from open_pisces.data.prompts import Renderer
+from open_pisces.data.tokenizer import byte_tokenizer
+from open_pisces.model.bridge import TargetStatistics, TargetSums
+from open_pisces.train import objectives
+from open_pisces.train.distributed import World
+from open_pisces.train.objectives import build_training
+
+
+@pytest.fixture
+def decoder_run(starts: Path) -> RunConfig:
+    """Nano's decoder on a gen-CLIP whose targets have no statistics yet."""
+    start = f"model.start={starts / 'gen_clip' / 'model'}"
+    return load_config("nano/decoder", [start, "diffusion.statistics_samples=50", "train.batch_size=8"])
+
+
+class Ranks(World):
+    """One of several ranks, without a process group: sums and messages are its own."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
+        return [value]
+
+
+# ------------------------------------------------------------------------------------------- target statistics (S4)
+
+
+def test_target_statistics_read_few_pictures_at_a_time_and_no_decoder_targets(
+    decoder_run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    honest = objectives.DecoderOnVectors.__init__
+
+    def watched(self: Any, encoder: Any, *rest: Any) -> None:
+        encoder.register_forward_pre_hook(lambda _, given: encoded.append(len(given[0])))
+        honest(self, encoder, *rest)
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("a whole step was read for the statistics")
+
+    monkeypatch.setattr(objectives.DecoderOnVectors, "__init__", watched)
+    monkeypatch.setattr(objectives.PairLoader, "__call__", refuse)
+    statistics = build_training(decoder_run).parts["bridge"].statistics
+    assert encoded == [objectives.STATISTICS_CHUNK, 50 - objectives.STATISTICS_CHUNK]
+    assert statistics.taken == 50
+
+
+def test_ranks_share_the_pictures_of_target_statistics(decoder_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "STATISTICS_CHUNK", 8)
+    module = build_training(decoder_run).module
+    mixture = Mixture(decoder_run.data, decoder_run.seed)
+    cpu = torch.device("cpu")
+    whole = objectives._target_sums(decoder_run, module, mixture, World(cpu))  # type: ignore[arg-type]
+    shares = [
+        objectives._target_sums(decoder_run, module, mixture, Ranks(cpu, rank, 3))  # type: ignore[arg-type]
+        for rank in range(3)
+    ]
+    assert [int(share.pictures) for share in shares] == [18, 16, 16]
+    for together, alone in zip(shares[0] + shares[1] + shares[2], whole, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_from_sums_equal_those_of_all_pictures_at_once() -> None:
+    raw = torch.randn(40, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5 + 100
+    statistics = TargetStatistics(4, 3)
+    parts = [TargetSums.of(part) for part in raw.split(7)]
+    statistics.take(sum(parts[1:], parts[0]), True)
+    torch.testing.assert_close(statistics.mean_E.double(), raw.mean((0, 1)))
+    torch.testing.assert_close(statistics.std_E.double(), raw.std((0, 1)))
+
+
+def test_statistics_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 vectors, found 0"):
+        TargetStatistics(4, 3).take(TargetSums.of(torch.zeros(0, 4, 3)), True)
+
+
+# ------------------------------------------------------------------------------------------------ lengths (S5)
+
+
+@pytest.fixture
+def conversations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Mixture, Renderer, Any]]:
+    """A mixture whose every sample has to be tokenized, ten to a share, with an empty cache of its own."""
+    monkeypatch.setattr(lengths, "SHARED", 10)
+    monkeypatch.setattr(lengths, "data_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(lengths, "_most", lambda reader, renderer: np.full(len(reader), 10**6))
+    data = load_config("nano/stage1").data
+    yield Mixture(data, 0), Renderer(byte_tokenizer("tiny"), "tiny", 16, 4), data
+
+
+def test_ranks_share_the_tokenizing_and_its_cache_serves_any_number(
+    conversations: tuple[Mixture, Renderer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixture, renderer, data = conversations
+    read: list[int] = []
+    honest = lengths._words
+    monkeypatch.setattr(lengths, "_words", lambda reader, i: read.append(i) or honest(reader, i))  # type: ignore[func-returns-value]
+    for rank in range(3):
+        before = len(read)
+        lengths.check_lengths(mixture, renderer, data, rank, 3)
+        assert len(read) - before < 0.5 * len(mixture.readers[0])
+    assert sorted(read) == list(range(len(mixture.readers[0])))
+    lengths.check_lengths(mixture, renderer, data)
+    assert len(read) == len(mixture.readers[0])
+
+
+def test_a_sample_too_long_is_found_by_one_rank_and_refused_by_all(
+    conversations: tuple[Mixture, Renderer, Any],
+) -> None:
+    mixture, renderer, data = conversations
+    short = data.model_copy(update={"max_length": 40})
+    for rank in range(2):
+        with pytest.raises(LengthError, match="data.max_length is 40"):
+            lengths.check_lengths(mixture, renderer, short, rank, 2)
+
+    class Other(Ranks):
+        def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
+            return [value, "images: sample 'a' takes 99 tokens"]
+
+    config = load_config("nano/stage1")
+    with pytest.raises(LengthError, match="sample 'a' takes 99"):
+        objectives._check_lengths(mixture, renderer, replace_data(config, data), Other(torch.device("cpu"), 0, 2))
+
+
+def replace_data(config: RunConfig, data: Any) -> RunConfig:
+    return config.model_copy(update={"data": data})
+
+
+# -------------------------------------------------------------------------------------- pixels and workers (S6, S10)
+
+
+@pytest.mark.parametrize("name", ["gen_clip", "decoder", "stage3"])
+def test_a_step_carries_bytes_and_not_floats(starts: Path, name: str) -> None:
+    before = {"gen_clip": "understanding_clip", "decoder": "gen_clip", "stage3": "stage2"}[name]
+    training = build_training(load_config(f"nano/{name}", [f"model.start={starts / before / 'model'}"]))
+    batches = [*training.load(0).batches, training.load.blank()]
+    for batch in batches:
+        for field in ("pixels_BCHW", "targets_BCHW", "understanding_pixels_BCHW", "generation_pixels_BCHW"):
+            assert getattr(batch, field, torch.zeros(1, dtype=torch.uint8)).dtype == torch.uint8
+    floats = batches[0].to("cpu", torch.float64)
+    fields = [field for field in ("pixels_BCHW", "generation_pixels_BCHW") if hasattr(floats, field)]
+    assert all(getattr(floats, field).dtype == torch.float64 for field in fields)
+    assert training.losses(batches[0]).loss.isfinite()
+
+
+def test_floats_and_bytes_of_the_same_pictures_have_the_same_loss(starts: Path) -> None:
+    training = build_training(load_config("nano/gen_clip", [f"model.start={starts / 'understanding_clip' / 'model'}"]))
+    (batch,) = training.load(0).batches
+    as_floats = replace(batch, pixels_BCHW=batch.pixels_BCHW.float() / 255)
+    assert torch.equal(training.losses(batch).loss, training.losses(as_floats).loss)
+
+
+@pytest.mark.parametrize("name", ["gen_clip", "decoder", "stage1", "stage2", "stage3"])
+def test_the_papers_scale_reads_with_several_workers(name: str) -> None:
+    assert load_config(f"8b/{name}").data.workers >= 4
