@@ -25,19 +25,17 @@ OPTIONS = (
 
 def build_artwork(args: argparse.Namespace) -> Result:
     """Fetch and render the emoji artwork."""
-    from open_pisces.data.shards import data_path
     from open_pisces.data.sources.artwork import build
 
-    print(build(data_path(args.out)))
+    print(build(_out(args.out, "artwork")))
     return None
 
 
 def build_scenes(args: argparse.Namespace) -> Result:
     """Compose scenes with exact ground truth from the artwork."""
-    from open_pisces.data.shards import data_path
     from open_pisces.data.sources.scenes import build
 
-    print(build(data_path(args.out or f"scenes/{args.split}"), args.count, args.seed, args.split))
+    print(build(_out(args.out, f"scenes/{args.split}"), args.count, args.seed, args.split))
     return None
 
 
@@ -51,13 +49,15 @@ def look(args: argparse.Namespace) -> Result:
     return None
 
 
-def _out(path: str) -> Path:
-    """Where a dataset is written: a folder, never an address."""
+def _out(path: str | None, name: str = "") -> Path:
+    """Where a dataset is written: the path that was given, as it stands; without one, ``name`` in the data folder."""
+    if path is None:
+        from open_pisces.data.shards import data_path
+
+        return data_path(name)
     if "://" in path:
         raise OutputError(f"{path}: datasets are written to a folder; copy it to its address afterwards")
-    from open_pisces.data.shards import data_path
-
-    return data_path(path)
+    return Path(path)
 
 
 def import_(args: argparse.Namespace) -> Result:
@@ -127,13 +127,13 @@ def add_data(command: argparse.ArgumentParser) -> None:
     """``pisces data build | import | index | filter | stats | look | encode``."""
     commands = command.add_subparsers(required=True, metavar="COMMAND")
     builds = add_command(commands, "build", None, "build a dataset").add_subparsers(required=True, metavar="DATASET")
-    where = "folder; a relative one lies under $PISCES_DATA (default: ./data)"
+    where = "the folder to write, as it stands; by default {} under $PISCES_DATA, which is ./data"
 
     build = add_command(builds, "artwork", build_artwork, "emoji artwork of six free styles, from npm packages")
-    build.add_argument("--out", default="artwork", help=where)
+    build.add_argument("--out", metavar="DIR", help=where.format("artwork"))
 
     build = add_command(builds, "scenes", build_scenes, "scenes composed from the artwork, with exact ground truth")
-    build.add_argument("--out", help=f"{where}; by default scenes/SPLIT")
+    build.add_argument("--out", metavar="DIR", help=where.format("scenes/SPLIT"))
     build.add_argument("--split", choices=("train", "pairs", "style"), default="train", help="pairs, style: held out")
     build.add_argument("--count", type=at_least(1), default=40_000, help="scenes (default: 40000)")
     build.add_argument("--seed", type=at_least(0), default=0)
@@ -161,7 +161,7 @@ def _add_import(commands: Any) -> None:
     take = add_command(commands, "import", import_, "write a dataset of others as shards of ours")
     take.add_argument("format", metavar="FORMAT", help=", ".join(FORMATS))
     take.add_argument("source", metavar="SOURCE", help="a path, an address such as s3://bucket/set, or a hub name")
-    take.add_argument("out", metavar="OUT", help="dataset folder; a relative one lies under $PISCES_DATA")
+    take.add_argument("out", metavar="OUT", help="the folder to write, as it stands")
     take.add_argument("--caption-field", help="where the short text is (default: the first usual name)")
     take.add_argument("--detailed-field", help="where the long text is")
     take.add_argument("--image-field", help="where the picture, or its name, is")
@@ -186,7 +186,7 @@ def _add_curation(commands: Any) -> None:
     """``pisces data filter`` and ``pisces data stats``."""
     sieve = add_command(commands, "filter", filter_, "write the samples that pass rules, and count what each drops")
     sieve.add_argument("source", metavar="SOURCE", help="a dataset folder, or its name under $PISCES_DATA")
-    sieve.add_argument("out", metavar="OUT")
+    sieve.add_argument("out", metavar="OUT", help="the folder to write, as it stands")
     rules = (
         "size=64, aspect=3, caption_length=3:200, repetition=0.3, language=en, duplicate=4, missing_image, licence=MIT"
     )

@@ -257,6 +257,9 @@ class TrainConfig(Settings):
     """Activations computed again instead of kept: all of a block's, or all but those of matrix products."""
     freeze: list[str] = ["understanding_encoder", "generation_encoder", "decoder"]
     """Parts of the model that do not learn; the LLM and the MLPs learn in all stages (paper: training stages)."""
+    reorder: bool = False
+    """Let a run go on although its seed, batch size, sources, lanes, window or data changed, and with them the order of
+    its samples: some are then seen twice and some never."""
     save_every: int = Field(default=500, ge=1)
     probe_every: int = Field(default=500, ge=1)
     """Steps between sample grids and answers in the run folder."""

@@ -90,7 +90,7 @@ def encoder_keys(
     """The cache's key of each encoder for one dataset."""
     keys: dict[Kind, dict[str, Any]] = {}
     for kind, encoder in encoders.items():
-        preprocessing: dict[str, Any] = {"size": encoder.image_size, "resample": "bicubic"}
+        preprocessing: dict[str, Any] = {"size": encoder.image_size, "resample": "bicubic", "colors": "srgb"}
         preprocessing |= {"architecture": encoder.architecture()}
         if kind == "understanding":
             preprocessing |= {"shape": "stretched to a square"}

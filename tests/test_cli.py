@@ -310,9 +310,17 @@ def test_a_model_folder_with_a_changed_or_cut_part_is_refused_by_name(
     weights = Path("model/bridge/model.safetensors")
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert "bridge" in refusal(["generate", "a cat", "--model", "model"], capsys)
+    assert "bridge" in refusal(["info", "model", "--verify"], capsys)
     weights.write_bytes(content[: len(content) // 2])
     assert "bridge" in refusal(["generate", "a cat", "--model", "model"], capsys)
+
+
+def test_info_compares_checksums_when_asked(
+    nano_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(nano_folder), "--verify", "--json"]) == 0
+    assert "files equal the checksums" in json_of(capsys)["verified"]
+    assert "--verify compares the files of a model folder" in refusal(["info", "8b/stage1", "--verify"], capsys)
 
 
 def test_a_part_of_another_model_is_refused(nano_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -383,13 +391,13 @@ def test_a_folder_of_pictures_becomes_a_dataset_that_is_counted_and_filtered(
         "file,caption\n" + "".join(f"{number}.png,caption {'word ' * number}\n" for number in range(6))
     )
     assert main(["data", "import", "folder", "photos", "mine", "--licence", "MIT", "--json"]) == 0
-    assert json_of(capsys)["written"] == 6 and (work / "data" / "mine" / "index.json").is_file()
+    assert json_of(capsys)["written"] == 6 and (work / "mine" / "index.json").is_file()
     assert main(["data", "stats", "mine", "--png", "stats.png", "--json"]) == 0
     assert json_of(capsys)["samples"] == 6 and Image.open("stats.png").width > 400
     assert main(["data", "stats", "mine"]) == 0 and "6" in capsys.readouterr().out
     assert main(["data", "filter", "mine", "fewer", "--rule", "caption_length=3:99", "--json"]) == 0
     assert json_of(capsys)["kept"] == 4
-    shutil.rmtree(work / "data" / "fewer" / "index")
+    shutil.rmtree(work / "fewer" / "index")
     assert main(["data", "index", "fewer"]) == 0 and "samples: 4" in capsys.readouterr().out
     assert main(["data", "look", "fewer"]) == 0 and Path("look.png").is_file()
 
@@ -413,6 +421,32 @@ def test_data_commands_refuse_what_they_cannot_use(
 ) -> None:
     monkeypatch.setenv("PISCES_DATA", str(work))
     assert says in refusal(line.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "lies"), [([], "data/scenes/pairs"), (["--out", "data/x"], "data/x"), (["--out", "x"], "x")]
+)
+def test_a_built_dataset_lies_where_its_out_says(
+    work: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], lies: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from open_pisces.data.sources import scenes
+
+    monkeypatch.delenv("PISCES_DATA", raising=False)
+    monkeypatch.setattr(scenes, "build", lambda out, *rest: Path(out).absolute())
+    assert main(["data", "build", "scenes", "--split", "pairs", *given]) == 0
+    assert capsys.readouterr().out == f"{work / lies}\n"
+
+
+def test_a_benchmark_tells_how_long_it_will_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from open_pisces.bench import pairs
+
+    monkeypatch.setattr(pairs, "TELL_EVERY", 0.0)
+    pairs.compare("nothing", lambda: None, lambda: None, 3)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "pisces bench: nothing: 3 pairs, about 0 min 00 s left; --pairs N takes fewer"
+    assert told[-1] == "pisces bench: nothing: 2 of 3 pairs, about 0 min 00 s left" and len(told) == 4
 
 
 def test_a_benchmark_prints_its_ratio(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import ShardError, ShardReader
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.build import build_pisces
-from open_pisces.model.pisces import Pisces, block_mask
+from open_pisces.model.pisces import Pisces, block_mask, with_blank_pictures
 
 TASKS: Any = {"generate_short": 1.0, "generate_detailed": 1.0, "question": 1.0, "caption_short": 1.0}
 RENDERER = Renderer(byte_tokenizer("tiny"), "tiny", 16, 4)
@@ -172,7 +172,7 @@ def test_a_blank_micro_batch_weighs_nothing_and_reaches_every_weight() -> None:
     model, config = pisces(), load_config("nano/stage1").model
     for settings_ in ({}, {"row_length": 512}):
         blank = nano_loader(data(**settings_), config).blank()
-        losses, grads = gradients(model, [replace(blank, total_text=9, total_vectors=9)])
+        losses, grads = gradients(model, [with_blank_pictures(replace(blank, total_text=9, total_vectors=9))])
         assert set(losses) >= {"text", "vectors"} and not any(losses.values())
         learning = {n for n, _ in model.named_parameters() if n.startswith(("llm.", "bridge."))}
         assert learning <= set(grads) and all((g == 0).all() for g in grads.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,9 @@ import numpy as np
 import torch
 
 from open_pisces.data.draws import stream
+
+TELL_EVERY = 10.0
+"""Seconds between two lines on standard error: a slow machine shall show a sign of life."""
 
 
 def compare(
@@ -30,11 +34,17 @@ def compare(
         ``name``; ``ratio``, the median of ``other``'s time over ``ours``, so more is faster; ``low`` and ``high``, its
         95 % bootstrap interval; ``n``; ``figures`` with the median seconds of both.
     """
+    begun = time.perf_counter()
     for _ in range(warm):
         ours()
         other()
+    _tell(f"{name}: {pairs} pairs, {_left(time.perf_counter() - begun, warm, pairs)}; --pairs N takes fewer")
+    begun = told = time.perf_counter()
     seconds = np.zeros((pairs, 2))
     for pair in range(pairs):
+        if time.perf_counter() - told > TELL_EVERY:
+            told = time.perf_counter()
+            _tell(f"{name}: {pair} of {pairs} pairs, {_left(told - begun, pair, pairs - pair)}")
         for way in ((0, 1), (1, 0))[pair % 2]:
             start = time.perf_counter()
             (ours, other)[way]()
@@ -44,6 +54,18 @@ def compare(
     medians = {"seconds_ours": float(np.median(seconds[:, 0])), "seconds_other": float(np.median(seconds[:, 1]))}
     found = {"name": name, "ratio": float(np.median(ratios)), "low": low, "high": high, "n": pairs}
     return {**found, "figures": {**medians, "threads": torch.get_num_threads()}}
+
+
+def _left(seconds: float, done: int, remaining: int) -> str:
+    """The time that the remaining pairs will take, in words."""
+    if not done:
+        return "time unknown"
+    minutes, rest = divmod(round(seconds / done * remaining), 60)
+    return f"about {minutes} min {rest:02d} s left"
+
+
+def _tell(text: str) -> None:
+    print(f"pisces bench: {text}", file=sys.stderr, flush=True)
 
 
 def interval(ratios: np.ndarray, rounds: int = 2000) -> tuple[float, float]:

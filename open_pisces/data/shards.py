@@ -58,8 +58,8 @@ def data_path(path: str) -> Path:
     """Where a dataset of a recipe lies.
 
     Absolute paths stay; ``fixture`` and what lies under it (``fixture/train``, ``fixture/pairs``) is the small dataset
-    inside the package, which ``pisces data build scenes --out fixture/train --count 160 --seed 7`` (and ``pairs``, 40)
-    wrote; all else lies under the folder named by ``PISCES_DATA``, by default ``./data``.
+    inside the package (``pisces data build scenes --out open_pisces/data/fixture/train --count 160 --seed 7``, and
+    ``pairs``, 40); all else lies under the folder named by ``PISCES_DATA``, by default ``./data``.
     """
     first, *rest = Path(path).parts or ("",)
     if first == "fixture":

@@ -12,7 +12,7 @@ from torch import nn
 from open_pisces.config import ModelConfig
 from open_pisces.model.adapters import adapter_summary
 from open_pisces.model.build import PARTS, build_part
-from open_pisces.model.weights import read_card, without_sources
+from open_pisces.model.weights import ModelFolderError, read_card, without_sources
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
@@ -54,7 +54,10 @@ def _count_file(path: Path) -> int:
     """Numbers in a safetensors file but for target statistics, which nothing learns; the header is its first bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ModelFolderError(f"{path}: damaged ({error}): fetch it again") from None
     total = 0
     for name, entry in header.items():
         if name != "__metadata__" and not name.startswith("statistics."):

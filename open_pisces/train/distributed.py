@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -159,14 +160,15 @@ def join_world(config: RunConfig) -> Iterator[World]:
     Raises:
         ConfigError: for a number of processes that the recipe cannot be spread over.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    ranks = _environment("WORLD_SIZE", 1)
+    if ranks == 1:
         yield World(pick_device(config.device))
         return
+    _check_ranks(config, ranks)
     device = _own_device(config.device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(seconds=config.train.timeout)
-    meeting, rank, ranks = _meet()
-    _check_ranks(config, ranks)
+    meeting, rank = _meet(ranks, config.train.timeout)
     # The place may outlive those who met there: torchrun keeps it when it starts them again.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"attempt {attempt}, training {next(_trainings)}", meeting)
@@ -185,9 +187,43 @@ _trainings = itertools.count()
 
 
 @cache
-def _meet() -> tuple[Any, int, int]:
-    """The place where all processes leave messages for each other, this one's rank, and how many there are."""
-    return next(dist.rendezvous("env://"))
+def _meet(ranks: int, timeout: float) -> tuple[Any, int]:
+    """The rendezvous store of all ranks, and this one's rank; says whom it waits for.
+
+    Raises:
+        WorldError: if the others do not come in time, or torchrun's variables are incomplete.
+    """
+    rank = _environment("RANK", None)
+    host, port = os.environ.get("MASTER_ADDR", ""), _environment("MASTER_PORT", None)
+    others = f"{ranks - 1} other rank{'s' if ranks > 2 else ''} at {host}:{port}"
+    remedy = f"start them (torchrun, or pisces train --nproc), or unset {' '.join(VARIABLES)} to train in one process"
+    if not host:
+        raise WorldError(f"WORLD_SIZE={ranks}, but MASTER_ADDR is not set: {remedy}")
+    print(f"pisces: rank {rank} waits for {others} (WORLD_SIZE={ranks})", file=sys.stderr, flush=True)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        return store, rank
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).splitlines()[0]
+        raise WorldError(
+            f"rank {rank} waited {timeout:g} s (train.timeout) for {others} in vain: {remedy} ({cause})"
+        ) from error
+
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets for each process."""
+
+
+def _environment(name: str, default: int | None) -> int:
+    """A whole number that torchrun sets.
+
+    Raises:
+        WorldError: if it is none.
+    """
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise WorldError(f"{name}={text!r} is no whole number: unset {' '.join(VARIABLES)} to train in one process")
+    return int(text)
 
 
 def _own_device(name: str) -> torch.device:

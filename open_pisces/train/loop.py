@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_pisces.config import RunConfig
+from open_pisces.config import ConfigError, RunConfig
 from open_pisces.data.loader import SkipTally
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import open_dataset
@@ -26,6 +27,7 @@ from open_pisces.train.log import Log, describe_run
 from open_pisces.train.objectives import Training, build_training
 from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at
 from open_pisces.train.probes import Probe, probe
+from open_pisces.train.resume import changed_settings, check_order, order_of
 from open_pisces.train.signals import Stop, stop_signals
 
 LOSSES = ("text", "vectors", "diffusion", "contrastive", "mae")
@@ -49,6 +51,8 @@ class Progress:
     """The last losses, to tell a spike by."""
     read: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    order: dict[str, Any] = field(default_factory=dict)
+    """What the order of the samples is a function of (`resume.order_of`)."""
 
 
 @dataclass
@@ -123,14 +127,37 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     state = config.folder / "state"
     found = load_latest(state, state_of(module, optimizer, average), world)
     progress = Progress(**found) if found else Progress()
+    order = order_of(config, training.load.mixture)
+    changed = _changes(config, progress.order, order, world) if found else []
+    progress.order = order
     if world.is_first:
         describe_run(config.folder, config)
     log = Log(config, costs, world, progress.step, progress.seconds)
     if found:
-        log.event(progress.step, "resumed", processes=world.ranks)
+        log.event(progress.step, "resumed", processes=world.ranks, changed=changed)
     checkpoints = Checkpoints(state, world, settings.keep, settings.save_async)
     licences = [entry for source in config.data.sources for entry in open_dataset(source.path).licences]
     return Run(config, world, training, optimizer, average, checkpoints, log, twins, progress, probes, licences)
+
+
+def _changes(config: RunConfig, before: dict[str, Any], now: dict[str, Any], world: World) -> list[str]:
+    """What differs from the run that is continued, said once; an order that changed needs consent.
+
+    Raises:
+        ConfigError: on all ranks, if there is none.
+    """
+    problem, changed = "", list[str]()
+    if world.is_first:  # only its view counts: ranks on other machines may see the folder a little later
+        try:
+            changed = list(dict.fromkeys([*check_order(config, before, now), *changed_settings(config)]))
+        except ConfigError as error:
+            problem = str(error)
+    problem = world.gather_objects(problem)[0]
+    if problem:
+        raise ConfigError(problem)
+    if changed:
+        print(f"pisces: {config.folder} goes on with other settings: {'; '.join(changed)}", file=sys.stderr)
+    return changed
 
 
 def work(run: Run, stop: Stop) -> bool:

@@ -312,6 +312,6 @@ def _texts(config: RunConfig, most: int = 20_000) -> Iterator[str]:
                 words = reader.words(index)
             except DamagedSample:
                 continue  # met again, and counted, when it is drawn
-            yield from (words.short, words.detailed)
+            yield from (*words.short_captions, words.detailed)
             for asked in words.questions:
                 yield from (asked.question, asked.answer)
