@@ -342,7 +342,8 @@ class ShardReader:
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
-            os.close(file)
+            if os is not None:  # the interpreter may have let go of it at its end
+                os.close(file)
 
 
 def _string(value: Any) -> str:
