@@ -66,6 +66,7 @@ def test_the_environment_is_where_the_readme_says() -> None:
     assert "VENV := .venv\n" in (ROOT / "Makefile").read_text()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("packaged_model")
 def test_the_commands_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
