@@ -255,7 +255,7 @@ class Layout:
             optimizer=2 * float_ * learning / shards,
             averages=float_ * learning / shards if settings.ema else 0,
             gathered=self._gathered() if self.gpus > 1 else 0,
-            pictures=4 * self.samples * sum(self._pixels()),
+            pictures=self.samples * sum(self._pixels()),  # bytes: floats are made a micro-batch at a time
             activations=self.needs.kept,
             working=self.needs.on_top,
         )
