@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from open_pisces.batch import PairBatch
 from open_pisces.config import ContrastiveConfig, GenerationEncoderConfig, load_config
-from open_pisces.model.build import build_part
 from open_pisces.model.encoders import GenerationEncoder
 from open_pisces.model.gen_clip import GenCLIP, contrast
+from open_pisces.model.parts import build_part
 from open_pisces.train.contrast import pulled, pulls
 from open_pisces.train.distributed import World
 from open_pisces.train.objectives import build_training

@@ -13,7 +13,7 @@ import torch
 
 from open_pisces.cli import build_parser, main
 from open_pisces.config import RECIPES, ConfigError, RunConfig, load_config
-from open_pisces.model.build import build_part
+from open_pisces.model.parts import build_part
 from open_pisces.train import plan as planning
 from open_pisces.train.distributed import recompute
 from open_pisces.train.layout import GIB, RESERVE, Layout, PlanError, group_sizes, mean_sample

@@ -20,7 +20,7 @@ from open_pisces.bench.pairs import compare
 from open_pisces.config import RunConfig, load_config
 from open_pisces.data.prefetch import prefetch
 from open_pisces.factory.encode import encode
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 from open_pisces.train.distributed import World
 from open_pisces.train.loop import start, train_step
 from open_pisces.train.objectives import Training

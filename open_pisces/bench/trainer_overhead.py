@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 from open_pisces.batch import StepBatches
 from open_pisces.bench.pairs import compare
 from open_pisces.config import load_config
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 from open_pisces.train.distributed import World
 from open_pisces.train.loop import Run, start, work
 from open_pisces.train.optim import build_optimizer, lr_at

@@ -19,7 +19,7 @@ from open_pisces.data.loader import SkipTally
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import open_dataset
 from open_pisces.errors import PiscesError
-from open_pisces.model.weights import write_folder
+from open_pisces.model.folder import write_folder
 from open_pisces.train.checkpoint import Checkpoints, load_latest, own_folder, read_progress, state_of
 from open_pisces.train.distributed import World, compile_parts, full, join_world, recompute, reduce_gradients, shard
 from open_pisces.train.flops import count, meta_twin

@@ -28,9 +28,8 @@ from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, train_tok
 from open_pisces.frozen import get_part, in_start, open_features
 from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
-from open_pisces.model.build import assemble
 from open_pisces.model.gen_clip import Embedded, GenCLIP
-from open_pisces.model.pisces import with_blank_pictures
+from open_pisces.model.pisces import Pisces, with_blank_pictures
 from open_pisces.train.contrast import Pull, pulled, pulls
 from open_pisces.train.distributed import World
 
@@ -224,7 +223,7 @@ def _pisces(config: RunConfig, world: World) -> Training:
             "first with `pisces export MODEL OUT`"
         )
     decoder = get_part("decoder", config.model) if in_start(config.model, "decoder") else None
-    pisces = assemble(config.model, {**parts, "decoder": decoder}, config.loss)
+    pisces = Pisces(config.model, **parts, decoder=decoder, weights=config.loss)
     for name in config.train.freeze:
         if getattr(pisces, name, None) is not None:
             getattr(pisces, name).requires_grad_(False)

@@ -28,9 +28,10 @@ from open_pisces.batch import PairBatch, SequenceBatch, wide
 from open_pisces.config import RunConfig
 from open_pisces.data.tokenizer import special_tokens
 from open_pisces.frozen import in_start
-from open_pisces.model.build import PARTS, assemble, build_part, llm_config
+from open_pisces.model.folder import without_sources
 from open_pisces.model.gen_clip import GenCLIP, contrast
-from open_pisces.model.weights import without_sources
+from open_pisces.model.parts import PARTS, build_part, llm_config
+from open_pisces.model.pisces import Pisces
 from open_pisces.train.contrast import Pull, pulled
 from open_pisces.train.distributed import recompute
 from open_pisces.train.flops import twin
@@ -52,11 +53,11 @@ def skeleton(config: RunConfig) -> nn.Module:
         if config.objective == "decoder":
             encoder, bridge, decoder = (build_part(n, model) for n in ("generation_encoder", "bridge", "decoder"))
             encoder.requires_grad_(False)
-            return DecoderOnVectors(encoder, decoder, bridge.statistics, model.generation.pool)  # type: ignore[arg-type]
+            return DecoderOnVectors(encoder, decoder, bridge.statistics, model.generation.pool)
         painted = start is not None and (in_start(config.model, "decoder") or not Path(start).is_dir())
         parts = {name: build_part(name, model, vocabulary(config)) for name in PARTS if painted or name != "decoder"}
         # Fused kernels keep less than our chunks, but run on CUDA only.
-        pisces = assemble(model, {"decoder": None, **parts}, config.loss.model_copy(update={"kernel": "chunked"}))
+        pisces = Pisces(model, **parts, weights=config.loss.model_copy(update={"kernel": "chunked"}))
     for name in config.train.freeze:
         if getattr(pisces, name, None) is not None:
             getattr(pisces, name).requires_grad_(False)
