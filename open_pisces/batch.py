@@ -129,6 +129,9 @@ class SequenceBatch(_Movable):
     """int64, packed rows only: which sample of its row a place belongs to, 0 where there is none."""
     positions_BS: Tensor | None = None
     """int64, packed rows only: place inside the sample."""
+    draws: tuple[tuple[int, str], ...] = ()
+    """(epoch, name) of each generated picture, in the order of their places: what every random choice about it is
+    derived from. Empty at inference."""
 
 
 @dataclass(frozen=True)

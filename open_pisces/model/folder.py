@@ -103,15 +103,15 @@ def check_widths(folder: Path, parts: dict[str, Any]) -> None:
     """Refuse parts that cannot be joined, naming both."""
     bridge, llm_width = parts["bridge"], parts["llm"].config.hidden_size
     wants = {
-        "llm": (llm_width, bridge.head.first.in_features),
+        "llm": (llm_width, bridge.head.llm_width),
         "understanding_encoder": (
             parts["understanding_encoder"].width,
             bridge.understanding_projector.first.in_features,
         ),
-        "generation_encoder": (parts["generation_encoder"].width, bridge.head.second.out_features),
+        "generation_encoder": (parts["generation_encoder"].width, bridge.head.width),
     }
     if parts.get("decoder") is not None:
-        wants["decoder"] = (parts["decoder"].unet.config.cross_attention_dim, bridge.head.second.out_features)
+        wants["decoder"] = (parts["decoder"].unet.config.cross_attention_dim, bridge.head.width)
     for name, (has, expected) in wants.items():
         if has != expected:
             raise ModelFolderError(

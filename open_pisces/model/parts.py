@@ -215,9 +215,10 @@ def _load_generation(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.
 
 def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     weights = load_file(path / "model.safetensors")
-    widths = weights["understanding_projector.first.weight"].shape[1], weights["head.first.weight"].shape[1]
+    understanding_width = weights["understanding_projector.first.weight"].shape[1]
+    llm_width = weights["generation_projector.second.weight"].shape[0]
     with init_empty_weights(include_buffers=False):
-        bridge = Bridge(config, *widths)
+        bridge = Bridge(config, understanding_width, llm_width)
     _assign(bridge, weights, dtype)
     return bridge
 

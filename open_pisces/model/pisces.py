@@ -129,10 +129,14 @@ class Pisces(FloatBuffers):
 
     # ------------------------------------------------------------------------------------------ the objective
 
-    def forward(self, batch: SequenceBatch) -> Losses:
-        """Cross-entropy on text plus squared error on vectors (paper: objective).
+    def forward(self, batch: SequenceBatch, draws_KR: Tensor | None = None) -> Losses:
+        """Cross-entropy on text plus the head's error on vectors, the paper's squared error (paper: objective).
 
         Logits exist only where a token is supervised: at 128k words a full set would cost more than the LLM.
+
+        Args:
+            batch: sequences with their pictures.
+            draws_KR: ``(vectors, head.loss_draws)`` standard normal numbers, for a head whose loss is random.
         """
         inputs_BSD, targets_BME = self.embed(batch)
         for _ in range(self.weights.own_passes):
@@ -142,9 +146,9 @@ class Pisces(FloatBuffers):
         summed = head_cross_entropy(head, hidden_KD[batch.text_at_K], batch.labels_K, kernel)
         text = summed / max(batch.total_text, 1)
         # One left of each vector's place sits what predicts it: [IMG], or the vector before.
-        predicted_KE = self.bridge.head(hidden_KD[batch.generation_at_K - 1])
         targets_KE, drawn = targets_BME.flatten(0, 1), max(batch.total_vectors, 1)
-        vectors = (wide(predicted_KE) - targets_KE).pow(2).mean(-1).sum() / drawn
+        error_K, predicted_KE = self.bridge.head.loss(hidden_KD[batch.generation_at_K - 1], targets_KE, draws_KR)
+        vectors = error_K.sum() / drawn
         loss = self.weights.text * text + self.weights.vectors * vectors
         # Squared error shrinks what it cannot know: the two norms drift apart before pictures turn grey.
         norms = {"norm_predicted": predicted_KE, "norm_target": targets_KE}
@@ -160,7 +164,7 @@ class Pisces(FloatBuffers):
         """
         with torch.no_grad():
             hidden_KD = self.hidden(inputs_BSD, **self.packing(batch)).flatten(0, 1)
-            own_KE = self.bridge.head(hidden_KD[batch.generation_at_K - 1])
+            own_KE = self.bridge.head.sample(hidden_KD[batch.generation_at_K - 1])
         fed_KD = self.bridge.generation_projector(own_KE)
         return _place(inputs_BSD.flatten(0, 1), batch.generation_at_K, fed_KD[None]).view_as(inputs_BSD)
 
@@ -187,9 +191,12 @@ class Pisces(FloatBuffers):
 
     # ------------------------------------------------------------------------------------------ vectors out
 
-    def next_vector(self, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """From the hidden state at ``[IMG]`` or at vector k: vector k + 1 ``(B, E)`` and its embedding ``(B, D)``."""
-        vector_BE = self.bridge.head(hidden_BD)
+    def next_vector(self, hidden_BD: Tensor, draws_BR: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From the hidden state at ``[IMG]`` or at vector k: vector k + 1 ``(B, E)`` and its embedding ``(B, D)``.
+
+        ``draws_BR`` are the standard normal numbers that a head takes to sample (`VectorHead.sample_draws`).
+        """
+        vector_BE = self.bridge.head.sample(hidden_BD, draws_BR)
         return vector_BE, self.bridge.generation_projector(vector_BE)
 
 

@@ -233,7 +233,7 @@ def _pisces(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
     yield _once("bridge", "seen_vectors", lambda: projector(features))
     for _ in range(1 + own):
         yield _once("bridge", "drawn_vectors", lambda: feeder(_meta(1, feeder.first.in_features)))
-    yield _once("bridge", "drawn_vectors", lambda: bridge.head(_meta(1, width, grad=reached)), again=own)
+    yield _once("bridge", "drawn_vectors", lambda: bridge.head.sample(_meta(1, width, grad=reached)), again=own)
     picture = _meta(1, 3, seen.image_size, seen.image_size)
     yield _once("understanding_encoder", "seen_pictures", lambda: seen(picture))
     yield _generation(module)

@@ -247,7 +247,8 @@ def _pisces(config: RunConfig, world: World) -> Training:
     )
 
     def losses(batch: SequenceBatch) -> Losses:
-        return pisces(batch if world.ranks == 1 else with_blank_pictures(batch))
+        draws_KR = _head_draws(config, batch, pisces.bridge.head.loss_draws, M)
+        return pisces(batch if world.ranks == 1 else with_blank_pictures(batch), draws_KR)
 
     def idle(batch: SequenceBatch) -> list[nn.Module]:
         found = []
@@ -260,6 +261,15 @@ def _pisces(config: RunConfig, world: World) -> Training:
     # What learns is written; what is frozen only where the folder this training starts from does not hold it.
     trained = {n: p for n, p in parts.items() if n not in config.train.freeze or not in_start(config.model, n)}
     return Training(pisces, loader, losses, trained, tokenizer, pisces.llm.base_model, idle=idle)
+
+
+def _head_draws(config: RunConfig, batch: SequenceBatch, numbers: int, vectors: int) -> Tensor | None:
+    """What a head's loss takes of chance, ``(K, numbers)`` standard normal; each picture's from its own stream."""
+    if not numbers:
+        return None
+    drawn = [_draw(config, draw, "head").standard_normal((vectors, numbers), np.float32) for draw in batch.draws]
+    shape = len(drawn) * vectors, numbers
+    return torch.from_numpy(np.array(drawn, np.float32).reshape(shape)).to(batch.ids_BS.device)
 
 
 def _check_lengths(mixture: Mixture, renderer: Renderer, config: RunConfig, world: World) -> None:
