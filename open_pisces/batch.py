@@ -134,6 +134,16 @@ class SequenceBatch(_Movable):
     derived from. Empty at inference."""
 
 
+class EmbeddingGradients(NamedTuple):
+    """The gradient of the global contrastive loss at a micro-batch's embeddings, with its share of what is logged."""
+
+    images_BE: Tensor
+    texts_BE: Tensor
+    scale: Tensor
+    """Of the temperature, ``(1,)``."""
+    parts: dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class PairBatch(_Movable):
     """Pictures with captions, for gen-CLIP and the decoder."""
@@ -156,6 +166,8 @@ class PairBatch(_Movable):
     """A stand-in for a process that has no picture: it weighs nothing."""
     features_BME: Tensor | None = None
     """Pooled features of gen-CLIP from the feature cache, instead of encoding ``pixels_BCHW``."""
+    gradients: EmbeddingGradients | None = None
+    """Of several micro-batches of a contrastive step, compared before the first one's backward pass."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from open_pisces.factory import encode as encoding
 from open_pisces.factory.encode import encode
 from open_pisces.frozen import encoder_keys, load_encoders, open_features
 from open_pisces.train.loop import train
-from open_pisces.train.objectives import build_training, get_tokenizer
+from open_pisces.train.objectives import build_training
+from open_pisces.train.objectives.base import get_tokenizer
 
 
 @pytest.fixture(scope="module")

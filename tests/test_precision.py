@@ -26,7 +26,7 @@ from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.gen_clip import contrast
 from open_pisces.model.pisces import Pisces
 from open_pisces.train.distributed import World, shard
-from open_pisces.train.objectives import DecoderOnVectors
+from open_pisces.train.objectives.decoder import DecoderOnVectors
 
 DRAWN = 4000
 """Times enough to meet nearly all 1,000 steps."""
