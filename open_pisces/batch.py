@@ -129,6 +129,19 @@ class SequenceBatch(_Movable):
     """int64, packed rows only: which sample of its row a place belongs to, 0 where there is none."""
     positions_BS: Tensor | None = None
     """int64, packed rows only: place inside the sample."""
+    draws: tuple[tuple[int, str], ...] = ()
+    """(epoch, name) of each generated picture, in the order of their places: what every random choice about it is
+    derived from. Empty at inference."""
+
+
+class EmbeddingGradients(NamedTuple):
+    """The gradient of the global contrastive loss at a micro-batch's embeddings, with its share of what is logged."""
+
+    images_BE: Tensor
+    texts_BE: Tensor
+    scale: Tensor
+    """Of the temperature, ``(1,)``."""
+    parts: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,8 @@ class PairBatch(_Movable):
     """A stand-in for a process that has no picture: it weighs nothing."""
     features_BME: Tensor | None = None
     """Pooled features of gen-CLIP from the feature cache, instead of encoding ``pixels_BCHW``."""
+    gradients: EmbeddingGradients | None = None
+    """Of several micro-batches of a contrastive step, compared before the first one's backward pass."""
 
 
 @dataclass(frozen=True)

@@ -155,15 +155,15 @@ def reconstruct(args: argparse.Namespace) -> Result:
 def info(args: argparse.Namespace) -> Result:
     """Say what a model folder or a recipe's model consists of."""
     from open_pisces.config import ConfigError, load_config
-    from open_pisces.model import summary, weights
+    from open_pisces.model import folder, summary
 
     quiet()
-    what = args.what or str(weights.WEIGHTS)
+    what = args.what or str(folder.WEIGHTS)
     if args.what is None or Path(what).is_dir():
         described = summary.describe_folder(what)
         if args.verify:
-            described["verified"] = f"{weights.verify(what)} files equal the checksums recorded in config.json"
-        if set(weights.PARTS) <= set(described["parts"]):
+            described["verified"] = f"{folder.verify(what)} files equal the checksums recorded in config.json"
+        if set(folder.PARTS) <= set(described["parts"]):
             described["null_distance"] = _generator(argparse.Namespace(model=what, device="auto")).null_distance()
     else:
         if args.verify:
@@ -180,7 +180,7 @@ def export(args: argparse.Namespace) -> Result:
     """Write a model folder anew in another dtype, for shipping."""
     import torch
 
-    from open_pisces.model.weights import convert
+    from open_pisces.model.folder import convert
 
     quiet()
     convert(args.model, args.out, {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype])
@@ -216,7 +216,7 @@ def demo(args: argparse.Namespace) -> Result:
 def _generator(args: argparse.Namespace) -> Generator:
     """The model that the command names, by default the one in the package."""
     from open_pisces.generate import Generator
-    from open_pisces.model.weights import WEIGHTS
+    from open_pisces.model.folder import WEIGHTS
 
     quiet()
     return Generator.from_pretrained(args.model or WEIGHTS, device=args.device)

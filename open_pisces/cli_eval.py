@@ -232,7 +232,7 @@ def report(args: argparse.Namespace) -> Result:
 
 def _model(args: argparse.Namespace) -> Path:
     """The model's folder, by default the one in the package."""
-    from open_pisces.model.weights import WEIGHTS
+    from open_pisces.model.folder import WEIGHTS
 
     return Path(args.model or WEIGHTS)
 

@@ -13,8 +13,8 @@ from open_pisces.data.features import FeatureStore, Kind, feature_key, weights_d
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import ShardReader
 from open_pisces.model.bridge import VisualTokenPooler
-from open_pisces.model.build import build_part
-from open_pisces.model.weights import load_part
+from open_pisces.model.folder import load_part
+from open_pisces.model.parts import build_part
 
 
 def in_start(model: ModelConfig, name: str) -> bool:

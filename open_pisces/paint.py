@@ -14,7 +14,7 @@ from open_pisces.data.images import generation_bytes, to_pil
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder
-from open_pisces.model.weights import load_part, read_config
+from open_pisces.model.folder import load_part, read_config
 
 
 def pick_device(name: str = "auto") -> torch.device:

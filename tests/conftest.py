@@ -90,8 +90,7 @@ def nano_tokenizer(nano_config: ModelConfig) -> Any:
 def nano_pisces(nano_config: ModelConfig, nano_tokenizer: Any) -> Pisces:
     """A whole nano model, random weights, in evaluation mode. Shared: deepcopy it before changing it."""
     import torch
-
-    from open_pisces.model.build import build_pisces
+    from models import build_pisces
 
     torch.manual_seed(0)
     return build_pisces(nano_config, len(nano_tokenizer)).eval()

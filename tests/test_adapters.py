@@ -21,9 +21,9 @@ from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn
 from open_pisces.generate import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers, base_llm
+from open_pisces.model.folder import convert, load_part, read_card, write_folder
 from open_pisces.model.pisces import Pisces
 from open_pisces.model.summary import describe_folder
-from open_pisces.model.weights import convert, load_part, read_card, write_folder
 from open_pisces.train.objectives import build_training
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -315,9 +315,7 @@ def test_a_model_folder_with_a_changed_or_cut_part_is_refused_by_name(
     assert "bridge" in refusal(["generate", "a cat", "--model", "model"], capsys)
 
 
-def test_info_compares_checksums_when_asked(
-    nano_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_compares_checksums_when_asked(nano_folder: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(nano_folder), "--verify", "--json"]) == 0
     assert "files equal the checksums" in json_of(capsys)["verified"]
     assert "--verify compares the files of a model folder" in refusal(["info", "8b/stage1", "--verify"], capsys)

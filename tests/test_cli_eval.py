@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from open_pisces.cli import main
 from open_pisces.data.sources.scenes import Cutouts, vocabulary
 from open_pisces.eval import diagnose, frozen_scenes, placement, scenes
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 

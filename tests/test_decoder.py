@@ -11,8 +11,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from open_pisces.config import ConfigError, ModelConfig
-from open_pisces.model.build import build_decoder
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE
+from open_pisces.model.parts import build_decoder
 
 SDXL_SCHEDULER = {
     "class": "EulerDiscreteScheduler",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import build_pisces
 
 from open_pisces.batch import Sample
 from open_pisces.config import ConfigError, RunConfig, load_config
@@ -22,10 +23,9 @@ from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.factory import encode as encoding
 from open_pisces.factory.encode import encode
 from open_pisces.frozen import encoder_keys, load_encoders, open_features
-from open_pisces.model.build import build_pisces
-from open_pisces.model.weights import save_pisces
 from open_pisces.train.loop import train
-from open_pisces.train.objectives import build_training, get_tokenizer
+from open_pisces.train.objectives import build_training
+from open_pisces.train.objectives.base import get_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config("nano/stage1", ["model.start=null"])
     torch.manual_seed(0)
     tokenizer = get_tokenizer(config)
-    save_pisces(build_pisces(config.model, len(tokenizer)), folder, tokenizer)
+    build_pisces(config.model, len(tokenizer)).save_pretrained(folder, tokenizer)
     return folder
 
 

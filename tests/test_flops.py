@@ -17,9 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_pisces.config import RunConfig, load_config
 from open_pisces.model.pisces import Pisces
-from open_pisces.train.flops import Cost, Costs, Counts, count, counts_of, flops_of, matmul_rate, meta_twin
-from open_pisces.train.objectives import build_training
-from open_pisces.train.rehearsal import skeleton
+from open_pisces.train.flops import Cost, Costs, Counts, counts_of, flops_of, matmul_rate, meta_twin
+from open_pisces.train.objectives import build_training, costs_of, skeleton
 
 OWN = ["model.start=null", "train.accumulate=1"]
 
@@ -49,7 +48,7 @@ def test_a_linear_layer_and_attention_by_hand() -> None:
 
 def test_the_parts_of_nano_by_hand() -> None:
     config = load_config("nano/stage1", OWN)
-    costs = count(skeleton(config), config)
+    costs = costs_of(skeleton(config), config)
     width, inner, layers, words = 64, 128, 2, 265
     linear = (
         2 * layers * (2 * width * width + 2 * width * width // 2 + 3 * width * inner)
@@ -86,7 +85,7 @@ def test_counts_of_several_batches_add_up() -> None:
 def test_a_real_step_costs_what_is_counted(recipe: str, more: list[str]) -> None:
     config = load_config(recipe, [*OWN, "train.batch_size=6", *more])
     training = build_training(config)
-    batches, costs = training.load(0).batches, count(training.module, config)
+    batches, costs = training.load(0).batches, costs_of(training.module, config)
     # The plain kernel: fused ones compute attention anew in the backward pass, which utilisation does not count.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for batch in training.prepare(batches):
@@ -97,15 +96,15 @@ def test_a_real_step_costs_what_is_counted(recipe: str, more: list[str]) -> None
 
 def test_what_is_frozen_costs_less() -> None:
     config = load_config("nano/stage1", OWN)
-    usual = passes(count(skeleton(config), config))
+    usual = passes(costs_of(skeleton(config), config))
     assert usual["llm", "tokens"] == usual["llm", "token_pairs"] == usual["llm_head", "supervised"] == 3
     assert usual["understanding_encoder", "seen_pictures"] == usual["generation_encoder", "drawn_pictures"] == 1
     frozen = load_config("nano/stage1", [*OWN, "train.freeze=[llm, understanding_encoder]"])
-    costs = passes(count(skeleton(frozen), frozen))
+    costs = passes(costs_of(skeleton(frozen), frozen))
     assert costs["llm", "tokens"] == costs["llm_head", "supervised"] == 2  # gradients pass through to the projector
     assert costs["llm", "token_pairs"] == 3  # where both sides are activations
     everything = load_config("nano/stage1", [*OWN, "train.freeze=[]"])
-    assert 2.5 < passes(count(skeleton(everything), everything))["understanding_encoder", "seen_pictures"] < 3
+    assert 2.5 < passes(costs_of(skeleton(everything), everything))["understanding_encoder", "seen_pictures"] < 3
 
 
 def test_a_batch_without_pictures_or_with_their_features_runs_no_encoder() -> None:
@@ -122,7 +121,7 @@ def test_the_llm_at_8b_costs_six_flops_a_weight_and_token() -> None:
     config = load_config("8b/stage1")
     begun = time.monotonic()
     module: Any = skeleton(config)
-    costs = count(module, config)
+    costs = costs_of(module, config)
     assert time.monotonic() - begun < 60
     embeddings = module.llm.get_input_embeddings().weight.numel()
     weights = sum(p.numel() for p in module.llm.parameters()) - embeddings  # looked up, not multiplied with
@@ -172,11 +171,11 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 def test_a_sharded_model_costs_what_it_did(nano_config: Any) -> None:
     config: RunConfig = load_config("nano/stage1", OWN)
     module: Any = build_training(config).module
-    before, names = count(module, config), set(module.state_dict())
+    before, names = costs_of(module, config), set(module.state_dict())
     for layer in module.llm.model.layers:
         fully_shard(layer)
     fully_shard(module)
-    assert count(module, config) == before
+    assert costs_of(module, config) == before
     twin = meta_twin(module)
     assert type(twin) is Pisces and not any(isinstance(part, FSDPModule) for part in twin.modules())
     assert set(twin.state_dict()) == names

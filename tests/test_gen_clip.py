@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from open_pisces.batch import PairBatch
 from open_pisces.config import ContrastiveConfig, GenerationEncoderConfig, load_config
-from open_pisces.model.build import build_part
 from open_pisces.model.encoders import GenerationEncoder
 from open_pisces.model.gen_clip import GenCLIP, contrast
-from open_pisces.train.contrast import pulled, pulls
+from open_pisces.model.parts import build_part
+from open_pisces.train.contrast import embedding_gradients, surrogate_loss
 from open_pisces.train.distributed import World
 from open_pisces.train.objectives import build_training
 
@@ -151,8 +151,8 @@ def test_the_mae_loss_counts_hidden_patches_only(model: GenCLIP) -> None:
 def test_the_step_has_the_gradient_of_the_contrastive_term_plus_the_weighted_mae_term(model: GenCLIP) -> None:
     model, batch = model.double(), pairs([[1, 2], [3, 4], [5]]).to("cpu", torch.float64)
     embedded = model(batch, keep(3))
-    (pull,) = pulls([embedded], [batch], World(torch.device("cpu")))
-    losses = pulled(embedded, pull, batch, 0.5)
+    (pull,) = embedding_gradients([embedded], [batch], World(torch.device("cpu")))
+    losses = surrogate_loss(embedded, pull, batch, 0.5)
     embedded = model(batch, keep(3))
     contrastive, _ = contrast(embedded.images_BE, embedded.texts_BE, embedded.scale, batch.captions_B)
     wanted = contrastive + 0.5 * embedded.masked_B.mean()
@@ -174,10 +174,10 @@ def test_a_blank_micro_batch_weighs_nothing(model: GenCLIP) -> None:
     blank = replace(pairs([[9]]), blank=True, total=2)
     batches = [batch, blank]
     world, embedded = World(torch.device("cpu")), [model(each, keep(len(each.draws))) for each in batches]
-    pulling = pulls(embedded, batches, world)
-    both = [pulled(e, p, b, 0.5) for e, p, b in zip(embedded, pulling, batches, strict=True)]
-    (alone,) = pulls(embedded[:1], batches[:1], world)
-    wanted = pulled(embedded[0], alone, batch, 0.5).parts["contrastive"].item()
+    pulling = embedding_gradients(embedded, batches, world)
+    both = [surrogate_loss(e, p, b, 0.5) for e, p, b in zip(embedded, pulling, batches, strict=True)]
+    (alone,) = embedding_gradients(embedded[:1], batches[:1], world)
+    wanted = surrogate_loss(embedded[0], alone, batch, 0.5).parts["contrastive"].item()
     assert sum(losses.parts["contrastive"].item() for losses in both) == pytest.approx(wanted)
     gradients = torch.autograd.grad(both[1].loss, list(model.vision.parameters()), allow_unused=True)
     assert all(g is None or not g.any() for g in gradients)

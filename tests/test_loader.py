@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import build_pisces
 from PIL import Image
 
 from open_pisces.batch import Question, Sample, SequenceBatch, Skip, StepBatches
@@ -29,7 +30,6 @@ from open_pisces.data.prompts import Renderer
 from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import ShardError, ShardReader
 from open_pisces.data.tokenizer import byte_tokenizer
-from open_pisces.model.build import build_pisces
 from open_pisces.model.pisces import Pisces, block_mask, with_blank_pictures
 
 TASKS: Any = {"generate_short": 1.0, "generate_detailed": 1.0, "question": 1.0, "caption_short": 1.0}

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from open_pisces.config import ModelConfig, load_config
-from open_pisces.model.build import PARTS, build_part
-from open_pisces.model.weights import without_sources, write_folder
+from open_pisces.model.folder import without_sources, write_folder
+from open_pisces.model.parts import PARTS, build_part
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MOST = 1.15

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import build_pisces
 from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,9 +22,8 @@ from open_pisces.config import LossConfig, load_config
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn
 from open_pisces.model.bridge import TargetSums
-from open_pisces.model.build import build_pisces
+from open_pisces.model.folder import without_sources
 from open_pisces.model.pisces import Pisces, with_blank_pictures
-from open_pisces.model.weights import without_sources
 
 SAY = (Turn("user", ("How are you?",)), Turn("assistant", ("Fine, thank you.",)))
 SEE = (Turn("user", (0, "What is it?")), Turn("assistant", ("A cat.",)))

@@ -13,14 +13,14 @@ import torch
 
 from open_pisces.cli import build_parser, main
 from open_pisces.config import RECIPES, ConfigError, RunConfig, load_config
-from open_pisces.model.build import build_part
+from open_pisces.model.parts import build_part
 from open_pisces.train import plan as planning
 from open_pisces.train.distributed import recompute
 from open_pisces.train.layout import GIB, RESERVE, Layout, PlanError, group_sizes, mean_sample
-from open_pisces.train.objectives import build_training
+from open_pisces.train.objectives import OBJECTIVES, build_training, skeleton
 from open_pisces.train.optim import AveragedWeights, build_optimizer
 from open_pisces.train.plan import gpu_facts, plan, remedy
-from open_pisces.train.rehearsal import Living, Shape, rehearse, shape_of, skeleton
+from open_pisces.train.rehearsal import Living, Needs, Shape, rehearse, shape_of
 
 OWN = ["model.start=null", "train.accumulate=1", "train.batch_size=6"]
 TINY = [
@@ -34,6 +34,10 @@ PAIRS = [*OWN, "model.tokenizer=bytes", "data.sources=[{path: fixture/train}]"]
 DOCS = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
 SHAPE = Shape(4, 128, True, 40, 2, 2)
 LAB = sorted(f"lab/{path.stem}" for path in (RECIPES / "lab").glob("*.yaml"))
+
+
+def rehearsed(module: Any, config: RunConfig, shape: Shape, **more: bool) -> Needs:
+    return rehearse(module, OBJECTIVES[config.objective].rehearsal, config, shape, **more)  # type: ignore[arg-type]
 
 
 def layout(recipe: str, gpus: int = 1, *more: str) -> Layout:
@@ -108,7 +112,7 @@ def test_the_plan_says_what_a_real_step_takes(recipe: str, more: list[str]) -> N
     found, shape = real(config)
     planned = layout(recipe, 1, *more)
     expected = vars(planned.memory) | {
-        "activations": rehearse(planned.module, config, shape, sharded=False, accelerator=False).kept
+        "activations": rehearsed(planned.module, config, shape, sharded=False, accelerator=False).kept
     }
     assert min(found[name] for name in ("weights", "gradients", "optimizer", "activations")) > 0
     for name, size in found.items():
@@ -130,19 +134,19 @@ def test_activation_checkpointing_is_counted_as_it_is(kind: str) -> None:
         kept = live.now
         loss.backward()
     vectors = training.module.understanding_encoder.vectors, config.model.generation.vectors  # type: ignore[union-attr]
-    needs = rehearse(skeleton(config), config, shape_of(batch, *vectors), sharded=False, accelerator=False)
+    needs = rehearsed(skeleton(config), config, shape_of(batch, *vectors), sharded=False, accelerator=False)
     assert needs.kept == pytest.approx(kept, rel=0.02)
     assert needs.kept + needs.on_top == pytest.approx(live.peak, rel=0.05)
-    found = rehearse(skeleton(config), load_config("nano/stage1", [*OWN]), SHAPE, sharded=False)
-    assert found.kept >= rehearse(skeleton(config), config, SHAPE, sharded=False).kept
+    found = rehearsed(skeleton(config), load_config("nano/stage1", [*OWN]), SHAPE, sharded=False)
+    assert found.kept >= rehearsed(skeleton(config), config, SHAPE, sharded=False).kept
 
 
 def test_memory_grows_with_the_rows_and_norms_are_wide_on_accelerators() -> None:
     config = load_config("nano/gen_clip", [*OWN, "train.precision=bf16"])
     module, shapes = skeleton(config), [Shape(pictures=n, caption=20, own=n, everywhere=n) for n in (4, 8)]
-    one, two = (rehearse(module, config, shape, sharded=True).kept for shape in shapes)
+    one, two = (rehearsed(module, config, shape, sharded=True).kept for shape in shapes)
     assert one < two <= 2 * one
-    assert one > rehearse(module, config, shapes[0], sharded=True, accelerator=False).kept
+    assert one > rehearsed(module, config, shapes[0], sharded=True, accelerator=False).kept
 
 
 # -------------------------------------------------------------------------------------------------- what is assumed

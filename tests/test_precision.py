@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from diffusers import EulerDiscreteScheduler
+from models import build_pisces
 from PIL.Image import fromarray
 from test_decoder import SDXL_SCHEDULER, VAE, built
 from torch import Tensor, nn
@@ -21,12 +22,11 @@ from open_pisces.batch import PairBatch, unit_pixels
 from open_pisces.config import ModelConfig, TrainConfig
 from open_pisces.errors import PiscesError
 from open_pisces.generate import Generator
-from open_pisces.model.build import build_pisces
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.gen_clip import contrast
 from open_pisces.model.pisces import Pisces
 from open_pisces.train.distributed import World, shard
-from open_pisces.train.objectives import DecoderOnVectors
+from open_pisces.train.objectives.decoder import DecoderOnVectors
 
 DRAWN = 4000
 """Times enough to meet nearly all 1,000 steps."""

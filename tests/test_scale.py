@@ -19,9 +19,9 @@ from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import Renderer
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.bridge import TargetStatistics, TargetSums
-from open_pisces.train import objectives
 from open_pisces.train.distributed import World
-from open_pisces.train.objectives import build_training
+from open_pisces.train.objectives import build_training, decoder
+from open_pisces.train.objectives.pisces import check_lengths_together
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_target_statistics_read_few_pictures_at_a_time_and_no_decoder_targets(
     decoder_run: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    honest = objectives.DecoderOnVectors.__init__
+    honest = decoder.DecoderOnVectors.__init__
 
     def watched(self: Any, encoder: Any, *rest: Any) -> None:
         encoder.register_forward_pre_hook(lambda _, given: encoded.append(len(given[0])))
@@ -57,21 +57,21 @@ def test_target_statistics_read_few_pictures_at_a_time_and_no_decoder_targets(
     def refuse(*_: Any) -> Any:
         raise AssertionError("a whole step was read for the statistics")
 
-    monkeypatch.setattr(objectives.DecoderOnVectors, "__init__", watched)
-    monkeypatch.setattr(objectives.PairLoader, "__call__", refuse)
+    monkeypatch.setattr(decoder.DecoderOnVectors, "__init__", watched)
+    monkeypatch.setattr(decoder.PairLoader, "__call__", refuse)
     statistics = build_training(decoder_run).parts["bridge"].statistics
-    assert encoded == [objectives.STATISTICS_CHUNK, 50 - objectives.STATISTICS_CHUNK]
+    assert encoded == [decoder.STATISTICS_CHUNK, 50 - decoder.STATISTICS_CHUNK]
     assert statistics.taken == 50
 
 
 def test_ranks_share_the_pictures_of_target_statistics(decoder_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectives, "STATISTICS_CHUNK", 8)
+    monkeypatch.setattr(decoder, "STATISTICS_CHUNK", 8)
     module = build_training(decoder_run).module
     mixture = Mixture(decoder_run.data, decoder_run.seed)
     cpu = torch.device("cpu")
-    whole = objectives._target_sums(decoder_run, module, mixture, World(cpu))  # type: ignore[arg-type]
+    whole = decoder.target_sums(decoder_run, module, mixture, World(cpu))  # type: ignore[arg-type]
     shares = [
-        objectives._target_sums(decoder_run, module, mixture, Ranks(cpu, rank, 3))  # type: ignore[arg-type]
+        decoder.target_sums(decoder_run, module, mixture, Ranks(cpu, rank, 3))  # type: ignore[arg-type]
         for rank in range(3)
     ]
     assert [int(share.pictures) for share in shares] == [18, 16, 16]
@@ -137,7 +137,7 @@ def test_a_sample_too_long_is_found_by_one_rank_and_refused_by_all(
 
     config = load_config("nano/stage1")
     with pytest.raises(LengthError, match="sample 'a' takes 99"):
-        objectives._check_lengths(mixture, renderer, replace_data(config, data), Other(torch.device("cpu"), 0, 2))
+        check_lengths_together(mixture, renderer, replace_data(config, data), Other(torch.device("cpu"), 0, 2))
 
 
 def replace_data(config: RunConfig, data: Any) -> RunConfig:

@@ -22,8 +22,8 @@ from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import ShardReader, data_path
 from open_pisces.generate import Generator
-from open_pisces.model.build import PARTS
-from open_pisces.model.weights import load_part, read_card
+from open_pisces.model.folder import load_part, read_card
+from open_pisces.model.parts import PARTS
 from open_pisces.train import log, loop
 from open_pisces.train.checkpoint import CheckpointError, own_folder, read_progress
 from open_pisces.train.distributed import World

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from models import build_pisces
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -26,10 +27,7 @@ from transformers import (
 from open_pisces.config import TRAININGS, ModelConfig, PartConfig, load_config
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.model.bridge import TargetSums
-from open_pisces.model.build import PARTS, build_part, build_pisces
-from open_pisces.model.pisces import Pisces
-from open_pisces.model.summary import describe, describe_folder
-from open_pisces.model.weights import (
+from open_pisces.model.folder import (
     WEIGHTS,
     ModelFolderError,
     convert,
@@ -39,6 +37,9 @@ from open_pisces.model.weights import (
     verify,
     write_folder,
 )
+from open_pisces.model.parts import PARTS, build_part
+from open_pisces.model.pisces import Pisces
+from open_pisces.model.summary import describe, describe_folder
 
 
 def hashes(folder: Path) -> dict[str, str]:

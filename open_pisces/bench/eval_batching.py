@@ -16,7 +16,7 @@ from open_pisces.bench.pairs import compare
 from open_pisces.eval.benchmarks import choose
 from open_pisces.eval.questions import FIXTURES, read_questions
 from open_pisces.generate import Generator
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 
 CHOICES = ("mmbench_en", "seed_bench", "ai2d", "scienceqa")
 WORDS = ("vqav2", "gqa", "pope", "mme_perception", "docvqa")

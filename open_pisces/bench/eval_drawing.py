@@ -11,7 +11,7 @@ from open_pisces.eval.drawing import frozen_prompts
 from open_pisces.eval.geneval import Rules, judge
 from open_pisces.eval.judge import NETWORKS, SceneJudge
 from open_pisces.generate import Generator
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 
 BATCH = 16
 CAPTIONS = 24

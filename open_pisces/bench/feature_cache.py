@@ -20,10 +20,10 @@ from open_pisces.bench.pairs import compare
 from open_pisces.config import RunConfig, load_config
 from open_pisces.data.prefetch import prefetch
 from open_pisces.factory.encode import encode
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 from open_pisces.train.distributed import World
 from open_pisces.train.loop import start, train_step
-from open_pisces.train.objectives import Training
+from open_pisces.train.objectives.base import Objective
 
 STEPS = 6
 
@@ -69,7 +69,7 @@ def _measure(folder: Path, pairs: int) -> dict[str, Any]:
 WAYS = {"cache": "float32", "on_the_fly": ""}
 
 
-def _endless(training: Training) -> Iterator[list[Any]]:
+def _endless(training: Objective) -> Iterator[list[Any]]:
     steps = itertools.count()
     while True:
         first = next(steps) * 1000

@@ -18,8 +18,8 @@ from open_pisces.config import DataConfig, load_config
 from open_pisces.data.loader import SequenceLoader, collate
 from open_pisces.data.mixture import Mixture
 from open_pisces.generate import Generator
+from open_pisces.model.folder import WEIGHTS
 from open_pisces.model.pisces import Pisces
-from open_pisces.model.weights import WEIGHTS
 
 BATCH, STEPS = 64, 4
 

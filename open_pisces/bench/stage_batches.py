@@ -13,8 +13,8 @@ from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.frozen import FrozenEncoder
 from open_pisces.generate import Generator
+from open_pisces.model.folder import WEIGHTS
 from open_pisces.model.pisces import Pisces
-from open_pisces.model.weights import WEIGHTS
 
 ROWS = 32
 """Samples of a batch that is timed: a micro-batch of `tiny`'s stages."""

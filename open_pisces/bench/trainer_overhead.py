@@ -7,6 +7,7 @@ processes and watches for what is not finite, as in every run. No way writes che
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from open_pisces.batch import StepBatches
 from open_pisces.bench.pairs import compare
 from open_pisces.config import load_config
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 from open_pisces.train.distributed import World
 from open_pisces.train.loop import Run, start, work
 from open_pisces.train.optim import build_optimizer, lr_at
@@ -61,8 +62,9 @@ def _ours(run: Run, given: list[StepBatches]) -> None:
     first = run.progress.step
 
     config = run.config.model_copy(update={"train": run.config.train.model_copy(update={"steps": first + STEPS})})
-    # No parts: there is nothing to copy for a model folder that nobody writes.
-    training = replace(run.training, load=_Loads(run.training.load, given), parts={})
+    training = copy.copy(run.training)
+    training.load = _Loads(run.training.load, given)
+    training.parts = {}  # there is nothing to copy for a model folder that nobody writes
     work(replace(run, config=config, training=training, probes=()), Stop())
 
 

@@ -199,6 +199,14 @@ class _Read:
     rendered: Rendered
     images: tuple[Image, ...]
     features: dict[Kind, tuple[np.ndarray, ...]]
+    epoch: int
+    name: str
+    """Of the sample, unlike that of any other in the mixture."""
+
+    @property
+    def draws(self) -> list[tuple[int, str]]:
+        """(epoch, name) of each picture it generates."""
+        return [(self.epoch, f"{self.name}/{image}") for image in self.rendered.generation_images]
 
 
 class SequenceLoader:
@@ -259,16 +267,16 @@ class SequenceLoader:
     def blank(self) -> SequenceBatch:
         """A micro-batch that weighs nothing, for a process with fewer rows than another."""
         if self.config.row_length:
-            return self._with_features(collate_packed([[]], self.multiple, [], [], self.renderer, *self._cut), [])
+            return self._with_samples(collate_packed([[]], self.multiple, [], [], self.renderer, *self._cut), [])
         nothing = Rendered(ids=[self.renderer.pad], labels=[IGNORED], understanding=[False], generation=[False])
-        return self._with_features(collate([nothing], [()], self.renderer, *self._cut, multiple=self.multiple), [])
+        return self._with_samples(collate([nothing], [()], self.renderer, *self._cut, multiple=self.multiple), [])
 
     def _packed(self, read: list[_Read]) -> list[SequenceBatch]:
         rows, length = pack([len(r.rendered.ids) for r in read], self.config.row_length, self.multiple)
         parts = [rows[at : at + self.config.rows] for at in range(0, len(rows), self.config.rows)]
         rendered, images = [r.rendered for r in read], [r.images for r in read]
         return [
-            self._with_features(
+            self._with_samples(
                 collate_packed(part, length, rendered, images, self.renderer, *self._cut),
                 [read[i] for row in part for i in row],
             )
@@ -284,9 +292,11 @@ class SequenceLoader:
     def _padded_part(self, read: list[_Read]) -> SequenceBatch:
         rendered, images = [r.rendered for r in read], [r.images for r in read]
         batch = collate(rendered, images, self.renderer, *self._cut, multiple=self.multiple)
-        return self._with_features(batch, read)
+        return self._with_samples(batch, read)
 
-    def _with_features(self, batch: SequenceBatch, read: list[_Read]) -> SequenceBatch:
+    def _with_samples(self, batch: SequenceBatch, read: list[_Read]) -> SequenceBatch:
+        """What the samples add to their layout: names to draw from, and cached features."""
+        batch = replace(batch, draws=tuple(draw for one in read for draw in one.draws))
         if not self.features:
             return batch
         store = self.features[0]
@@ -324,7 +334,7 @@ class SequenceLoader:
         )
         if shown >= count:
             raise SampleError(f"sample {sample.key!r} of {sample.source!r}: picture {shown} is named, it has {count}")
-        return _Read(rendered, sample.images, features)
+        return _Read(rendered, sample.images, features, draw.epoch, f"{draw.source}/{sample.key}")
 
 
 def _tensor(features: list[np.ndarray], shape: tuple[int, int]) -> Tensor:

@@ -32,7 +32,7 @@ from PIL.Image import Image
 
 from open_pisces.data.images import ImageError, open_image
 from open_pisces.errors import PiscesError
-from open_pisces.model.weights import read_card
+from open_pisces.model.folder import read_card
 
 Row = dict[str, Any]
 RUNS = Path("runs/eval")

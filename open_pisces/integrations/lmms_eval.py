@@ -25,7 +25,7 @@ from open_pisces.data.loader import collate
 from open_pisces.data.prompts import IGNORED
 from open_pisces.generate import Generator, PromptError
 from open_pisces.integrations.messages import Conversation, HarnessError, read_messages
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from open_pisces.generate import Generator
 from open_pisces.integrations.messages import read_messages
-from open_pisces.model.weights import WEIGHTS
+from open_pisces.model.folder import WEIGHTS
 
 
 class Adapter:

@@ -1,4 +1,4 @@
-"""What connects the encoders and the LLM: pooling, projections, the head, and the statistics of the targets."""
+"""What connects the encoders and the LLM: pooling, projections, and the statistics of the targets."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from open_pisces.batch import wide
 from open_pisces.config import ModelConfig
 from open_pisces.errors import PiscesError
+from open_pisces.model.heads import GenerationHead, VectorHead
 from open_pisces.model.precision import FloatBuffers
 
 
@@ -48,18 +49,6 @@ class VisualProjector(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         """``(..., width)`` to ``(..., D)``."""
         return self.second(nn.functional.gelu(self.first(vectors)))
-
-
-class GenerationHead(nn.Module):
-    """Two-layer MLP with GELU from the LLM's hidden state back to gen-CLIP space (paper: architecture)."""
-
-    def __init__(self, llm_width: int, width: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(llm_width, llm_width), nn.Linear(llm_width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``(..., D)`` to ``(..., E)``."""
-        return self.second(nn.functional.gelu(self.first(hidden)))
 
 
 class TargetSums(NamedTuple):
@@ -138,7 +127,7 @@ class Bridge(nn.Module):
         self.pooler = VisualTokenPooler(config.generation.pool)
         self.understanding_projector = VisualProjector(understanding_width, llm_width)
         self.generation_projector = VisualProjector(width, llm_width)
-        self.head = GenerationHead(llm_width, width)
+        self.head: VectorHead = GenerationHead(llm_width, width)
         self.statistics = TargetStatistics(config.generation.vectors, width)
 
     def targets(self, features_BGE: Tensor) -> Tensor:

@@ -12,10 +12,13 @@ from torch import Tensor
 from open_pisces.batch import Losses, SequenceBatch, wide
 from open_pisces.config import LossConfig, ModelConfig
 from open_pisces.errors import PiscesError
+from open_pisces.model.adapters import adopt_adapter
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.cross_entropy import head_cross_entropy
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
+from open_pisces.model.folder import load_parts, write_folder
+from open_pisces.model.parts import PARTS
 from open_pisces.model.precision import FloatBuffers
 
 
@@ -59,16 +62,29 @@ class Pisces(FloatBuffers):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Pisces:
-        """Read a model folder of parts; `ModelFolderError` names what is missing or does not fit."""
-        from open_pisces.model.weights import load_pisces
+        """Read a model folder of parts, in evaluation mode.
 
-        return load_pisces(folder, dtype)
+        Host memory holds the weights once, in ``dtype`` (float32 by default): 23 GB at ``8b`` in bfloat16.
+
+        Raises:
+            ModelFolderError: naming what is missing, damaged or does not fit.
+        """
+        config, parts = load_parts(folder, dtype or torch.float32)
+        pisces = cls(config, **parts).eval()
+        pisces.folder = Path(folder)
+        return pisces
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Write the model folder of parts, each of which its own library can load."""
-        from open_pisces.model.weights import save_pisces
+        """Write the model folder of parts, each of which its own library can load.
 
-        save_pisces(self, folder, tokenizer)
+        Tokenizer, training record and licences of the folder it was loaded from go with it.
+
+        Raises:
+            AdapterError: for an adapter that could not be loaded again; nothing is written then.
+        """
+        adopt_adapter(self)
+        parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
+        write_folder(folder, self.settings, parts, tokenizer, start=self.folder)
 
     # ------------------------------------------------------------------------------------------ pictures in
 
@@ -113,10 +129,14 @@ class Pisces(FloatBuffers):
 
     # ------------------------------------------------------------------------------------------ the objective
 
-    def forward(self, batch: SequenceBatch) -> Losses:
-        """Cross-entropy on text plus squared error on vectors (paper: objective).
+    def forward(self, batch: SequenceBatch, draws_KR: Tensor | None = None) -> Losses:
+        """Cross-entropy on text plus the head's error on vectors, the paper's squared error (paper: objective).
 
         Logits exist only where a token is supervised: at 128k words a full set would cost more than the LLM.
+
+        Args:
+            batch: sequences with their pictures.
+            draws_KR: ``(vectors, head.loss_draws)`` standard normal numbers, for a head whose loss is random.
         """
         inputs_BSD, targets_BME = self.embed(batch)
         for _ in range(self.weights.own_passes):
@@ -126,9 +146,9 @@ class Pisces(FloatBuffers):
         summed = head_cross_entropy(head, hidden_KD[batch.text_at_K], batch.labels_K, kernel)
         text = summed / max(batch.total_text, 1)
         # One left of each vector's place sits what predicts it: [IMG], or the vector before.
-        predicted_KE = self.bridge.head(hidden_KD[batch.generation_at_K - 1])
         targets_KE, drawn = targets_BME.flatten(0, 1), max(batch.total_vectors, 1)
-        vectors = (wide(predicted_KE) - targets_KE).pow(2).mean(-1).sum() / drawn
+        error_K, predicted_KE = self.bridge.head.loss(hidden_KD[batch.generation_at_K - 1], targets_KE, draws_KR)
+        vectors = error_K.sum() / drawn
         loss = self.weights.text * text + self.weights.vectors * vectors
         # Squared error shrinks what it cannot know: the two norms drift apart before pictures turn grey.
         norms = {"norm_predicted": predicted_KE, "norm_target": targets_KE}
@@ -144,7 +164,7 @@ class Pisces(FloatBuffers):
         """
         with torch.no_grad():
             hidden_KD = self.hidden(inputs_BSD, **self.packing(batch)).flatten(0, 1)
-            own_KE = self.bridge.head(hidden_KD[batch.generation_at_K - 1])
+            own_KE = self.bridge.head.sample(hidden_KD[batch.generation_at_K - 1])
         fed_KD = self.bridge.generation_projector(own_KE)
         return _place(inputs_BSD.flatten(0, 1), batch.generation_at_K, fed_KD[None]).view_as(inputs_BSD)
 
@@ -171,9 +191,12 @@ class Pisces(FloatBuffers):
 
     # ------------------------------------------------------------------------------------------ vectors out
 
-    def next_vector(self, hidden_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """From the hidden state at ``[IMG]`` or at vector k: vector k + 1 ``(B, E)`` and its embedding ``(B, D)``."""
-        vector_BE = self.bridge.head(hidden_BD)
+    def next_vector(self, hidden_BD: Tensor, draws_BR: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From the hidden state at ``[IMG]`` or at vector k: vector k + 1 ``(B, E)`` and its embedding ``(B, D)``.
+
+        ``draws_BR`` are the standard normal numbers that a head takes to sample (`VectorHead.sample_draws`).
+        """
+        vector_BE = self.bridge.head.sample(hidden_BD, draws_BR)
         return vector_BE, self.bridge.generation_projector(vector_BE)
 
 

@@ -11,18 +11,18 @@ from torch import nn
 
 from open_pisces.config import ModelConfig
 from open_pisces.model.adapters import adapter_summary
-from open_pisces.model.build import PARTS, build_part
-from open_pisces.model.weights import ModelFolderError, read_card, without_sources
+from open_pisces.model.folder import ModelFolderError, read_card, without_sources
+from open_pisces.model.parts import PARTS
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
     """Parameters and bf16 bytes of every part, built on the meta device: no weights, no memory."""
     parts = {}
-    sources = dict(zip(PARTS, _sources(config), strict=True))
-    for name in PARTS:
+    for name, part in PARTS.items():
         with torch.device("meta"):
-            module = build_part(name, without_sources(config))
-        parts[name] = {"parameters": _count(module), "bytes": 2 * _count(module), "source": sources[name]}
+            module = part.build(without_sources(config), None)
+        count = _count(module)
+        parts[name] = {"parameters": count, "bytes": 2 * count, "source": part.source(config) or "random"}
         if name == "decoder":
             parts[name]["unet"] = _count(module.unet)  # type: ignore[arg-type]
     return {"parts": parts, "total": sum(p["parameters"] for p in parts.values())}
@@ -63,11 +63,6 @@ def _count_file(path: Path) -> int:
         if name != "__metadata__" and not name.startswith("statistics."):
             total += torch.Size(entry["shape"]).numel()
     return total
-
-
-def _sources(config: ModelConfig) -> list[str]:
-    sources = [config.llm.source, config.understanding.source, config.generation.source, None, config.decoder.source]
-    return [source or "random" for source in sources]
 
 
 def _count(module: nn.Module) -> int:

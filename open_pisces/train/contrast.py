@@ -7,27 +7,15 @@ the gradient of one big batch on one device.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from open_pisces.batch import Losses, PairBatch
+from open_pisces.batch import EmbeddingGradients, Losses, PairBatch
 from open_pisces.model.gen_clip import Embedded, contrast
 from open_pisces.train.distributed import World
 
 
-@dataclass(frozen=True)
-class Pull:
-    """The gradient of the global loss at a micro-batch's embeddings, with what the log says of its share."""
-
-    images_BE: Tensor
-    texts_BE: Tensor
-    scale: Tensor
-    parts: dict[str, Tensor]
-
-
-def pulls(embedded: list[Embedded], batches: list[PairBatch], world: World) -> list[Pull]:
+def embedding_gradients(embedded: list[Embedded], batches: list[PairBatch], world: World) -> list[EmbeddingGradients]:
     """Compare everything with everything.
 
     Args:
@@ -42,14 +30,14 @@ def pulls(embedded: list[Embedded], batches: list[PairBatch], world: World) -> l
     scale = embedded[0].scale.detach().requires_grad_()
     with torch.enable_grad():
         loss, found = contrast(images_KE, texts_KE, scale, captions_K, first, sum(counts))
-        pull_images, pull_texts, pull_scale = torch.autograd.grad(loss, [images_KE, texts_KE, scale])
+        images, texts, scales = torch.autograd.grad(loss, [images_KE, texts_KE, scale])
     # Each process has compared its own pairs with all; what that does to the others' vectors they learn here.
-    pull_images, pull_texts = world.sum(pull_images), world.sum(pull_texts)
+    images, texts = world.sum(images), world.sum(texts)
     cuts = [slice(first + sum(counts[:i]), first + sum(counts[: i + 1])) for i in range(len(counts))]
     shares = [1.0] + [0.0] * (len(cuts) - 1)  # of what belongs to no pair alone
     parts = {"contrastive": loss.detach(), "retrieval": found}
     return [
-        Pull(pull_images[cut], pull_texts[cut], pull_scale * share, {n: v * share for n, v in parts.items()})
+        EmbeddingGradients(images[cut], texts[cut], scales * share, {n: v * share for n, v in parts.items()})
         for cut, share in zip(cuts, shares, strict=True)
     ]
 
@@ -58,13 +46,13 @@ def _columns(embedded: list[Embedded]) -> tuple[list[Tensor], list[Tensor]]:
     return [e.images_BE for e in embedded], [e.texts_BE for e in embedded]
 
 
-def pulled(embedded: Embedded, pull: Pull, batch: PairBatch, mae_weight: float) -> Losses:
+def surrogate_loss(embedded: Embedded, gradients: EmbeddingGradients, batch: PairBatch, mae_weight: float) -> Losses:
     """A micro-batch's share: a scalar whose gradient is that of the global loss, and its parts for the log."""
     count = 0 if batch.blank else len(batch.captions_B)
-    loss = (embedded.scale * pull.scale).sum() + 0 * (embedded.images_BE.sum() + embedded.texts_BE.sum())
-    loss = loss + (embedded.images_BE[:count] * pull.images_BE).sum()
-    loss = loss + (embedded.texts_BE[:count] * pull.texts_BE).sum()
-    parts = pull.parts
+    loss = (embedded.scale * gradients.scale).sum() + 0 * (embedded.images_BE.sum() + embedded.texts_BE.sum())
+    loss = loss + (embedded.images_BE[:count] * gradients.images_BE).sum()
+    loss = loss + (embedded.texts_BE[:count] * gradients.texts_BE).sum()
+    parts = gradients.parts
     if embedded.masked_B is not None:
         masked = embedded.masked_B[:count].sum() / max(batch.total, 1) + 0 * embedded.masked_B.sum()
         loss, parts = loss + mae_weight * masked, {**parts, "mae": masked.detach()}

@@ -27,7 +27,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_pisces.batch import PairBatch, SequenceBatch, StepBatches
-from open_pisces.config import RunConfig
 
 # ------------------------------------------------------------------------------------------ a model without weights
 
@@ -175,110 +174,42 @@ class Costs:
         return sum(self.training(counts_of(batch)) for batch in given.batches)
 
 
-def count(module: nn.Module, config: RunConfig) -> Costs:
-    """Costs of the module that an objective trains, as it is: real, sharded, or on the meta device.
-
-    Args:
-        module: `Training.module`: a `Pisces`, a `GenCLIP` or a `DecoderOnVectors`. What learns is read from it.
-        config: the run's settings.
-    """
-    counter = {"pisces": _pisces, "decoder": _decoder, "contrastive": _contrastive}[config.objective]
-    return Costs(tuple(counter(module, config)))
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    """A tensor without contents."""
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
-def _part(module: nn.Module, name: str) -> Any:
+def twin_of(module: nn.Module, name: str) -> Any:
     """A twin of a part, in evaluation mode: nothing drops out."""
     return meta_twin(getattr(module, name)).float().eval()
 
 
-def _learns(*parts: nn.Module) -> bool:
+def learns(*parts: nn.Module) -> bool:
+    """Whether any parameter of these parts needs a gradient."""
     return any(p.requires_grad for part in parts for p in part.parameters())
 
 
-def _once(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -> Cost:
+def once(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -> Cost:
     """The cost of ``run``, which does one unit; ``again`` passes come on top that are forward only."""
     forward, training = flops_of(run)
     return Cost(part, unit, forward, training + again * forward)
 
 
-def _line(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
+def line(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
     """The costs of a transformer for each token and for each pair of tokens, from two lengths."""
     short = 8
-    one, two = _once(part, units[0], lambda: run(short), again), _once(part, units[0], lambda: run(2 * short), again)
+    one, two = once(part, units[0], lambda: run(short), again), once(part, units[0], lambda: run(2 * short), again)
     pair = [(b - 2 * a) / (2 * short**2) for a, b in ((one.forward, two.forward), (one.training, two.training))]
     token = [(a / short - each * short) for a, each in zip((one.forward, one.training), pair, strict=True)]
     yield Cost(part, units[0], *token)
     yield Cost(part, units[1], *pair)
 
 
-def _pisces(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
-    """The LLM by tokens, the encoders by pictures, what lies between by vectors."""
-    llm, bridge, seen = _part(module, "llm"), _part(module, "bridge"), _part(module, "understanding_encoder")
-    own, width, reached = config.loss.own_passes, llm.config.hidden_size, _learns(llm, bridge, seen)
-
-    def read(length: int) -> Tensor:
-        mask, places = _meta(1, 1, length, length, dtype=torch.bool), _meta(1, length, dtype=torch.long)
-        embedded = _meta(1, length, width, grad=reached)
-        found = llm.base_model(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
-        return found.last_hidden_state
-
-    yield from _line("llm", ("tokens", "token_pairs"), read, again=own)
-    yield _once("llm_head", "supervised", lambda: llm.get_output_embeddings()(_meta(1, width, grad=reached)))
-    feeder, projector = bridge.generation_projector, bridge.understanding_projector
-    features = _meta(1, projector.first.in_features, grad=_learns(seen))
-    yield _once("bridge", "seen_vectors", lambda: projector(features))
-    for _ in range(1 + own):
-        yield _once("bridge", "drawn_vectors", lambda: feeder(_meta(1, feeder.first.in_features)))
-    yield _once("bridge", "drawn_vectors", lambda: bridge.head(_meta(1, width, grad=reached)), again=own)
-    picture = _meta(1, 3, seen.image_size, seen.image_size)
-    yield _once("understanding_encoder", "seen_pictures", lambda: seen(picture))
-    yield _generation(module)
-
-
-def _generation(module: nn.Module) -> Cost:
+def frozen_generation_encoder(module: nn.Module) -> Cost:
     """gen-CLIP as a frozen encoder."""
-    encoder = _part(module, "generation_encoder").requires_grad_(False)
-    picture = _meta(1, 3, encoder.image_size, encoder.image_size)
-    return _once("generation_encoder", "drawn_pictures", lambda: encoder.features(picture))
-
-
-def _decoder(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
-    """The U-Net learns; gen-CLIP and the autoencoder's encoder are frozen."""
-    decoder, settings = _part(module, "decoder"), config.model
-    latents, times = _meta(1, *decoder.latent_shape), _meta(1)
-    vectors = _meta(1, settings.generation.vectors, settings.generation.width)
-    yield _once("unet", "pictures", lambda: decoder.denoise(latents, times, vectors))
-    yield _once("vae", "pictures", lambda: decoder.encode(_meta(1, 3, decoder.image_size, decoder.image_size)))
-    yield _generation(module)
-
-
-def _contrastive(module: nn.Module, config: RunConfig) -> Iterator[Cost]:
-    """The vision tower on whole pictures and on what MAE leaves of them, the text tower, all similarities."""
-    towers: Any = meta_twin(module).float().eval()
-    size, width = towers.vision.image_size, config.contrastive.width
-    picture = _meta(1, 3, size, size)
-    yield _once("vision", "pictures", lambda: towers.embed_images(picture))
-    if towers.mae is not None:
-        kept = max(1, round(config.model.generation.grid**2 * config.contrastive.visible))
-        masked = _meta(1, kept, dtype=torch.long)
-        yield _once("vision, masked", "pictures", lambda: towers.vision(picture, masked))
-        tokens = _meta(1, 1 + kept, towers.vision.width, grad=True)
-        yield _once("mae", "pictures", lambda: towers.mae(tokens, masked))
-
-    def read(length: int) -> Tensor:
-        ids = _meta(1, length, dtype=torch.long)
-        mask = _meta(1, 1, length, length, dtype=torch.bool)
-        return towers.text(input_ids=ids, attention_mask=mask).last_hidden_state
-
-    yield from _line("text", ("caption_tokens", "caption_pairs"), read)
-    last = towers.text_projection.in_features
-    yield _once("text", "pictures", lambda: towers.text_projection(_meta(1, last, grad=True)))
-    # Pictures with captions and captions with pictures are two products, each of things that both learn.
-    yield Cost("similarities", "compared", 2 * 2 * width, 3 * 2 * 2 * width)
+    encoder = twin_of(module, "generation_encoder").requires_grad_(False)
+    picture = meta(1, 3, encoder.image_size, encoder.image_size)
+    return once("generation_encoder", "drawn_pictures", lambda: encoder.features(picture))
 
 
 # -------------------------------------------------------------------------------------------- what a device can do

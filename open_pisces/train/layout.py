@@ -7,7 +7,6 @@ constants below.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +18,8 @@ from open_pisces.data.loader import MULTIPLE
 from open_pisces.errors import PiscesError
 from open_pisces.train.distributed import blocks, split_frozen
 from open_pisces.train.flops import Counts
+from open_pisces.train.objectives import OBJECTIVES
+from open_pisces.train.objectives.base import Objective
 from open_pisces.train.rehearsal import Needs, Shape, rehearse
 
 GIB = 2**30
@@ -154,9 +155,14 @@ class Layout:
         return mean_sample(self.config, module.understanding_encoder.vectors, self.config.model.generation.vectors)
 
     @property
-    def is_llm(self) -> bool:
-        """Whether it is one of the LLM's stages."""
-        return self.config.objective == "pisces"
+    def objective(self) -> type[Objective]:
+        """What the recipe trains."""
+        return OBJECTIVES[self.config.objective]
+
+    @property
+    def has_sequences(self) -> bool:
+        """Whether it trains the LLM on sequences."""
+        return self.objective.has_sequences
 
     @property
     def places(self) -> float:
@@ -173,14 +179,14 @@ class Layout:
     @property
     def micro_batches(self) -> int:
         """Of one GPU in one step, on average."""
-        if not self.is_llm or not self.config.data.row_length:
+        if not self.has_sequences or not self.config.data.row_length:
             return min(self.config.train.accumulate, math.ceil(self.samples))
         return math.ceil(self.places / self.row_length / self.config.data.rows)
 
     @property
     def most_micro_batches(self) -> int:
         """Of a GPU that draws the longest samples only."""
-        if not self.is_llm or not self.config.data.row_length:
+        if not self.has_sequences or not self.config.data.row_length:
             return self.micro_batches
         rows = math.ceil(math.ceil(self.samples) * self.mean.longest / self.row_length)
         return math.ceil(rows / self.config.data.rows)
@@ -189,7 +195,7 @@ class Layout:
     def largest(self) -> Shape:
         """The micro-batch that memory has to hold."""
         samples, accumulate = math.ceil(self.samples), self.config.train.accumulate
-        if not self.is_llm:
+        if not self.has_sequences:
             pictures = math.ceil(samples / accumulate)
             return Shape(pictures=pictures, caption=CAPTION, own=samples, everywhere=self.config.train.batch_size)
         packed, length, mean = bool(self.config.data.row_length), self.row_length, self.mean
@@ -206,7 +212,7 @@ class Layout:
         batch = self.config.train.batch_size
         cached = self.config.data.feature_kinds if self.config.data.features else []
         drawn, seen = ("generation" not in cached), ("understanding" not in cached)
-        if not self.is_llm:
+        if not self.has_sequences:
             pairs = batch * CAPTION, batch * CAPTION**2
             return Counts(
                 pictures=batch,
@@ -235,7 +241,9 @@ class Layout:
         settings = self.config.train
         key = (settings.checkpointing, settings.accumulate > 1, self.largest, self.gpus > 1)
         if key not in self.counted:
-            self.counted[key] = rehearse(self.module, self.config, self.largest, self.gpus > 1)
+            self.counted[key] = rehearse(
+                self.module, self.objective.rehearsal, self.config, self.largest, self.gpus > 1
+            )
         return self.counted[key]
 
     @property
@@ -255,7 +263,7 @@ class Layout:
             optimizer=2 * float_ * learning / shards,
             averages=float_ * learning / shards if settings.ema else 0,
             gathered=self._gathered() if self.gpus > 1 else 0,
-            pictures=self.samples * sum(self._pixels()),  # bytes: floats are made a micro-batch at a time
+            pictures=self.samples * self.objective.picture_bytes(self.module, self.counts, settings.batch_size),
             activations=self.needs.kept,
             working=self.needs.on_top,
         )
@@ -270,19 +278,6 @@ class Layout:
         small = 2 if self.config.train.precision == "bf16" else 4
         block = max(parts, default=0)
         return small * (2 * block + rest) + small * (block + rest) + 4 * block
-
-    def _pixels(self) -> Iterator[float]:
-        """Numbers of the pictures that come with an average sample; features from a cache are small beside them."""
-        module: Any = self.module
-        if self.is_llm:
-            counts, batch = self.counts, self.config.train.batch_size
-            yield 3 * counts.seen_pictures / batch * module.understanding_encoder.image_size**2
-            yield 3 * counts.drawn_pictures / batch * module.generation_encoder.image_size**2
-        elif self.config.objective == "decoder":
-            yield 3 * module.generation_encoder.image_size**2
-            yield 3 * module.decoder.image_size**2
-        else:
-            yield 3 * module.vision.image_size**2
 
 
 def group_sizes(module: nn.Module, most: int) -> list[int]:

@@ -19,12 +19,13 @@ from open_pisces.data.loader import SkipTally
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import open_dataset
 from open_pisces.errors import PiscesError
-from open_pisces.model.weights import write_folder
+from open_pisces.model.folder import write_folder
 from open_pisces.train.checkpoint import Checkpoints, load_latest, own_folder, read_progress, state_of
 from open_pisces.train.distributed import World, compile_parts, full, join_world, recompute, reduce_gradients, shard
-from open_pisces.train.flops import count, meta_twin
+from open_pisces.train.flops import meta_twin
 from open_pisces.train.log import Log, describe_run
-from open_pisces.train.objectives import Training, build_training
+from open_pisces.train.objectives import build_training, costs_of
+from open_pisces.train.objectives.base import Objective
 from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at
 from open_pisces.train.probes import Probe, probe
 from open_pisces.train.resume import changed_settings, check_order, order_of
@@ -61,7 +62,7 @@ class Run:
 
     config: RunConfig
     world: World
-    training: Training
+    training: Objective
     optimizer: torch.optim.Optimizer
     average: AveragedWeights
     checkpoints: Checkpoints
@@ -117,7 +118,7 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     module = training.module.double() if settings.precision == "fp64" else training.module
     if world.mesh is None:
         module.to(world.device)  # otherwise sharding takes it there block by block: a device never holds all of it
-    twins, costs = {name: meta_twin(part) for name, part in training.parts.items()}, count(module, config)
+    twins, costs = {name: meta_twin(part) for name, part in training.parts.items()}, costs_of(module, config)
     recompute(module, settings.checkpointing)
     if settings.compile and training.compiled is not None:
         # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.

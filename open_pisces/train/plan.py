@@ -14,9 +14,8 @@ import yaml
 from torch import nn
 
 from open_pisces.config import RunConfig
-from open_pisces.train.flops import count
 from open_pisces.train.layout import GIB, PACKED, PADDED, RESERVE, TEXTS, Layout, PlanError
-from open_pisces.train.rehearsal import skeleton
+from open_pisces.train.objectives import costs_of, skeleton
 
 PER_NODE = 8
 """Assumed GPUs, and so processes, of a machine."""
@@ -102,11 +101,11 @@ def _host(layout: Layout) -> float:
 def _work(layout: Layout, rate: float) -> dict[str, Any]:
     """What a step and the run do, and how long they take at ``rate`` FLOP/s of one GPU."""
     counts, settings = layout.counts, layout.config.train
-    by_part = count(layout.module, layout.config).by_part(counts)
+    by_part = costs_of(layout.module, layout.config).by_part(counts)
     flops = sum(by_part.values())
     seconds, steps = flops / (rate * layout.gpus), settings.steps
     step: dict[str, Any] = {"samples": settings.batch_size, "micro_batches": layout.micro_batches}
-    if layout.is_llm:
+    if layout.has_sequences:
         step |= {"tokens": settings.batch_size * layout.mean.tokens, "tokens_per_sample": layout.mean.tokens}
         step |= {"row_length": layout.row_length}
     step |= {"flops": flops, "flops_by_part": by_part, "seconds": seconds}
@@ -132,7 +131,7 @@ def _disk(layout: Layout, picture_kb: float) -> dict[str, float]:
 def _assumed(layout: Layout, utilisation: float, picture_kb: float) -> list[str]:
     found = [f"{utilisation:.0%} of the GPU's dense bfloat16 peak", f"{picture_kb:g} kB a picture"]
     found += [f"{RESERVE:g} GiB of a GPU for what no tensor shows", f"{PER_NODE} processes a machine"]
-    if layout.is_llm:
+    if layout.has_sequences:
         tasks = sorted({task for source in layout.config.data.sources for task in source.tasks})
         found += [f"{TEXTS[task][0]} tokens of text in {task}" for task in tasks]
         found += [f"rows {PACKED if layout.config.data.row_length else PADDED:.0%} full"]
@@ -196,7 +195,7 @@ def _changes(layout: Layout, gib: float) -> Iterator[tuple[str, Layout]]:
     settings, data = layout.config.train, layout.config.data
     if layout.gpus > 1 and layout.most_micro_batches > 1 and not settings.reduce_each:
         yield "train.reduce_each=true", layout.but(reduce_each=True)
-    if layout.is_llm and data.row_length:
+    if layout.has_sequences and data.row_length:
         if data.rows > 1:
             yield "data.rows=1", layout.but(rows=1)
     else:

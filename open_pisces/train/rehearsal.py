@@ -1,9 +1,9 @@
-"""A training step without weights: the module of an objective, and the memory that a micro-batch takes.
+"""A training step without weights: the memory that a micro-batch takes.
 
-Modules are built on the meta device from settings alone. To count memory, the objective's own forward and backward
-pass run on fake tensors, which have shapes and dtypes but no bytes, while every storage that is alive is added up.
-So autocast, masks, activation checkpointing and the chunks of the vocabulary are counted as they are, not estimated.
-What a kernel takes and gives back inside one operation is in no tensor, and so in no count.
+Modules are built on the meta device from settings alone (`Objective.skeleton`). To count memory, the objective's own
+forward and backward pass run on fake tensors, which have shapes and dtypes but no bytes, while every storage that is
+alive is added up. So autocast, masks, activation checkpointing and the chunks of the vocabulary are counted as they
+are, not estimated. What a kernel takes and gives back inside one operation is in no tensor, and so in no count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,54 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from open_pisces.batch import PairBatch, SequenceBatch, wide
+from open_pisces.batch import PairBatch, SequenceBatch
 from open_pisces.config import RunConfig
-from open_pisces.data.tokenizer import special_tokens
-from open_pisces.frozen import in_start
-from open_pisces.model.build import PARTS, assemble, build_part, llm_config
-from open_pisces.model.gen_clip import GenCLIP, contrast
-from open_pisces.model.weights import without_sources
-from open_pisces.train.contrast import Pull, pulled
 from open_pisces.train.distributed import recompute
 from open_pisces.train.flops import twin
-from open_pisces.train.objectives import DecoderOnVectors
-
-# ------------------------------------------------------------------------------------------------------- the module
-
-
-def skeleton(config: RunConfig) -> nn.Module:
-    """What an objective trains, on the meta device: shapes, and what learns. No weights are read or fetched.
-
-    The three stages hold the decoder if the folder they start from does, or will once it has been trained.
-    """
-    model, start = without_sources(config.model), config.model.start
-    with torch.device("meta"):
-        if config.objective == "contrastive":
-            tower: Any = build_part(f"{config.contrastive.tower}_encoder", model)
-            return GenCLIP(tower, config.contrastive, vocabulary(config))
-        if config.objective == "decoder":
-            encoder, bridge, decoder = (build_part(n, model) for n in ("generation_encoder", "bridge", "decoder"))
-            encoder.requires_grad_(False)
-            return DecoderOnVectors(encoder, decoder, bridge.statistics, model.generation.pool)  # type: ignore[arg-type]
-        painted = start is not None and (in_start(config.model, "decoder") or not Path(start).is_dir())
-        parts = {name: build_part(name, model, vocabulary(config)) for name in PARTS if painted or name != "decoder"}
-        # Fused kernels keep less than our chunks, but run on CUDA only.
-        pisces = assemble(model, {"decoder": None, **parts}, config.loss.model_copy(update={"kernel": "chunked"}))
-    for name in config.train.freeze:
-        if getattr(pisces, name, None) is not None:
-            getattr(pisces, name).requires_grad_(False)
-    return pisces
-
-
-def vocabulary(config: RunConfig) -> int:
-    """Tokens of the tokenizer, which is not at hand where it would have to be fetched."""
-    special = special_tokens(config.model.template)
-    if config.model.tokenizer == "bytes":
-        return 256 + len(special)
-    if config.model.tokenizer == "bpe":
-        return config.model.vocab_size
-    return llm_config(config.model).vocab_size + 3  # a pretrained one has its template's tokens, not those of pictures
-
 
 # -------------------------------------------------------------------------------------------------- the micro-batch
 
@@ -115,7 +70,7 @@ def shape_of(batch: SequenceBatch | PairBatch, understanding: int = 1, generatio
     )
 
 
-def _sequences(module: Any, config: RunConfig, shape: Shape) -> SequenceBatch:
+def empty_sequences(module: Any, config: RunConfig, shape: Shape) -> SequenceBatch:
     """A micro-batch of the LLM stages, with nothing in it."""
     encoders, kinds = (module.understanding_encoder, module.generation_encoder), ("understanding", "generation")
     counts, vectors = (shape.seen, shape.drawn), (module.understanding_encoder.vectors, config.model.generation.vectors)
@@ -141,7 +96,7 @@ def _sequences(module: Any, config: RunConfig, shape: Shape) -> SequenceBatch:
     )
 
 
-def _pairs(sizes: tuple[int, int], config: RunConfig, shape: Shape) -> PairBatch:
+def empty_pairs(sizes: tuple[int, int], config: RunConfig, shape: Shape) -> PairBatch:
     """A micro-batch of gen-CLIP's or the decoder's training, with nothing in it."""
     cached = bool(config.data.features) and config.objective == "decoder"
     ids, settings = torch.zeros(shape.pictures, shape.caption, dtype=torch.long), config.model.generation
@@ -161,6 +116,10 @@ def _pairs(sizes: tuple[int, int], config: RunConfig, shape: Shape) -> PairBatch
 # ------------------------------------------------------------------------------------------------- what it needs
 
 
+RunOf = Callable[[Any, RunConfig, Shape], Callable[[], Tensor]]
+"""From a module, the settings and a shape to the loss of one micro-batch."""
+
+
 @dataclass(frozen=True)
 class Needs:
     """Bytes that a micro-batch takes beside weights, gradients and optimizer."""
@@ -171,11 +130,14 @@ class Needs:
     """More for a moment: encoders at work, a chunk of logits, a block that is computed again."""
 
 
-def rehearse(module: nn.Module, config: RunConfig, shape: Shape, sharded: bool, accelerator: bool = True) -> Needs:
+def rehearse(
+    module: nn.Module, run_of: RunOf, config: RunConfig, shape: Shape, sharded: bool, accelerator: bool = True
+) -> Needs:
     """Run one micro-batch forward and backward on fake tensors, and count.
 
     Args:
-        module: a `skeleton`.
+        module: an objective's skeleton.
+        run_of: its `Objective.rehearsal`.
         config: the run's settings.
         shape: of the micro-batch.
         sharded: whether processes share the weights. Then those that are gathered have the precision of computing;
@@ -199,7 +161,7 @@ def rehearse(module: nn.Module, config: RunConfig, shape: Shape, sharded: bool, 
     with ExitStack() as stack:
         stack.enter_context(_no_guess())
         stack.enter_context(mode)
-        run = {"pisces": _tell, "decoder": _denoise, "contrastive": _compare}[config.objective](fake, config, shape)
+        run = run_of(fake, config, shape)
         live = stack.enter_context(Living())
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = run()
@@ -225,48 +187,6 @@ def _no_guess() -> Iterator[None]:
 def _drop(parameter: Tensor) -> None:
     """Sharding takes each gradient away as it comes; the plan counts them apart."""
     parameter.grad = None
-
-
-def _tell(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
-    batch = _sequences(module, config, shape)
-    return lambda: module(batch).loss
-
-
-def _denoise(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
-    """One denoising step. The scheduler's tables are left out, for they are too small to count."""
-    decoder = module.decoder
-    batch = _pairs((module.generation_encoder.image_size, decoder.image_size), config, shape)
-    noise, times = torch.empty(shape.pictures, *decoder.latent_shape), torch.zeros(shape.pictures)
-
-    def run() -> Tensor:
-        vectors, latents = module.vectors(batch), decoder.encode(batch.targets_BCHW)
-        predicted = decoder.denoise(latents + noise, times, vectors)
-        return (wide(predicted) - wide(noise)).pow(2).mean((1, 2, 3)).sum()
-
-    return run
-
-
-def _compare(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
-    """Towers and loss. A single micro-batch is compared while its activations wait, several before there are any."""
-    batch, several = _pairs((module.vision.image_size,) * 2, config, shape), config.train.accumulate > 1
-    kept = max(1, round(config.model.generation.grid**2 * config.contrastive.visible))
-    keep = torch.zeros(shape.pictures, kept, dtype=torch.long)
-    alike, width = torch.zeros(shape.everywhere, dtype=torch.long), config.contrastive.width
-
-    def compared() -> Pull:
-        images, texts = (torch.empty(shape.everywhere, width, requires_grad=True) for _ in range(2))
-        scale = torch.ones(1, requires_grad=True)
-        loss, found = contrast(images, texts, scale, alike, 0, shape.own)
-        pulls = torch.autograd.grad(loss, [images, texts, scale])
-        mine = [pull[: shape.pictures] for pull in pulls]
-        return Pull(mine[0], mine[1], mine[2], {"contrastive": loss.detach(), "retrieval": found})
-
-    def run() -> Tensor:
-        pull = compared() if several else None
-        embedded = module(batch, keep)
-        return pulled(embedded, pull or compared(), batch, config.contrastive.mae_weight).loss
-
-    return run
 
 
 def widen_norms(module: nn.Module) -> None:

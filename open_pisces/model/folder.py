@@ -21,35 +21,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, SiglipVisionModel
 
-from open_pisces.config import GenerationEncoderConfig, LossConfig, ModelConfig, validate
-from open_pisces.errors import PiscesError
+from open_pisces.config import ModelConfig, validate
 from open_pisces.model import adapters
-from open_pisces.model.bridge import Bridge
-from open_pisces.model.build import PARTS, assemble, assemble_decoder
-from open_pisces.model.decoder import PixelUnshuffleVAE
-from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
-from open_pisces.model.pisces import Pisces
+from open_pisces.model.parts import PARTS, ModelFolderError
 
 FOLDERS = (*PARTS, "adapter", "tokenizer")
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FORMAT = 1
-
-
-class ModelFolderError(PiscesError):
-    """A model folder with a missing, damaged or mismatching part."""
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -95,39 +80,38 @@ def load_part(
         if not (part / file).is_file():
             raise ModelFolderError(f"{folder}: the part {name}/ lacks its file {file}: fetch the folder again")
     try:
-        return _LOADERS[name](part, config, dtype)
+        return PARTS[name].load(part, config, dtype)
     except (ModelFolderError, adapters.AdapterError):
         raise
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
         raise ModelFolderError(f"{part}: cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def load_pisces(folder: str | Path, dtype: torch.dtype | None = None, weights: LossConfig | None = None) -> Pisces:
-    """A whole model, in evaluation mode; ``dtype`` defaults to float32 (statistics always stay float32).
+def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, dict[str, Any]]:
+    """The settings and all parts of a model folder.
 
-    Host memory holds the weights once, in ``dtype``: 23 GB at ``8b`` in bfloat16.
+    Raises:
+        ModelFolderError: as `load_part` does, or if two parts do not belong together.
     """
     config = read_config(folder)
-    parts = {name: load_part(folder, name, config, dtype or torch.float32) for name in PARTS}
+    parts: dict[str, Any] = {name: load_part(folder, name, config, dtype) for name in PARTS}
     check_widths(Path(folder), parts)
-    pisces = assemble(config, parts, weights).eval()
-    pisces.folder = Path(folder)
-    return pisces
+    return config, parts
 
 
 def check_widths(folder: Path, parts: dict[str, Any]) -> None:
     """Refuse parts that cannot be joined, naming both."""
     bridge, llm_width = parts["bridge"], parts["llm"].config.hidden_size
     wants = {
-        "llm": (llm_width, bridge.head.first.in_features),
+        "llm": (llm_width, bridge.head.llm_width),
         "understanding_encoder": (
             parts["understanding_encoder"].width,
             bridge.understanding_projector.first.in_features,
         ),
-        "generation_encoder": (parts["generation_encoder"].width, bridge.head.second.out_features),
+        "generation_encoder": (parts["generation_encoder"].width, bridge.head.width),
     }
     if parts.get("decoder") is not None:
-        wants["decoder"] = (parts["decoder"].unet.config.cross_attention_dim, bridge.head.second.out_features)
+        wants["decoder"] = (parts["decoder"].unet.config.cross_attention_dim, bridge.head.width)
     for name, (has, expected) in wants.items():
         if has != expected:
             raise ModelFolderError(
@@ -157,17 +141,6 @@ def verify(folder: str | Path) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------ writing
-
-
-def save_pisces(pisces: Pisces, folder: str | Path, tokenizer: Any = None) -> None:
-    """Write a whole model; tokenizer, record and licences of the folder it was loaded from go with it.
-
-    Raises:
-        AdapterError: for an adapter that could not be loaded again; nothing is written then.
-    """
-    adapters.adopt_adapter(pisces)
-    parts = {name: getattr(pisces, name) for name in PARTS if getattr(pisces, name) is not None}
-    write_folder(folder, pisces.settings, parts, tokenizer, start=pisces.folder)
 
 
 def write_folder(
@@ -233,7 +206,7 @@ def _fill(
             shutil.copytree(Path(start) / name, fresh / name, copy_function=_link)
             taken_over.add(name)
     for name, module in parts.items():
-        _SAVERS[name](_cast(module, dtype), fresh / name)
+        PARTS[name].save(_cast(module, dtype), fresh / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(fresh / "tokenizer"))
     for name in set(FOLDERS) - taken_over:
@@ -251,9 +224,7 @@ def _fill(
 def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
     """Write a whole model folder anew with its weights in ``dtype`` and its adapter merged: what is shipped."""
     verify(source)
-    config = read_config(source)
-    parts = {name: load_part(source, name, config) for name in PARTS}
-    check_widths(Path(source), parts)
+    config, parts = load_parts(source)
     parts["llm"] = adapters.merge_adapter(parts["llm"])
     write_folder(out, config, parts, start=source, dtype=dtype)
 
@@ -306,116 +277,6 @@ def _readme(folder: Path, records: list[dict[str, Any]]) -> str:
     for r in records:
         lines.append(f"| {r['name']} | {r['steps']} | {r['samples']} | {r['seconds'] / 60:.1f} | {r['device']} |")
     return "\n".join(lines) + "\n"
-
-
-# ------------------------------------------------------------------------------------------- part by part
-
-
-def _load_llm(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    _complete(path, info)
-    if (path.parent / "adapter").is_dir():
-        adapters.load_adapter(llm, path.parent / "adapter")
-    return llm
-
-
-def _load_understanding(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    tower, info = SiglipVisionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    _complete(path, info)
-    return UnderstandingEncoder(tower, config.understanding_mean, config.understanding_std)
-
-
-def _load_generation(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    settings = validate(GenerationEncoderConfig, json.loads((path / "config.json").read_text()), {"": str(path)})
-    with init_empty_weights(include_buffers=False):
-        encoder = GenerationEncoder(settings, config.generation_mean, config.generation_std)
-    _assign(encoder, load_file(path / "model.safetensors"), dtype)
-    return encoder
-
-
-def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    weights = load_file(path / "model.safetensors")
-    widths = weights["understanding_projector.first.weight"].shape[1], weights["head.first.weight"].shape[1]
-    with init_empty_weights(include_buffers=False):
-        bridge = Bridge(config, *widths)
-    _assign(bridge, weights, dtype)
-    return bridge
-
-
-def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, output_loading_info=True)
-    _complete(path / "unet", info)
-    values = json.loads((path / "vae" / "config.json").read_text())
-    if "unshuffle" in values:
-        vae: Any = PixelUnshuffleVAE(**values)
-    else:
-        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype).requires_grad_(False)
-    kind = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    scheduler = getattr(diffusers, kind).from_pretrained(path / "scheduler")
-    decoder = assemble_decoder(config, unet, vae, scheduler)
-    _assign(decoder.condition, load_file(path / "condition.safetensors"), dtype)
-    return decoder
-
-
-def _assign(module: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Give a module weights in ``dtype``, without ever holding them twice; buffers stay float32."""
-    buffers = dict(module.named_buffers())
-    for name, value in weights.items():
-        weights[name] = value.to(torch.float32 if name in buffers else dtype)
-    module.load_state_dict(weights, assign=True)
-
-
-_LOADERS = {
-    "llm": _load_llm,
-    "understanding_encoder": _load_understanding,
-    "generation_encoder": _load_generation,
-    "bridge": _load_bridge,
-    "decoder": _load_decoder,
-}
-
-
-def _save_generation(encoder: Any, path: Path) -> None:
-    _save_module(encoder, path)
-    (path / "config.json").write_text(encoder.config.model_copy(update={"source": None}).model_dump_json(indent=1))
-
-
-def _save_module(module: nn.Module, path: Path) -> None:
-    path.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, path / "model.safetensors")
-
-
-def _save_decoder(decoder: Any, path: Path) -> None:
-    decoder.unet.save_pretrained(path / "unet")
-    if isinstance(decoder.vae, PixelUnshuffleVAE):
-        (path / "vae").mkdir()
-        (path / "vae" / "config.json").write_text(json.dumps({"unshuffle": decoder.vae.factor}))
-    else:
-        decoder.vae.save_pretrained(path / "vae")
-    decoder.scheduler.save_pretrained(path / "scheduler")
-    save_file(decoder.condition.state_dict(), path / "condition.safetensors")
-
-
-def _save_llm(llm: Any, path: Path) -> None:
-    if adapters.adapter_layers(llm):
-        adapters.save_base(llm, path)
-        adapters.save_adapter(llm, path.with_name("adapter"))
-    else:
-        llm.save_pretrained(path)
-
-
-_SAVERS: dict[str, Callable[[Any, Path], Any]] = {
-    "llm": _save_llm,
-    "understanding_encoder": lambda encoder, path: encoder.tower.save_pretrained(path),
-    "generation_encoder": _save_generation,
-    "bridge": _save_module,
-    "decoder": _save_decoder,
-}
-
-
-def _complete(path: Path, info: dict[str, Any]) -> None:
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise ModelFolderError(f"{path}: weights do not fit its config.json, for example {wrong[0]}")
 
 
 def _hashes(part: Path) -> dict[str, str]:

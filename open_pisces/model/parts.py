@@ -1,0 +1,304 @@
+"""The five parts of a Pisces, one row each: how it is built from settings, loaded from a model folder, and saved.
+
+A part is built random, from a pretrained source, or on the meta device; each is saved as its own library saves it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from open_pisces.config import ConfigError, GenerationEncoderConfig, ModelConfig, validate
+from open_pisces.errors import PiscesError
+from open_pisces.model import adapters
+from open_pisces.model.bridge import Bridge
+from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE
+from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
+from open_pisces.model.keymaps import read_tower
+
+
+class ModelFolderError(PiscesError):
+    """A model folder with a missing, damaged or mismatching part."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a Pisces."""
+
+    build: Callable[[ModelConfig, int | None], nn.Module]
+    """From the settings of the whole model, and the tokens of the tokenizer (None keeps the LLM's own embeddings)."""
+    load: Callable[[Path, ModelConfig, torch.dtype], nn.Module]
+    """From its folder, weights in a dtype."""
+    save: Callable[[Any, Path], None]
+    """Into its folder."""
+    source: Callable[[ModelConfig], str | None]
+    """Where its weights come from; None for fresh ones."""
+
+
+def build_part(name: str, config: ModelConfig, vocabulary: int | None = None) -> Any:
+    """A part of `PARTS` with fresh weights, or with those of its ``source``.
+
+    Args:
+        name: of the part.
+        config: settings of the whole model; parts take their neighbors' widths from it.
+        vocabulary: tokens of the tokenizer, for the LLM's embeddings; None keeps the LLM's own.
+    """
+    return PARTS[name].build(config, vocabulary)
+
+
+# --------------------------------------------------------------------------------------------------- building
+
+
+def llm_config(config: ModelConfig) -> Any:
+    """The transformers configuration of the LLM, from settings."""
+    values = dict(config.llm.config)
+    kind = values.pop("model_type", "llama")
+    fresh = AutoConfig.for_model(kind)
+    _refuse_unknown(values, fresh.to_dict(), f"model.llm.config ({kind})")
+    return AutoConfig.for_model(kind, **values)
+
+
+def siglip_config(config: ModelConfig) -> SiglipVisionConfig:
+    """The transformers configuration of the understanding tower, from settings."""
+    known = set(SiglipVisionConfig().to_dict()) | {"vision_use_head"}
+    _refuse_unknown(config.understanding.config, known, "model.understanding.config")
+    return SiglipVisionConfig(**config.understanding.config)
+
+
+def _build_llm(config: ModelConfig, vocabulary: int | None) -> nn.Module:
+    if config.llm.source:
+        llm = AutoModelForCausalLM.from_pretrained(config.llm.source, dtype=torch.float32)
+        if vocabulary and vocabulary > llm.config.vocab_size:
+            llm.resize_token_embeddings(vocabulary)
+        return llm
+    values = llm_config(config)
+    if vocabulary:
+        values.vocab_size = vocabulary
+    return AutoModelForCausalLM.from_config(values)
+
+
+def _build_understanding(config: ModelConfig, vocabulary: int | None) -> nn.Module:
+    values, source = siglip_config(config), config.understanding.source
+    if source:
+        head = getattr(values, "vision_use_head", True)
+        tower = SiglipVisionModel.from_pretrained(source, vision_use_head=head, dtype=torch.float32)
+    else:
+        tower = SiglipVisionModel(values)
+    return UnderstandingEncoder(tower, config.understanding_mean, config.understanding_std)
+
+
+def _build_generation(config: ModelConfig, vocabulary: int | None) -> nn.Module:
+    encoder = GenerationEncoder(config.generation, config.generation_mean, config.generation_std)
+    if config.generation.source:
+        encoder.load_state_dict(read_tower(config.generation.source))
+    return encoder
+
+
+def _build_bridge(config: ModelConfig, vocabulary: int | None) -> nn.Module:
+    return Bridge(config, siglip_config(config).hidden_size, llm_config(config).hidden_size)
+
+
+def build_decoder(config: ModelConfig, vocabulary: int | None = None) -> ImageDecoder:
+    """The decoder; U-Net widths that follow from gen-CLIP are filled in here, so recipes cannot contradict them."""
+    settings, width = config.decoder, config.generation.width
+    if "unshuffle" in settings.vae:
+        vae: Any = PixelUnshuffleVAE(**settings.vae)
+    elif settings.source:
+        vae = AutoencoderKL.from_pretrained(settings.source, subfolder="vae").requires_grad_(False)
+    else:
+        vae = AutoencoderKL(**settings.vae).requires_grad_(False)
+    unet = _unet(config, vae.config.latent_channels, width)
+    arguments = dict(settings.scheduler)
+    scheduler = _scheduler(arguments.pop("class", "EulerDiscreteScheduler"), arguments)
+    return _decoder_of(config, unet, vae, scheduler)
+
+
+def _decoder_of(config: ModelConfig, unet: Any, vae: Any, scheduler: Any) -> ImageDecoder:
+    settings = config.decoder
+    return ImageDecoder(
+        unet,
+        vae,
+        scheduler,
+        config.generation.vectors,
+        settings.image_size,
+        settings.spatial_condition,
+        settings.predicts == "clean",
+    )
+
+
+def _unet(config: ModelConfig, latent_channels: int, width: int) -> UNet2DConditionModel:
+    settings = config.decoder
+    _refuse_unknown(settings.unet, inspect.signature(UNet2DConditionModel.__init__).parameters, "model.decoder.unet")
+    time_width = settings.unet.get("addition_time_embed_dim", 256)
+    values = {
+        **settings.unet,
+        "in_channels": latent_channels + (width if settings.spatial_condition else 0),
+        "out_channels": latent_channels,
+        "cross_attention_dim": width,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": time_width,
+        "projection_class_embeddings_input_dim": width + 6 * time_width,
+    }
+    if not settings.source:
+        return UNet2DConditionModel(**values)
+    # SDXL's own cross-attention is 2048 wide; what does not fit is left uninitialised by the loader, so draw it anew.
+    unet, info = UNet2DConditionModel.from_pretrained(
+        settings.source,
+        subfolder="unet",
+        ignore_mismatched_sizes=True,
+        low_cpu_mem_usage=False,
+        output_loading_info=True,
+        **{key: values[key] for key in ("cross_attention_dim", "projection_class_embeddings_input_dim")},
+    )
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear) and {f"{name}.weight", f"{name}.bias"} & mismatched:
+            module.reset_parameters()
+    return unet
+
+
+def _scheduler(name: str, arguments: dict[str, Any]) -> Any:
+    kind = getattr(diffusers, name, None)
+    if kind is None or not name.endswith("Scheduler"):
+        raise ConfigError(f"model.decoder.scheduler.class = {name!r}: diffusers has no scheduler of that name")
+    with torch.device("cpu"):  # a scheduler computes with its tables even where parameters are on the meta device
+        return kind(**arguments)
+
+
+def _refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) -> None:
+    """The libraries accept any key in silence; a misspelt one must not train a different model."""
+    known = set(known)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "the library has no such setting"
+            raise ConfigError(f"{where}: unknown key {key} (value {values[key]!r}): {hint}")
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def _load_llm(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    _complete(path, info)
+    if (path.parent / "adapter").is_dir():
+        adapters.load_adapter(llm, path.parent / "adapter")
+    return llm
+
+
+def _load_understanding(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    tower, info = SiglipVisionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    _complete(path, info)
+    return UnderstandingEncoder(tower, config.understanding_mean, config.understanding_std)
+
+
+def _load_generation(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    settings = validate(GenerationEncoderConfig, json.loads((path / "config.json").read_text()), {"": str(path)})
+    with init_empty_weights(include_buffers=False):
+        encoder = GenerationEncoder(settings, config.generation_mean, config.generation_std)
+    _assign(encoder, load_file(path / "model.safetensors"), dtype)
+    return encoder
+
+
+def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    weights = load_file(path / "model.safetensors")
+    understanding_width = weights["understanding_projector.first.weight"].shape[1]
+    llm_width = weights["generation_projector.second.weight"].shape[0]
+    with init_empty_weights(include_buffers=False):
+        bridge = Bridge(config, understanding_width, llm_width)
+    _assign(bridge, weights, dtype)
+    return bridge
+
+
+def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, output_loading_info=True)
+    _complete(path / "unet", info)
+    values = json.loads((path / "vae" / "config.json").read_text())
+    if "unshuffle" in values:
+        vae: Any = PixelUnshuffleVAE(**values)
+    else:
+        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype).requires_grad_(False)
+    kind = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = getattr(diffusers, kind).from_pretrained(path / "scheduler")
+    decoder = _decoder_of(config, unet, vae, scheduler)
+    _assign(decoder.condition, load_file(path / "condition.safetensors"), dtype)
+    return decoder
+
+
+def _assign(module: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Give a module weights in ``dtype``, without ever holding them twice; buffers stay float32."""
+    buffers = dict(module.named_buffers())
+    for name, value in weights.items():
+        weights[name] = value.to(torch.float32 if name in buffers else dtype)
+    module.load_state_dict(weights, assign=True)
+
+
+def _complete(path: Path, info: dict[str, Any]) -> None:
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise ModelFolderError(f"{path}: weights do not fit its config.json, for example {wrong[0]}")
+
+
+# ----------------------------------------------------------------------------------------------------- saving
+
+
+def _save_generation(encoder: Any, path: Path) -> None:
+    _save_module(encoder, path)
+    (path / "config.json").write_text(encoder.config.model_copy(update={"source": None}).model_dump_json(indent=1))
+
+
+def _save_module(module: nn.Module, path: Path) -> None:
+    path.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, path / "model.safetensors")
+
+
+def _save_decoder(decoder: Any, path: Path) -> None:
+    decoder.unet.save_pretrained(path / "unet")
+    if isinstance(decoder.vae, PixelUnshuffleVAE):
+        (path / "vae").mkdir()
+        (path / "vae" / "config.json").write_text(json.dumps({"unshuffle": decoder.vae.factor}))
+    else:
+        decoder.vae.save_pretrained(path / "vae")
+    decoder.scheduler.save_pretrained(path / "scheduler")
+    save_file(decoder.condition.state_dict(), path / "condition.safetensors")
+
+
+def _save_understanding(encoder: Any, path: Path) -> None:
+    encoder.tower.save_pretrained(path)
+
+
+def _save_llm(llm: Any, path: Path) -> None:
+    if adapters.adapter_layers(llm):
+        adapters.save_base(llm, path)
+        adapters.save_adapter(llm, path.with_name("adapter"))
+    else:
+        llm.save_pretrained(path)
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+
+PARTS = {
+    "llm": Part(_build_llm, _load_llm, _save_llm, lambda config: config.llm.source),
+    "understanding_encoder": Part(
+        _build_understanding, _load_understanding, _save_understanding, lambda config: config.understanding.source
+    ),
+    "generation_encoder": Part(
+        _build_generation, _load_generation, _save_generation, lambda config: config.generation.source
+    ),
+    "bridge": Part(_build_bridge, _load_bridge, _save_module, lambda config: None),
+    "decoder": Part(build_decoder, _load_decoder, _save_decoder, lambda config: config.decoder.source),
+}
+"""By the names of their folders and of `Pisces`'s attributes; trainings, folders and plans go through this table."""

@@ -1,0 +1,38 @@
+"""The objectives behind all trainings, by the name that a recipe gives: a new one is a file here and a row below."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from open_pisces.config import ConfigError, RunConfig
+from open_pisces.train.distributed import World
+from open_pisces.train.flops import Costs
+from open_pisces.train.objectives.base import Objective
+from open_pisces.train.objectives.contrastive import ContrastiveObjective
+from open_pisces.train.objectives.decoder import DecoderObjective
+from open_pisces.train.objectives.pisces import PiscesObjective
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "contrastive": ContrastiveObjective,
+    "decoder": DecoderObjective,
+    "pisces": PiscesObjective,
+}
+
+
+def build_training(config: RunConfig, world: World | None = None) -> Objective:
+    """Read data, build or load the parts, freeze what is frozen; the same in every process but for its batches."""
+    torch.manual_seed(config.seed)
+    if not config.data.sources:
+        raise ConfigError(f"{config.name}: data.sources is empty: name at least one dataset")
+    return OBJECTIVES[config.objective](config, world or World(torch.device("cpu")))
+
+
+def skeleton(config: RunConfig) -> nn.Module:
+    """What an objective trains, on the meta device: shapes, and what learns. No weights are read or fetched."""
+    return OBJECTIVES[config.objective].skeleton(config)
+
+
+def costs_of(module: nn.Module, config: RunConfig) -> Costs:
+    """What the module that an objective trains costs in FLOPs: real, sharded, or on the meta device."""
+    return Costs(tuple(OBJECTIVES[config.objective].costs(module, config)))

@@ -1,0 +1,192 @@
+"""Pisces itself: cross-entropy on text, squared error on vectors; LLM and MLPs learn, encoders do not (the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from open_pisces.batch import Losses, Sample, SequenceBatch
+from open_pisces.config import RunConfig
+from open_pisces.data.images import contact_sheet
+from open_pisces.data.lengths import check_lengths
+from open_pisces.data.loader import MULTIPLE, LengthError, SequenceLoader
+from open_pisces.data.mixture import Mixture
+from open_pisces.data.prompts import Renderer
+from open_pisces.frozen import get_part, in_start, open_features
+from open_pisces.generate import Generator
+from open_pisces.model.adapters import AdapterError, adapter_layers
+from open_pisces.model.folder import without_sources
+from open_pisces.model.parts import PARTS, build_part
+from open_pisces.model.pisces import Pisces, with_blank_pictures
+from open_pisces.train.distributed import World
+from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, learns, line, meta, once, twin_of
+from open_pisces.train.objectives.base import Objective, draw, get_tokenizer, vocabulary
+from open_pisces.train.rehearsal import Shape, empty_sequences
+
+TRAINED = ("llm", "understanding_encoder", "generation_encoder", "bridge")
+
+
+class PiscesObjective(Objective):
+    """The stages of the paper; they differ by their data and rates."""
+
+    has_sequences = True
+    module: Pisces
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        super().__init__(config, world)
+        self.tokenizer, start = get_tokenizer(config), config.model
+        parts = {name: get_part(name, start, len(self.tokenizer)) for name in TRAINED}
+        if adapter_layers(parts["llm"]) and "llm" not in config.train.freeze:
+            raise AdapterError(
+                f"{config.name}: model.start = {start.start} holds an adapter, its base would not learn: merge it "
+                "first with `pisces export MODEL OUT`"
+            )
+        decoder = get_part("decoder", start) if in_start(start, "decoder") else None
+        self.module = Pisces(start, **parts, decoder=decoder, weights=config.loss)
+        _freeze(self.module, config)
+        self.compiled = self.module.llm.get_decoder()
+        # What learns is written; what is frozen only where the folder this training starts from does not hold it.
+        frozen = config.train.freeze
+        self.parts = {name: part for name, part in parts.items() if name not in frozen or not in_start(start, name)}
+        self.load = self._loader()
+
+    def _loader(self) -> SequenceLoader:
+        config, module = self.config, self.module
+        mixture = Mixture(config.data, config.seed)
+        seen, drawn = module.understanding_encoder, module.generation_encoder
+        renderer = Renderer(self.tokenizer, config.model.template, seen.vectors, config.model.generation.vectors)
+        check_lengths_together(mixture, renderer, config, self.world)
+        return SequenceLoader(
+            mixture,
+            renderer,
+            config.data,
+            config.seed,
+            config.train.batch_size,
+            config.train.accumulate,
+            (seen.image_size, drawn.image_size),
+            open_features(config, mixture),
+            # A compiled LLM gets few lengths to compile; otherwise rows are as short as they can be.
+            MULTIPLE if config.train.compile or not config.data.row_length else 8,
+            self.world.rank,
+            self.world.ranks,
+        )
+
+    def losses(self, batch: SequenceBatch) -> Losses:
+        """Both losses. Of several ranks each runs every module, with blank pictures where a batch has none."""
+        draws_KR = self._head_draws(batch)
+        return self.module(batch if self.world.ranks == 1 else with_blank_pictures(batch), draws_KR)
+
+    def _head_draws(self, batch: SequenceBatch) -> Tensor | None:
+        """Standard normal numbers for the head's loss, ``(K, loss_draws)``; each picture's from its own stream."""
+        numbers, vectors = self.module.bridge.head.loss_draws, self.config.model.generation.vectors
+        if not numbers:
+            return None
+        streams = [draw(self.config, drawn, "head") for drawn in batch.draws]
+        found = np.array([one.standard_normal((vectors, numbers), np.float32) for one in streams], np.float32)
+        return torch.from_numpy(found.reshape(len(streams) * vectors, numbers)).to(batch.ids_BS.device)
+
+    def idle(self, batch: SequenceBatch) -> list[nn.Module]:
+        """What belongs to a task that the global batch does not have."""
+        bridge, found = self.module.bridge, list[nn.Module]()
+        if not batch.total_vectors:
+            found += [bridge.generation_projector, bridge.head]
+        if not batch.total_seen:
+            found += [bridge.understanding_projector, self.module.understanding_encoder]
+        return found
+
+    def probe(self, samples: list[Sample], path: Path) -> None:
+        """What the model says of pictures, and what it draws from their captions when it has a decoder."""
+        generator = Generator(self.module, self.tokenizer, str(self.world.device))
+        asked = [s.questions[i % len(s.questions)] if s.questions else None for i, s in enumerate(samples)]
+        prompts = [q.question if q else "Describe the image briefly." for q in asked]
+        answers = generator.text([[s.images[0]] for s in samples], prompts, max_new_tokens=24)
+        lines = [
+            f"{s.short} | {p} -> {a}" + (f" (expected {q.answer})" if q else "")
+            for s, p, a, q in zip(samples, prompts, answers, asked, strict=True)
+        ]
+        path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+        if self.module.decoder is not None:
+            drawn = [row[0] for row in generator.image([s.short for s in samples], steps=20)]
+            images = [s.images[0] for s in samples] + drawn
+            words = [s.short for s in samples] + ["drawn"] * len(samples)
+            contact_sheet(images, words, len(samples)).save(path.with_suffix(".png"))
+
+    @classmethod
+    def skeleton(cls, config: RunConfig) -> nn.Module:
+        """All parts on the meta device.
+
+        The decoder is among them if the folder that the stage starts from holds it, or will once it has been trained.
+        """
+        model, start = without_sources(config.model), config.model.start
+        painted = start is not None and (in_start(config.model, "decoder") or not Path(start).is_dir())
+        with torch.device("meta"):
+            names = [name for name in PARTS if painted or name != "decoder"]
+            parts = {name: build_part(name, model, vocabulary(config)) for name in names}
+            # Fused kernels keep less than our chunks, but run on CUDA only.
+            pisces = Pisces(model, **parts, weights=config.loss.model_copy(update={"kernel": "chunked"}))
+        _freeze(pisces, config)
+        return pisces
+
+    @staticmethod
+    def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
+        """The LLM by tokens, the encoders by pictures, what lies between by vectors."""
+        llm, bridge, seen = twin_of(module, "llm"), twin_of(module, "bridge"), twin_of(module, "understanding_encoder")
+        own, width, reached = config.loss.own_passes, llm.config.hidden_size, learns(llm, bridge, seen)
+
+        def read(length: int) -> Tensor:
+            mask, places = meta(1, 1, length, length, dtype=torch.bool), meta(1, length, dtype=torch.long)
+            embedded = meta(1, length, width, grad=reached)
+            found = llm.get_decoder()(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
+            return found.last_hidden_state
+
+        yield from line("llm", ("tokens", "token_pairs"), read, again=own)
+        yield once("llm_head", "supervised", lambda: llm.get_output_embeddings()(meta(1, width, grad=reached)))
+        feeder, projector = bridge.generation_projector, bridge.understanding_projector
+        features = meta(1, projector.first.in_features, grad=learns(seen))
+        yield once("bridge", "seen_vectors", lambda: projector(features))
+        for _ in range(1 + own):
+            yield once("bridge", "drawn_vectors", lambda: feeder(meta(1, feeder.first.in_features)))
+        yield once("bridge", "drawn_vectors", lambda: bridge.head.sample(meta(1, width, grad=reached)), again=own)
+        picture = meta(1, 3, seen.image_size, seen.image_size)
+        yield once("understanding_encoder", "seen_pictures", lambda: seen(picture))
+        yield frozen_generation_encoder(module)
+
+    @staticmethod
+    def rehearsal(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
+        """Forward and loss of a micro-batch."""
+        batch = empty_sequences(module, config, shape)
+        return lambda: module(batch).loss
+
+    @staticmethod
+    def picture_bytes(module: Any, counts: Counts, samples: int) -> float:
+        """Pictures at the size of the encoder that they are for."""
+        seen = counts.seen_pictures / samples * module.understanding_encoder.image_size**2
+        drawn = counts.drawn_pictures / samples * module.generation_encoder.image_size**2
+        return 3.0 * (seen + drawn)
+
+
+def _freeze(pisces: Pisces, config: RunConfig) -> None:
+    for name in config.train.freeze:
+        if getattr(pisces, name, None) is not None:
+            getattr(pisces, name).requires_grad_(False)
+
+
+def check_lengths_together(mixture: Mixture, renderer: Renderer, config: RunConfig, world: World) -> None:
+    """Each rank checks its share of the data; what one finds, all refuse.
+
+    Raises:
+        LengthError: naming a sample over ``data.max_length``.
+    """
+    found = ""
+    try:
+        check_lengths(mixture, renderer, config.data, world.rank, world.ranks)
+    except LengthError as error:
+        found = str(error)
+    for message in world.gather_objects(found):
+        if message:
+            raise LengthError(message)
