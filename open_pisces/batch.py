@@ -61,13 +61,6 @@ class Sample:
         return tuple(text for text in (self.short, *self.more_captions) if text)
 
 
-def wide(x: Tensor) -> Tensor:
-    """``x`` in float32, which losses and statistics are taken in; float64 stays, for proofs."""
-    import torch
-
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def unit_pixels(pixels: Tensor) -> Tensor:
     """Pixels as floats in [0, 1]: bytes are divided by 255 in float32, floats pass as they are.
 

@@ -272,11 +272,11 @@ class TrainConfig(Settings):
     save_async: bool = True
     """Write checkpoints while the training goes on; it waits only for the copy to memory."""
     keep: int = Field(default=2, ge=2)
-    """Checkpoints kept; never fewer than two, so that one damaged does not end a run."""
+    """Checkpoints to keep. At least 2, so one damaged file is survivable."""
     grace: float = Field(default=300.0, gt=0)
     """Seconds after a signal to stop until the process gives up saving and exits with an error."""
     timeout: float = Field(default=600.0, gt=0)
-    """Seconds after which a process that others wait for counts as hung; they end and name it."""
+    """Collective timeout in seconds; on expiry the missing rank is named and the run ends."""
     on_bad: Literal["skip", "rewind", "fatal"] = "fatal"
     """What follows a loss or gradient that is not finite, which never changes a weight: leave the batch out; go back
     to the last checkpoint and leave it out; or end the run."""

@@ -16,9 +16,10 @@ from transformers import DynamicCache
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Renderer, Turn, generation_turns
 from open_pisces.data.tokenizer import load_tokenizer
+from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
 from open_pisces.model.pisces import Pisces
-from open_pisces.paint import Painter, pick_device
+from open_pisces.paint import Painter
 
 
 class PromptError(PiscesError):
@@ -225,7 +226,7 @@ class Generator:
         guidance assumes; about 1 where the one is noise to the other.
         """
         statistics = self.pisces.bridge.statistics
-        apart_ME = statistics.leave(self.null_vectors) - statistics.leave(statistics.null_ME)
+        apart_ME = statistics.destandardize(self.null_vectors) - statistics.destandardize(statistics.null_ME)
         return float((apart_ME / statistics.std_E).pow(2).mean().sqrt())
 
     # ------------------------------------------------------------------------------------------- the cache

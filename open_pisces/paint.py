@@ -9,24 +9,13 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from open_pisces.config import ConfigError, ModelConfig
+from open_pisces.config import ModelConfig
 from open_pisces.data.images import generation_bytes, to_pil
+from open_pisces.device import pick_device
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder
 from open_pisces.model.folder import load_part, read_config
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` is the best there is: cuda, then mps, then cpu."""
-    if name != "auto":
-        kind = name.partition(":")[0]
-        if kind != "cpu" and not getattr(torch, kind).is_available():
-            raise ConfigError(f"device {name!r} is not available to this PyTorch: use auto or cpu")
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class Painter:
@@ -89,7 +78,7 @@ class Painter:
             guidance_scale: 1 turns guidance off; None takes the model's own.
             seed: of the noise.
         """
-        leave, scale = self.bridge.statistics.leave, guidance_scale
+        leave, scale = self.bridge.statistics.destandardize, guidance_scale
         scale = self.settings.guidance_scale if scale is None else scale
         draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
         noise = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])

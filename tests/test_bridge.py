@@ -65,12 +65,12 @@ def taken(standardise: bool = True) -> TargetStatistics:
 def test_entering_and_leaving_are_inverse() -> None:
     statistics = taken()
     inside = torch.randn(5, 4, 3)
-    torch.testing.assert_close(statistics.enter(statistics.leave(inside)), inside, rtol=1e-3, atol=2e-3)
-    torch.testing.assert_close(statistics.leave(statistics.enter(raw_targets())), raw_targets())
+    torch.testing.assert_close(statistics.standardize(statistics.destandardize(inside)), inside, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(statistics.destandardize(statistics.standardize(raw_targets())), raw_targets())
 
 
 def test_taken_statistics_standardise_every_channel() -> None:
-    inside = taken().enter(raw_targets().double())
+    inside = taken().standardize(raw_targets().double())
     torch.testing.assert_close(inside.mean((0, 1)), torch.zeros(3).double(), rtol=0, atol=1e-3)
     torch.testing.assert_close(inside.std((0, 1)), torch.ones(3).double(), rtol=1e-3, atol=0)
 
@@ -78,9 +78,9 @@ def test_taken_statistics_standardise_every_channel() -> None:
 @pytest.mark.parametrize("standardise", [True, False])
 def test_the_null_condition_is_the_mean_target_of_each_position(standardise: bool) -> None:
     statistics = taken(standardise)
-    expected = statistics.enter(raw_targets()).mean(0)
+    expected = statistics.standardize(raw_targets()).mean(0)
     torch.testing.assert_close(statistics.null_ME, expected, rtol=1e-3, atol=1e-3)
-    apart = expected.std(0) / statistics.enter(raw_targets()).std((0, 1))
+    apart = expected.std(0) / statistics.standardize(raw_targets()).std((0, 1))
     assert apart.min() > 0.1  # positions differ, so that one mean for all of them would show
     assert statistics.taken == 50
 
@@ -88,13 +88,13 @@ def test_the_null_condition_is_the_mean_target_of_each_position(standardise: boo
 def test_raw_targets_keep_mean_0_and_deviation_1() -> None:
     statistics = taken(standardise=False)
     assert torch.equal(statistics.mean_E, torch.zeros(3)) and torch.equal(statistics.std_E, torch.ones(3))
-    assert torch.equal(statistics.enter(raw_targets()), raw_targets())
+    assert torch.equal(statistics.standardize(raw_targets()), raw_targets())
 
 
 def test_a_channel_that_never_changes_divides_by_no_zero() -> None:
     statistics = TargetStatistics(4, 3)
     statistics.take(TargetSums.of(torch.ones(8, 4, 3)), True)
-    assert statistics.enter(torch.ones(1, 4, 3)).isfinite().all()
+    assert statistics.standardize(torch.ones(1, 4, 3)).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

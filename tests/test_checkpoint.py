@@ -24,8 +24,8 @@ from open_pisces.train.checkpoint import (
     read_progress,
     state_of,
 )
-from open_pisces.train.distributed import World
 from open_pisces.train.optim import AveragedWeights, build_optimizer
+from open_pisces.train.world import World
 
 WORLD = World(torch.device("cpu"))
 

@@ -22,10 +22,11 @@ from open_pisces.config import TRAININGS, ConfigError, load_config
 from open_pisces.data.mixture import Mixture
 from open_pisces.train import log
 from open_pisces.train.checkpoint import faults, find
-from open_pisces.train.distributed import World, split_frozen
 from open_pisces.train.log import Metrics
 from open_pisces.train.loop import train
 from open_pisces.train.objectives import build_training
+from open_pisces.train.sharding import split_frozen
+from open_pisces.train.world import World
 
 STEPS = 20
 DOUBLE = ["train.precision=fp64", f"train.steps={STEPS}", "train.save_every=1000", "train.ema=0.9"]
@@ -221,7 +222,7 @@ def test_frozen_parts_are_split_by_size(starts: Path) -> None:
 def test_processes_that_a_recipe_cannot_use_are_refused(
     starts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
 ) -> None:
-    from open_pisces.train.distributed import _check_ranks
+    from open_pisces.train.world import _check_ranks
 
     config = load_config("nano/stage1", [override, "train.accumulate=1"])
     with pytest.raises(ConfigError, match=message):

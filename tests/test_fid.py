@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from open_pisces.eval import distances, features, fid, inception, reconstruction
 from open_pisces.eval.distances import FeatureStatistics
-from open_pisces.eval.features import Features, Ruler
+from open_pisces.eval.features import Features, FeatureSpec
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.placement import PSNR_CAP
 from open_pisces.eval.runs import Manifest, RunError, RunFolder
 
-RULER = Ruler("Toy", 5, 8, "0" * 16, "as it is")
+RULER = FeatureSpec("Toy", 5, 8, "0" * 16, "as it is")
 
 
-def toy(rows: np.ndarray, ruler: Ruler = RULER, pictures: str = "1") -> Features:
+def toy(rows: np.ndarray, ruler: FeatureSpec = RULER, pictures: str = "1") -> Features:
     """Features that no picture was needed for."""
     return Features(np.asarray(rows, np.float32), replace(ruler, width=rows.shape[1]), pictures, (8, 8))
 
@@ -45,7 +45,7 @@ class Means:
     """A feature network of six numbers: mean and deviation of each colour."""
 
     def __init__(self, name: str = "Means") -> None:
-        self.ruler, self.batch, self.seen = Ruler(name, 6, 8, "0" * 16, "as it is"), 7, 0
+        self.ruler, self.batch, self.seen = FeatureSpec(name, 6, 8, "0" * 16, "as it is"), 7, 0
 
     def features(self, images: Sequence[Image]) -> np.ndarray:
         self.seen += len(images)

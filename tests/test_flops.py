@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_pisces.config import RunConfig, load_config
 from open_pisces.model.pisces import Pisces
-from open_pisces.train.flops import Cost, Costs, Counts, counts_of, flops_of, matmul_rate, meta_twin
+from open_pisces.train.flops import Cost, Costs, Counts, counts_of, flops_of, matmul_rate, meta_copy
 from open_pisces.train.objectives import build_training, costs_of, skeleton
 
 OWN = ["model.start=null", "train.accumulate=1"]
@@ -137,7 +137,7 @@ def test_the_llm_at_8b_costs_six_flops_a_weight_and_token() -> None:
 def test_a_twin_has_everything_but_weights(nano_pisces: Pisces) -> None:
     nano_pisces.generation_encoder.requires_grad_(False)
     try:
-        twin: Any = meta_twin(nano_pisces)
+        twin: Any = meta_copy(nano_pisces)
     finally:
         nano_pisces.generation_encoder.requires_grad_(True)
     assert type(twin) is Pisces and twin is not nano_pisces
@@ -151,7 +151,7 @@ def test_a_twin_has_everything_but_weights(nano_pisces: Pisces) -> None:
 
 
 def test_a_twin_takes_weights_and_then_is_the_model(nano_pisces: Pisces, tmp_path: Path) -> None:
-    twin: Any = meta_twin(nano_pisces.llm)
+    twin: Any = meta_copy(nano_pisces.llm)
     twin.load_state_dict(nano_pisces.llm.state_dict(), assign=True)
     twin.save_pretrained(tmp_path)
     from transformers import AutoModelForCausalLM
@@ -176,7 +176,7 @@ def test_a_sharded_model_costs_what_it_did(nano_config: Any) -> None:
         fully_shard(layer)
     fully_shard(module)
     assert costs_of(module, config) == before
-    twin = meta_twin(module)
+    twin = meta_copy(module)
     assert type(twin) is Pisces and not any(isinstance(part, FSDPModule) for part in twin.modules())
     assert set(twin.state_dict()) == names
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in twin.modules())

@@ -17,8 +17,8 @@ from open_pisces.model.encoders import GenerationEncoder
 from open_pisces.model.gen_clip import GenCLIP, contrast
 from open_pisces.model.parts import build_part
 from open_pisces.train.contrast import embedding_gradients, surrogate_loss
-from open_pisces.train.distributed import World
 from open_pisces.train.objectives import build_training
+from open_pisces.train.world import World
 
 TEXT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SHAPE = {"image_size": 16, "patch_size": 4, "width": 16, "layers": 1, "heads": 2, "mlp_width": 16, "pool": 2}

@@ -16,9 +16,9 @@ from torch import Tensor
 from open_pisces.config import ConfigError, LossConfig
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import Turn, generation_turns
+from open_pisces.device import pick_device
 from open_pisces.generate import Generator, PromptError
 from open_pisces.model.pisces import Pisces
-from open_pisces.paint import pick_device
 
 PROMPTS = ["a red ball", "two small blue cats left of one very big green tree", "é"]
 
@@ -182,7 +182,7 @@ def test_the_null_context_is_the_empty_captions_vectors(generator: Generator) ->
         generator.image(PROMPTS[:1], steps=1, guidance_scale=2.0)
     finally:
         del generator.pisces.decoder.sample  # type: ignore[union-attr]
-    expected = generator.pisces.bridge.statistics.leave(generator.null_vectors)
+    expected = generator.pisces.bridge.statistics.destandardize(generator.null_vectors)
     torch.testing.assert_close(given[0], expected)
 
 
@@ -207,7 +207,7 @@ def test_a_device_that_is_not_there_is_refused_by_name() -> None:
 
 def test_a_reconstruction_draws_the_true_vectors(generator: Generator) -> None:
     images = [picture(0), picture(1)]
-    vectors = generator.pisces.bridge.statistics.leave(generator.encode(images))
+    vectors = generator.pisces.bridge.statistics.destandardize(generator.encode(images))
     noise = torch.randn(48, 8, 8, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
     with torch.inference_mode():
         expected = generator.pisces.decoder.sample(vectors, None, noise, 3, 1.0)  # type: ignore[union-attr]

@@ -24,6 +24,7 @@ LAYERS = (
     {"paint", "frozen"},
     {"model", "data"},
     {"batch"},
+    {"device"},
     {"config", "arguments"},
     {"errors"},
 )

@@ -15,12 +15,12 @@ from open_pisces.cli import build_parser, main
 from open_pisces.config import RECIPES, ConfigError, RunConfig, load_config
 from open_pisces.model.parts import build_part
 from open_pisces.train import plan as planning
-from open_pisces.train.distributed import recompute
 from open_pisces.train.layout import GIB, RESERVE, Layout, PlanError, group_sizes, mean_sample
 from open_pisces.train.objectives import OBJECTIVES, build_training, skeleton
 from open_pisces.train.optim import AveragedWeights, build_optimizer
 from open_pisces.train.plan import gpu_facts, plan, remedy
-from open_pisces.train.rehearsal import Living, Needs, Shape, rehearse, shape_of
+from open_pisces.train.rehearsal import LiveBytes, Needs, Shape, measure_memory, shape_of
+from open_pisces.train.sharding import checkpoint_activations
 
 OWN = ["model.start=null", "train.accumulate=1", "train.batch_size=6"]
 TINY = [
@@ -37,7 +37,7 @@ LAB = sorted(f"lab/{path.stem}" for path in (RECIPES / "lab").glob("*.yaml"))
 
 
 def rehearsed(module: Any, config: RunConfig, shape: Shape, **more: bool) -> Needs:
-    return rehearse(module, OBJECTIVES[config.objective].rehearsal, config, shape, **more)  # type: ignore[arg-type]
+    return measure_memory(module, OBJECTIVES[config.objective].rehearsal, config, shape, **more)  # type: ignore[arg-type]
 
 
 def layout(recipe: str, gpus: int = 1, *more: str) -> Layout:
@@ -124,12 +124,12 @@ def test_activation_checkpointing_is_counted_as_it_is(kind: str) -> None:
     # Under real tensors the same ruler follows real storages.
     config = load_config("nano/stage1", [*OWN, "model.llm.config.num_hidden_layers=6", f"train.checkpointing={kind}"])
     training = build_training(config)
-    recompute(training.module, kind)
+    checkpoint_activations(training.module, kind)
     for p in training.module.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     (batch,) = training.load(0).batches
-    with Living() as live:
+    with LiveBytes() as live:
         loss = training.losses(batch).loss
         kept = live.now
         loss.backward()

@@ -25,8 +25,9 @@ from open_pisces.generate import Generator
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.gen_clip import contrast
 from open_pisces.model.pisces import Pisces
-from open_pisces.train.distributed import World, shard
 from open_pisces.train.objectives.decoder import DecoderOnVectors
+from open_pisces.train.sharding import shard
+from open_pisces.train.world import World
 
 DRAWN = 4000
 """Times enough to meet nearly all 1,000 steps."""
@@ -240,7 +241,7 @@ def test_pixels_are_normalized_in_float32_by_a_bfloat16_model(nano_pisces: Pisce
     narrow = Generator(copy.deepcopy(nano_pisces).bfloat16(), nano_tokenizer, "cpu")
     seen: list[Tensor] = []
     for encoder in (narrow.pisces.understanding_encoder, narrow.pisces.generation_encoder):
-        encoder.normalise.register_forward_hook(lambda module, given, found: seen.extend([given[0], found]))
+        encoder.normalize.register_forward_hook(lambda module, given, found: seen.extend([given[0], found]))
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     narrow.text([[fromarray(pixels)]], ["What is it?"], max_new_tokens=1)
     narrow.encode([fromarray(pixels)])

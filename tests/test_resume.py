@@ -15,8 +15,8 @@ import pytest
 
 from open_pisces.config import ConfigError, RunConfig, load_config
 from open_pisces.train.checkpoint import read_progress
-from open_pisces.train.distributed import VARIABLES, WorldError, _environment
 from open_pisces.train.loop import train
+from open_pisces.train.world import VARIABLES, WorldError, _environment
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import Renderer
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.bridge import TargetStatistics, TargetSums
-from open_pisces.train.distributed import World
 from open_pisces.train.objectives import build_training, decoder
 from open_pisces.train.objectives.pisces import check_lengths_together
+from open_pisces.train.world import World
 
 
 @pytest.fixture

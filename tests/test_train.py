@@ -26,11 +26,11 @@ from open_pisces.model.folder import load_part, read_card
 from open_pisces.model.parts import PARTS
 from open_pisces.train import log, loop
 from open_pisces.train.checkpoint import CheckpointError, own_folder, read_progress
-from open_pisces.train.distributed import World
 from open_pisces.train.log import Metrics
 from open_pisces.train.loop import BadStep, is_done, train, train_step
 from open_pisces.train.objectives import build_training
 from open_pisces.train.optim import AveragedWeights, build_optimizer, lr_at
+from open_pisces.train.world import World
 
 OBJECTIVES = ("gen_clip", "decoder", "stage1")
 
@@ -330,7 +330,7 @@ def test_a_bad_batch_is_left_out_wherever_the_run_goes_on_from(
     other = settings(runs, "stage1", *changes, out=tmp_path / "other")
     run = started(other)
     for step in (0, 1, 2, 3, 5):
-        train_step(run, run.world.even(run.training.load(step), run.training.load)[0], step)
+        train_step(run, run.world.equalize_micro_batches(run.training.load(step), run.training.load)[0], step)
         run.average.update(step)
     assert all(torch.equal(value, run.tensors[name]) for name, value in state_tensors(config).items())
 
@@ -345,10 +345,10 @@ def test_bad_batches_without_end_stop_the_run(runs: Path, tmp_path: Path, monkey
 def test_a_spike_is_a_bad_step(runs: Path, tmp_path: Path) -> None:
     run = started(settings(runs, "stage1", "train.spike=3.0", out=tmp_path))
     for value in (1.0, 2.0, 1.0) * 10:
-        assert loop.complaint(run, {"text": value}) == ""
-        loop.remember(run.progress, {"text": value})
-    assert loop.complaint(run, {"text": 2.9}) == ""
-    assert "text is 3.1, the median of the last 30 steps is 1" in loop.complaint(run, {"text": 3.1})
+        assert loop.check_step(run, {"text": value}) == ""
+        loop.remember_losses(run.progress, {"text": value})
+    assert loop.check_step(run, {"text": 2.9}) == ""
+    assert "text is 3.1, the median of the last 30 steps is 1" in loop.check_step(run, {"text": 3.1})
 
 
 def test_bf16_autocast_trains_close_to_float32(runs: Path, tmp_path: Path) -> None:
@@ -365,7 +365,12 @@ def test_activations_computed_again_change_no_gradient(runs: Path, tmp_path: Pat
     rows = []
     for how in ("none", kind):
         run = started(settings(runs, "stage1", "train.precision=fp64", f"train.checkpointing={how}", out=tmp_path))
-        rows.append([train_step(run, run.world.even(run.training.load(s), None)[0], s)["norm"] for s in range(2)])
+        rows.append(
+            [
+                train_step(run, run.world.equalize_micro_batches(run.training.load(s), None)[0], s)["norm"]
+                for s in range(2)
+            ]
+        )
     assert rows[1] == pytest.approx(rows[0], rel=1e-10)
 
 
@@ -523,7 +528,7 @@ def test_a_dropped_condition_is_the_mean_target_of_each_place(
     honest = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda *a: given.append(a[1]) or honest(*a))  # type: ignore[func-returns-value]
     training.losses(training.load(0).batches[0])
-    null = statistics.leave(statistics.null_ME)  # type: ignore[union-attr, operator]
+    null = statistics.destandardize(statistics.null_ME)  # type: ignore[union-attr, operator]
     assert [torch.allclose(row, null, atol=1e-5) for row in given[0]] == [share == 1.0] * 4
 
 

@@ -16,8 +16,8 @@ import torch
 from open_pisces.bench.pairs import interval
 from open_pisces.config import load_config
 from open_pisces.model.folder import WEIGHTS
-from open_pisces.train.distributed import World
 from open_pisces.train.loop import Run, save, start
+from open_pisces.train.world import World
 
 
 def run(pairs: int = 15) -> dict[str, Any]:

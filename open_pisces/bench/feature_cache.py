@@ -21,9 +21,9 @@ from open_pisces.config import RunConfig, load_config
 from open_pisces.data.prefetch import prefetch
 from open_pisces.factory.encode import encode
 from open_pisces.model.folder import WEIGHTS
-from open_pisces.train.distributed import World
 from open_pisces.train.loop import start, train_step
 from open_pisces.train.objectives.base import Objective
+from open_pisces.train.world import World
 
 STEPS = 6
 

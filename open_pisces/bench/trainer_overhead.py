@@ -23,10 +23,10 @@ from open_pisces.batch import StepBatches
 from open_pisces.bench.pairs import compare
 from open_pisces.config import load_config
 from open_pisces.model.folder import WEIGHTS
-from open_pisces.train.distributed import World
-from open_pisces.train.loop import Run, start, work
+from open_pisces.train.loop import Run, run_until_done, start
 from open_pisces.train.optim import build_optimizer, lr_at
 from open_pisces.train.signals import Stop
+from open_pisces.train.world import World
 
 STEPS = 24
 
@@ -65,7 +65,7 @@ def _ours(run: Run, given: list[StepBatches]) -> None:
     training = copy.copy(run.training)
     training.load = _Loads(run.training.load, given)
     training.parts = {}  # there is nothing to copy for a model folder that nobody writes
-    work(replace(run, config=config, training=training, probes=()), Stop())
+    run_until_done(replace(run, config=config, training=training, probes=()), Stop())
 
 
 class _Loads:

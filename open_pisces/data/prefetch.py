@@ -27,8 +27,8 @@ def prefetch(load: Callable[[int], Any], steps: Sequence[int], depth: int = 4, w
             sampler=steps,
             num_workers=workers,
             prefetch_factor=2,
-            collate_fn=_as_it_is,
-            worker_init_fn=_deaf,
+            collate_fn=_identity,
+            worker_init_fn=_ignore_signals,
         )
         return
     yield from _by_thread(load, steps, depth)
@@ -44,13 +44,13 @@ class _Steps(Dataset[Any]):
         return self.load(step)
 
 
-def _deaf(worker: int) -> None:
-    """Signals to stop often go to all processes of a group: the training decides when its readers end."""
+def _ignore_signals(worker: int) -> None:
+    """Workers ignore SIGINT, SIGTERM and SIGUSR1; the main process shuts them down."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_it_is(step: Any) -> Any:
+def _identity(step: Any) -> Any:
     return step
 
 

@@ -43,9 +43,9 @@ from transformers import (
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from open_pisces.data.images import generation_pixels
+from open_pisces.device import pick_device
 from open_pisces.eval.detection import Detection, DetectorError
 from open_pisces.eval.geneval_prompts import tables
-from open_pisces.paint import pick_device
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"

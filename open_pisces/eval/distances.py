@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from open_pisces.data.draws import stream
-from open_pisces.eval.features import Features, Ruler
+from open_pisces.eval.features import Features, FeatureSpec
 from open_pisces.eval.intervals import EvaluationError, Interval
 
 GROUPS = 20
@@ -51,7 +51,7 @@ class FeatureStatistics:
     """``(width,)``, float64."""
     scatter: np.ndarray
     """Sum of the outer products of the features less their mean, ``(width, width)``, float64."""
-    ruler: Ruler
+    ruler: FeatureSpec
     pictures: str
     """As in `Features`: the sum of the pictures' sha256."""
 
@@ -105,7 +105,7 @@ class FeatureStatistics:
             with safe_open(path, "np") as file:
                 about = file.metadata() or {}
                 mean, scatter = (file.get_tensor(name) for name in ("mean", "scatter"))
-            return cls(int(about["n"]), mean, scatter, Ruler(**json.loads(about["ruler"])), about["pictures"])
+            return cls(int(about["n"]), mean, scatter, FeatureSpec(**json.loads(about["ruler"])), about["pictures"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise EvaluationError(
                 f"{path}: no statistics of features that say their n and network ({error}): make them from the "
@@ -113,7 +113,7 @@ class FeatureStatistics:
             ) from None
 
 
-def check_rulers(a: Ruler, b: Ruler) -> None:
+def check_rulers(a: FeatureSpec, b: FeatureSpec) -> None:
     """Refuse to compare what was measured differently.
 
     Raises:
@@ -273,8 +273,8 @@ def compare(
         seed: of groups and halves.
 
     Returns:
-        ``name`` (`Ruler.distance`), ``score`` with ``low`` and ``high``, ``n`` and ``n_real``, ``biased``, ``kid``,
-        ``baseline`` (about what other real pictures would score at these n, hence a perfect model) and
+        ``name`` (`FeatureSpec.distance`), ``score`` with ``low`` and ``high``, ``n`` and ``n_real``, ``biased``,
+        ``kid``, ``baseline`` (about what other real pictures would score at these n, hence a perfect model) and
         ``baselines`` (also ``halves``, the distance of two halves of the real pictures, and ``noise``), ``interval``
         (how it was made), ``ruler``, ``sides`` (least and greatest, in pixels). Where only statistics are known,
         ``kid`` and ``baseline`` are None.

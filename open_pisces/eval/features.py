@@ -1,6 +1,6 @@
 """Pictures to features: the networks that sets of pictures are compared with, and where the pictures come from.
 
-A figure means nothing without its ruler: which network, with which weights, after which resizing. `Ruler` says that,
+A figure means nothing without its network, weights and resizing. `FeatureSpec` names them,
 goes into every result and statistics file, and what was measured with another one is refused. Only Inception with the
 published weights gives a distance called FID; EfficientNet-Lite0, which a package brings along and so works offline,
 gives "FD-EffLite0", whose values are on another scale.
@@ -25,10 +25,10 @@ from torch import Tensor
 
 from open_pisces.data.features import weights_digest
 from open_pisces.data.images import ImageError, generation_pixels, open_image, to_pil
+from open_pisces.device import pick_device
 from open_pisces.eval import inception
 from open_pisces.eval.intervals import EvaluationError, mean_interval
 from open_pisces.eval.runs import RunFolder
-from open_pisces.paint import pick_device
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Files that count as pictures."""
@@ -79,7 +79,7 @@ def cut(image: Image, side: int) -> Image:
 
 
 @dataclass(frozen=True)
-class Ruler:
+class FeatureSpec:
     """What features were taken with; only what was taken with equal rulers can be compared."""
 
     name: str
@@ -97,7 +97,7 @@ class Ruler:
         """What a Frechet distance with this ruler is called."""
         return "FID" if self.name == "FID-Inception" else f"FD-{self.name}"
 
-    def after_cut(self, side: int | None) -> Ruler:
+    def after_cut(self, side: int | None) -> FeatureSpec:
         """This ruler for pictures that are cut to ``side`` first."""
         first = f"short side to {side} px (bicubic), centre crop; then " if side else ""
         return replace(self, preparation=first + self.preparation)
@@ -106,7 +106,7 @@ class Ruler:
 class FeatureNetwork(Protocol):
     """Turns pictures into features."""
 
-    ruler: Ruler
+    ruler: FeatureSpec
     batch: int
     """Pictures that it takes at once at its fastest."""
 
@@ -121,7 +121,7 @@ class Features:
 
     rows: np.ndarray
     """``(n, width)``, float32."""
-    ruler: Ruler
+    ruler: FeatureSpec
     pictures: str
     """What identifies the set, whatever its order: the sum of its pictures' sha256."""
     sides: tuple[int, int]
@@ -209,7 +209,7 @@ class EfficientNetLite0:
         self.network.to(self.device, memory_format=torch.channels_last)
         self.batch = _batch(self.device)
         means = "short side to 224 px (bicubic), centre crop, (x - 127) / 128"
-        self.ruler = Ruler("EffLite0", 1280, 224, _sha256(file)[:16], means)
+        self.ruler = FeatureSpec("EffLite0", 1280, 224, _sha256(file)[:16], means)
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image]) -> np.ndarray:
@@ -247,7 +247,7 @@ class Inception:
         self.network.to(self.device)
         self.batch, sha256 = _batch(self.device), _sha256(file)
         name = "FID-Inception" if sha256.startswith(inception.PUBLISHED) else f"Inception-{sha256[:8]}"
-        self.ruler = Ruler(name, inception.WIDTH, inception.SIDE, sha256[:16], "to 299 x 299 px (bilinear)")
+        self.ruler = FeatureSpec(name, inception.WIDTH, inception.SIDE, sha256[:16], "to 299 x 299 px (bilinear)")
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image]) -> np.ndarray:
@@ -284,7 +284,7 @@ class ClipImages:
         size = config.vision_config.image_size
         parts = (self.model.vision_model, self.model.visual_projection, self.model.text_model)
         weights = weights_digest(torch.nn.ModuleList((*parts, self.model.text_projection)))[:16]
-        self.ruler = Ruler(name, config.projection_dim, size, weights, means)
+        self.ruler = FeatureSpec(name, config.projection_dim, size, weights, means)
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image]) -> np.ndarray:

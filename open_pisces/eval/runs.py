@@ -1,4 +1,4 @@
-"""Run folders: everything an evaluation asked, made and found, so that it can be gone on with, scored again, believed.
+"""Run folders: prompts, outputs and scores of one evaluation; resumable and re-scorable.
 
 ::
 

@@ -1,4 +1,4 @@
-"""What the answers to a benchmark amount to: its score by the published rule, and how far that may move.
+"""Benchmark scores with bootstrap intervals, from per-question grades.
 
 Pure functions of questions and grades. ``unit`` of a question is what the rule counts and the bootstrap draws anew: an
 image of MME, a pair of MMVP, a question of MMBench with all its rotations. Scores are in the unit of the paper's table:

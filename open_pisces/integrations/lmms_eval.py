@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from open_pisces.batch import wide
 from open_pisces.data.images import ImageError
 from open_pisces.data.loader import collate
 from open_pisces.data.prompts import IGNORED
+from open_pisces.device import upcast
 from open_pisces.generate import Generator, PromptError
 from open_pisces.integrations.messages import Conversation, HarnessError, read_messages
 from open_pisces.model.folder import WEIGHTS
@@ -97,7 +97,7 @@ def log_likelihoods(
     batch = collate(rendered, images, renderer, *generator.sizes, multiple=1)
     batch = batch.to(generator.device, next(pisces.llm.parameters()).dtype)
     hidden_KD = pisces.hidden(pisces.embed(batch)[0]).flatten(0, 1)[batch.text_at_K]
-    logits_KV = wide(pisces.llm.get_output_embeddings()(hidden_KD))
+    logits_KV = upcast(pisces.llm.get_output_embeddings()(hidden_KD))
     chosen_K = logits_KV.log_softmax(-1).gather(-1, batch.labels_K[:, None])[:, 0]
     logits_KV[:, [token for token in renderer.special_ids if token != renderer.end_of_turn]] = float("-inf")
     greedy_K = logits_KV.argmax(-1) == batch.labels_K

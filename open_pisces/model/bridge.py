@@ -8,8 +8,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from open_pisces.batch import wide
 from open_pisces.config import ModelConfig
+from open_pisces.device import upcast
 from open_pisces.errors import PiscesError
 from open_pisces.model.heads import GenerationHead, VectorHead
 from open_pisces.model.precision import FloatBuffers
@@ -109,11 +109,11 @@ class TargetStatistics(FloatBuffers):
         self.null_ME.copy_((sums.vectors_ME / sums.pictures - self.mean_E) / self.std_E)
         self.taken.fill_(float(sums.pictures))
 
-    def enter(self, raw: Tensor) -> Tensor:
+    def standardize(self, raw: Tensor) -> Tensor:
         """From gen-CLIP's space to the LLM's."""
         return (raw - self.mean_E) / self.std_E
 
-    def leave(self, vectors: Tensor) -> Tensor:
+    def destandardize(self, vectors: Tensor) -> Tensor:
         """From the LLM's space to gen-CLIP's."""
         return vectors * self.std_E + self.mean_E
 
@@ -132,4 +132,4 @@ class Bridge(nn.Module):
 
     def targets(self, features_BGE: Tensor) -> Tensor:
         """gen-CLIP's last layer ``(B, grid * grid, E)`` to the vectors the LLM learns to write, ``(B, M, E)``."""
-        return self.statistics.enter(wide(self.pooler(features_BGE)))
+        return self.statistics.standardize(upcast(self.pooler(features_BGE)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from open_pisces.batch import wide
+from open_pisces.device import upcast
 from open_pisces.errors import PiscesError
 
 LOGITS = 64 * 2**20
@@ -30,7 +30,7 @@ def head_cross_entropy(head: nn.Module, hidden_KD: Tensor, labels_K: Tensor, ker
     """
     if type(head) is nn.Linear and head.bias is None:
         return linear_cross_entropy(hidden_KD, head.weight, labels_K, kernel=kernel)
-    return F.cross_entropy(wide(head(hidden_KD)), labels_K, reduction="sum")
+    return F.cross_entropy(upcast(head(hidden_KD)), labels_K, reduction="sum")
 
 
 def linear_cross_entropy(

@@ -10,7 +10,8 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DCond
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from open_pisces.batch import unit_pixels, wide
+from open_pisces.batch import unit_pixels
+from open_pisces.device import upcast
 from open_pisces.errors import PiscesError
 
 
@@ -95,14 +96,14 @@ class ImageDecoder(nn.Module):
         """
         pixels = unit_pixels(pixels_BCHW) * 2 - 1
         latents = self.vae.encode(pixels.to(getattr(self.vae, "dtype", pixels.dtype))).latent_dist.mode()
-        return wide(latents) * self.vae.config.scaling_factor
+        return upcast(latents) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Latents to float32 pictures in [0, 1]."""
         latents = latents_BCHW / self.vae.config.scaling_factor
         pixels = self.vae.decode(latents.to(getattr(self.vae, "dtype", latents.dtype))).sample
-        return (wide(pixels) / 2 + 0.5).clamp(0, 1)
+        return (upcast(pixels) / 2 + 0.5).clamp(0, 1)
 
     def denoise(self, noisy_BCHW: Tensor, times_B: Tensor, vectors_BME: Tensor) -> Tensor:
         """One call of the U-Net: its prediction (noise, velocity or clean) for latents at ``times_B`` in [0, 1000].
@@ -148,7 +149,7 @@ class ImageDecoder(nn.Module):
             elif self._noiser.config.prediction_type == "sample":
                 target = latents_BCHW
         predicted = self.denoise(noisy, steps, vectors_BME)
-        return (wide(predicted) - wide(target)).pow(2).mean((1, 2, 3))
+        return (upcast(predicted) - upcast(target)).pow(2).mean((1, 2, 3))
 
     @torch.no_grad()
     def sample(

@@ -44,7 +44,7 @@ class UnderstandingEncoder(nn.Module):
     def __init__(self, tower: SiglipVisionModel, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.tower = tower
-        self.normalise = PixelNorm(mean, std)
+        self.normalize = PixelNorm(mean, std)
 
     @property
     def image_size(self) -> int:
@@ -74,7 +74,7 @@ class UnderstandingEncoder(nn.Module):
 
     def _tower(self, pixels_BCHW: Tensor) -> Any:
         dtype = self.tower.get_input_embeddings().weight.dtype
-        return self.tower(self.normalise(pixels_BCHW).to(dtype))
+        return self.tower(self.normalize(pixels_BCHW).to(dtype))
 
 
 def layer_norm(width: int, norm: str) -> nn.LayerNorm:
@@ -127,7 +127,7 @@ class GenerationEncoder(nn.Module):
     def __init__(self, config: GenerationEncoderConfig, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.config = config
-        self.normalise = PixelNorm(mean, std)
+        self.normalize = PixelNorm(mean, std)
         self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1 + config.grid**2, config.width) * 0.02)
@@ -159,7 +159,7 @@ class GenerationEncoder(nn.Module):
         """
         if pixels_BCHW.shape[-2:] != (self.image_size, self.image_size):
             raise PiscesError(f"pictures of {tuple(pixels_BCHW.shape[-2:])}; this encoder takes {self.image_size} px")
-        pixels_BCHW = self.normalise(pixels_BCHW).to(self.patches.weight.dtype)
+        pixels_BCHW = self.normalize(pixels_BCHW).to(self.patches.weight.dtype)
         x = self.patches(pixels_BCHW).flatten(2).transpose(1, 2) + self.positions[1:]
         if keep_BK is not None:
             x = x.gather(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]))

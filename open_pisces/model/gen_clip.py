@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from open_pisces.batch import PairBatch, unit_pixels, wide
+from open_pisces.batch import PairBatch, unit_pixels
 from open_pisces.config import ConfigError, ContrastiveConfig
+from open_pisces.device import upcast
 from open_pisces.model.encoders import Block, GenerationEncoder, UnderstandingEncoder
 
 
@@ -98,18 +99,18 @@ class GenCLIP(nn.Module):
 
     def embed_images(self, pixels_BCHW: Tensor) -> Tensor:
         """Pictures in [0, 1] to unit vectors ``(B, width)``."""
-        return F.normalize(wide(self.vision_projection(self.vision.summary(pixels_BCHW))), dim=-1)
+        return F.normalize(upcast(self.vision_projection(self.vision.summary(pixels_BCHW))), dim=-1)
 
     def embed_texts(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Captions to unit vectors ``(B, width)``: the last token's, which has seen all others."""
         hidden_BSD = self.text(input_ids=ids_BS, attention_mask=mask_BS.long()).last_hidden_state
         last = hidden_BSD[torch.arange(len(ids_BS), device=ids_BS.device), mask_BS.sum(1) - 1]
-        return F.normalize(wide(self.text_projection(last)), dim=-1)
+        return F.normalize(upcast(self.text_projection(last)), dim=-1)
 
     def reconstruct(self, pixels_BCHW: Tensor, keep_BK: Tensor) -> Tensor:
         """MAE's mean error on the patches that were hidden, per picture: ``(B,)``."""
         assert self.mae is not None
-        predicted = wide(self.mae(self.vision(pixels_BCHW, keep_BK), keep_BK))
+        predicted = upcast(self.mae(self.vision(pixels_BCHW, keep_BK), keep_BK))
         error_BS = (predicted - self.mae.targets(pixels_BCHW)).pow(2).mean(-1)
         hidden_BS = torch.ones_like(error_BS).scatter(1, keep_BK, 0.0)
         return (error_BS * hidden_BS).sum(1) / hidden_BS.sum(1)

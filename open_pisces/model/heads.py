@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from open_pisces.batch import wide
+from open_pisces.device import upcast
 
 
 class HeadLoss(NamedTuple):
@@ -71,7 +71,7 @@ class GenerationHead(VectorHead):
     def loss(self, hidden_KD: Tensor, target_KE: Tensor, draws_KR: Tensor | None = None) -> HeadLoss:
         """Squared error, mean over channels."""
         predicted_KE = self(hidden_KD)
-        return HeadLoss((wide(predicted_KE) - target_KE).pow(2).mean(-1), predicted_KE)
+        return HeadLoss((upcast(predicted_KE) - target_KE).pow(2).mean(-1), predicted_KE)
 
     def sample(self, hidden_BD: Tensor, draws_BR: Tensor | None = None) -> Tensor:
         """The prediction itself: squared error has one answer to each prompt."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_pisces.batch import Losses, SequenceBatch, wide
+from open_pisces.batch import Losses, SequenceBatch
 from open_pisces.config import LossConfig, ModelConfig
+from open_pisces.device import upcast
 from open_pisces.errors import PiscesError
 from open_pisces.model.adapters import adopt_adapter
 from open_pisces.model.bridge import Bridge
@@ -117,7 +118,7 @@ class Pisces(FloatBuffers):
             flat = _place(flat, batch.understanding_at_K, self.understand(batch.understanding_pixels_BCHW))
         targets_BME = batch.generation_vectors_BME
         if targets_BME is None and batch.generation_features_BME is not None:
-            targets_BME = self.bridge.statistics.enter(wide(batch.generation_features_BME))
+            targets_BME = self.bridge.statistics.standardize(upcast(batch.generation_features_BME))
         elif targets_BME is None and len(batch.generation_pixels_BCHW):
             targets_BME = self.generation_vectors(batch.generation_pixels_BCHW)
         if targets_BME is None:
@@ -152,7 +153,7 @@ class Pisces(FloatBuffers):
         loss = self.weights.text * text + self.weights.vectors * vectors
         # Squared error shrinks what it cannot know: the two norms drift apart before pictures turn grey.
         norms = {"norm_predicted": predicted_KE, "norm_target": targets_KE}
-        parts = {name: wide(value.detach()).norm(dim=-1).sum() / drawn for name, value in norms.items()}
+        parts = {name: upcast(value.detach()).norm(dim=-1).sum() / drawn for name, value in norms.items()}
         return Losses(loss, {"text": text.detach(), "vectors": vectors.detach(), **parts})
 
     def feed_own(self, inputs_BSD: Tensor, batch: SequenceBatch) -> Tensor:

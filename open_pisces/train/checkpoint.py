@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from open_pisces.errors import PiscesError
-from open_pisces.train.distributed import World
 from open_pisces.train.optim import AveragedWeights
+from open_pisces.train.world import World
 
 FORMAT = 1
 
@@ -304,7 +304,7 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def own_folder(folder: Path, world: World) -> Iterator[None]:
-    """Nobody else writes into a run folder inside this block; the lock falls with the process, however it ends.
+    """Hold an exclusive `flock` on the run folder; it is released when the process ends, however that happens.
 
     Raises:
         CheckpointError: if another run has it; its process is named.

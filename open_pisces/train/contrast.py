@@ -12,7 +12,7 @@ from torch import Tensor
 
 from open_pisces.batch import EmbeddingGradients, Losses, PairBatch
 from open_pisces.model.gen_clip import Embedded, contrast
-from open_pisces.train.distributed import World
+from open_pisces.train.world import World
 
 
 def embedding_gradients(embedded: list[Embedded], batches: list[PairBatch], world: World) -> list[EmbeddingGradients]:

@@ -33,18 +33,18 @@ from open_pisces.batch import PairBatch, SequenceBatch, StepBatches
 HOOKS = tuple(name for name in nn.Module().__dict__ if "_hooks" in name)
 
 
-def meta_twin(module: nn.Module) -> nn.Module:
+def meta_copy(module: nn.Module) -> nn.Module:
     """The same structure with every parameter and buffer an empty tensor on the meta device; copies no weight.
 
     Tensors and modules that are shared stay shared, what is frozen stays frozen. Of sharded modules come the whole
     shapes; neither the sharding nor any hook comes along. So a twin can be run for its shapes, or filled with
     gathered weights and saved.
     """
-    return twin(module, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    return copy_with(module, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
 
-def twin(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
-    """`meta_twin` with tensors of another kind: ``make`` gives the one that stands for a parameter or buffer."""
+def copy_with(module: nn.Module, make: Callable[[Tensor], Tensor]) -> nn.Module:
+    """`meta_copy` with tensors of another kind: ``make`` gives the one that stands for a parameter or buffer."""
     memo: dict[int, Any] = {}
     for tensor in chain(module.parameters(), module.buffers()):
         made = make(tensor)
@@ -181,7 +181,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) ->
 
 def twin_of(module: nn.Module, name: str) -> Any:
     """A twin of a part, in evaluation mode: nothing drops out."""
-    return meta_twin(getattr(module, name)).float().eval()
+    return meta_copy(getattr(module, name)).float().eval()
 
 
 def learns(*parts: nn.Module) -> bool:

@@ -16,11 +16,11 @@ from torch import nn
 from open_pisces.config import RunConfig
 from open_pisces.data.loader import MULTIPLE
 from open_pisces.errors import PiscesError
-from open_pisces.train.distributed import blocks, split_frozen
 from open_pisces.train.flops import Counts
 from open_pisces.train.objectives import OBJECTIVES
 from open_pisces.train.objectives.base import Objective
-from open_pisces.train.rehearsal import Needs, Shape, rehearse
+from open_pisces.train.rehearsal import Needs, Shape, measure_memory
+from open_pisces.train.sharding import blocks, split_frozen
 
 GIB = 2**30
 TEXTS = {
@@ -241,7 +241,7 @@ class Layout:
         settings = self.config.train
         key = (settings.checkpointing, settings.accumulate > 1, self.largest, self.gpus > 1)
         if key not in self.counted:
-            self.counted[key] = rehearse(
+            self.counted[key] = measure_memory(
                 self.module, self.objective.rehearsal, self.config, self.largest, self.gpus > 1
             )
         return self.counted[key]

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from open_pisces.batch import StepBatches
 from open_pisces.config import ConfigError, RunConfig
-from open_pisces.train.distributed import World
 from open_pisces.train.flops import Costs, counts_of, matmul_rate
+from open_pisces.train.world import World
 
 LOG_EVERY = 10
 SHOWN = ("text", "vectors", "diffusion", "contrastive", "retrieval", "mae", "norm")

@@ -21,15 +21,16 @@ from open_pisces.data.shards import open_dataset
 from open_pisces.errors import PiscesError
 from open_pisces.model.folder import write_folder
 from open_pisces.train.checkpoint import Checkpoints, load_latest, own_folder, read_progress, state_of
-from open_pisces.train.distributed import World, compile_parts, full, join_world, recompute, reduce_gradients, shard
-from open_pisces.train.flops import meta_twin
+from open_pisces.train.flops import meta_copy
 from open_pisces.train.log import Log, describe_run
 from open_pisces.train.objectives import build_training, costs_of
 from open_pisces.train.objectives.base import Objective
 from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at
 from open_pisces.train.probes import Probe, probe
 from open_pisces.train.resume import changed_settings, check_order, order_of
+from open_pisces.train.sharding import checkpoint_activations, compile_parts, gather_full, reduce_gradients, shard
 from open_pisces.train.signals import Stop, stop_signals
+from open_pisces.train.world import World, join_world
 
 LOSSES = ("text", "vectors", "diffusion", "contrastive", "mae")
 """What is watched for spikes."""
@@ -58,7 +59,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """Everything a running training consists of."""
+    """The state of a running training."""
 
     config: RunConfig
     world: World
@@ -67,7 +68,7 @@ class Run:
     average: AveragedWeights
     checkpoints: Checkpoints
     log: Log
-    twins: dict[str, nn.Module]
+    copies: dict[str, nn.Module]
     progress: Progress
     probes: Sequence[Probe]
     licences: list[dict[str, Any]]
@@ -103,7 +104,7 @@ def train(config: RunConfig, probes: Sequence[Probe] = (probe,)) -> Path:
         run = start(config, world, probes)
         try:
             with stop_signals(config.train.grace) as stop, run.log:
-                while not work(run, stop):
+                while not run_until_done(run, stop):
                     pass
                 run.checkpoints.wait()
         finally:
@@ -112,14 +113,14 @@ def train(config: RunConfig, probes: Sequence[Probe] = (probe,)) -> Path:
 
 
 def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
-    """Build everything, spread it over the processes, and put the last checkpoint back."""
+    """Build everything, shard it, and load the last checkpoint."""
     settings = config.train
     training = build_training(config, world)
     module = training.module.double() if settings.precision == "fp64" else training.module
     if world.mesh is None:
         module.to(world.device)  # otherwise sharding takes it there block by block: a device never holds all of it
-    twins, costs = {name: meta_twin(part) for name, part in training.parts.items()}, costs_of(module, config)
-    recompute(module, settings.checkpointing)
+    copies, costs = {name: meta_copy(part) for name, part in training.parts.items()}, costs_of(module, config)
+    checkpoint_activations(module, settings.checkpointing)
     if settings.compile and training.compiled is not None:
         # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
         compile_parts(training.compiled, world, dynamic=None if config.data.row_length else False)
@@ -138,7 +139,7 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
         log.event(progress.step, "resumed", processes=world.ranks, changed=changed)
     checkpoints = Checkpoints(state, world, settings.keep, settings.save_async)
     licences = [entry for source in config.data.sources for entry in open_dataset(source.path).licences]
-    return Run(config, world, training, optimizer, average, checkpoints, log, twins, progress, probes, licences)
+    return Run(config, world, training, optimizer, average, checkpoints, log, copies, progress, probes, licences)
 
 
 def _changes(config: RunConfig, before: dict[str, Any], now: dict[str, Any], world: World) -> list[str]:
@@ -161,8 +162,8 @@ def _changes(config: RunConfig, before: dict[str, Any], now: dict[str, Any], wor
     return changed
 
 
-def work(run: Run, stop: Stop) -> bool:
-    """Train from where the run is to its end; False if it went back to a checkpoint and has to begin again there."""
+def run_until_done(run: Run, stop: Stop) -> bool:
+    """Train until the last step. Returns False after a rewind: call it again."""
     settings, progress = run.config.train, run.progress
     tally = SkipTally(run.config.data.max_bad, progress.read)
     tally.causes.update(progress.skipped)
@@ -171,22 +172,22 @@ def work(run: Run, stop: Stop) -> bool:
     read_ahead = prefetch(run.training.load, steps, workers=run.config.data.workers)
     for step, given in zip(steps, run.log.waiting(read_ahead), strict=True):
         row: dict[str, float] = {}
-        batches, whole, ended = run.world.even(given, run.training.load, stop.asked)
+        batches, whole, ended = run.world.equalize_micro_batches(given, run.training.load, stop.asked)
         tally.add(whole)
         progress.read, progress.skipped = tally.read, dict(tally.causes)
         try:
-            with run.world.naming():
+            with run.world.name_missing_ranks():
                 row = train_step(run, batches, step)
             run.average.update(step)
         except BadStep as bad:
-            if not leave_out(run, step, bad):
+            if not handle_bad_step(run, step, bad):
                 return False
         progress.step = step + 1
         run.log.step(step, row, batches, whole, tally.causes, last=progress.step == settings.steps)
         last = progress.step == settings.steps
         ended |= stop.asked and run.world.ranks == 1  # several have to hear of it first
         if last or progress.step % settings.probe_every == 0:
-            look(run)
+            run_probes(run)
         if last or ended or progress.step % settings.save_every == 0:
             save(run)
         if ended:
@@ -224,8 +225,8 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
         (losses.loss * world.ranks).backward()  # sharded gradients are averaged over processes
         parts = {name: value + parts.get(name, 0) for name, value in losses.parts.items()}
     drop_gradients(training.idle(batches[0]))
-    row = add_up(run, parts)
-    why = complaint(run, row)
+    row = clip_and_sum(run, parts)
+    why = check_step(run, row)
     if why:
         run.optimizer.zero_grad(set_to_none=True)
         raise BadStep(f"step {step}: {why}")
@@ -234,14 +235,14 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
         group["lr"] = rate
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    remember(run.progress, row)
+    remember_losses(run.progress, row)
     return {**row, "lr": rate}
 
 
-def add_up(run: Run, parts: dict[str, Tensor]) -> dict[str, float]:
-    """Clip the gradient; the losses of all processes and its norm, the same numbers everywhere."""
+def clip_and_sum(run: Run, parts: dict[str, Tensor]) -> dict[str, float]:
+    """Clip the gradient; returns its norm and the losses summed over ranks, the same numbers on each."""
     learning = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = full(nn.utils.clip_grad_norm_(learning, run.config.train.clip))
+    norm = gather_full(nn.utils.clip_grad_norm_(learning, run.config.train.clip))
     names = sorted(parts)
     mine = torch.stack([norm.double(), *(parts[name].double() for name in names)]).tolist()
     rows = run.world.gather(mine)
@@ -249,8 +250,8 @@ def add_up(run: Run, parts: dict[str, Tensor]) -> dict[str, float]:
     return {**{name: sums[name] for name in parts}, "norm": rows[0][0]}
 
 
-def complaint(run: Run, row: dict[str, float]) -> str:
-    """What is wrong with a step, or nothing."""
+def check_step(run: Run, row: dict[str, float]) -> str:
+    """Why a step must not be applied (not finite, or a spike), or ""."""
     odd = [name for name, value in row.items() if not math.isfinite(value)]
     if odd:
         return f"{odd[0]} is {row[odd[0]]}, not finite: lower train.lr"
@@ -261,15 +262,15 @@ def complaint(run: Run, row: dict[str, float]) -> str:
     return ""
 
 
-def remember(progress: Progress, row: dict[str, float]) -> None:
-    """Keep the last losses."""
+def remember_losses(progress: Progress, row: dict[str, float]) -> None:
+    """Append a step's losses to the history that spikes are judged by."""
     for name in LOSSES:
         if name in row:
             progress.recent[name] = [*deque(progress.recent.get(name, []), SPIKE_STEPS - 1), row[name]]
 
 
-def leave_out(run: Run, step: int, bad: BadStep) -> bool:
-    """Go on without a batch; False if the run went back to its last checkpoint for it.
+def handle_bad_step(run: Run, step: int, bad: BadStep) -> bool:
+    """Follow ``train.on_bad``: skip the batch (True), or rewind to the last checkpoint (False).
 
     Raises:
         BadStep: if the settings say so, or it happens too often.
@@ -294,8 +295,8 @@ def leave_out(run: Run, step: int, bad: BadStep) -> bool:
 # ---------------------------------------------------------------------------------------------- look and save
 
 
-def look(run: Run) -> None:
-    """Call the probes, with the averaged weights in place."""
+def run_probes(run: Run) -> None:
+    """Call the probes on the averaged weights."""
     # Eager: a cache grows by one place a token, and each length would be compiled anew.
     with run.average.applied(), torch.compiler.set_stance("force_eager"):
         for each in run.probes:
@@ -314,35 +315,35 @@ def save(run: Run, seconds: float | None = None) -> None:
     run.checkpoints.wait()
     averages = run.average.by_parameter()
     for name, part in run.training.parts.items():
-        fill(run.twins[name], part, averages, run.world)
+        fill_weights(run.copies[name], part, averages, run.world)
     record = training_record(run)
 
     def write_model() -> None:
         write_folder(
-            config.folder / "model", config.model, run.twins, run.training.tokenizer, config.model.start, record
+            config.folder / "model", config.model, run.copies, run.training.tokenizer, config.model.start, record
         )
 
     run.checkpoints.save(progress.step, run.tensors, asdict(progress), write_model)
 
 
 @torch.no_grad()
-def fill(twin: nn.Module, part: nn.Module, averages: dict[int, Tensor], world: World) -> None:
-    """Put a part's whole weights, averaged where they are, into its twin on the CPU of the first process.
+def fill_weights(copy: nn.Module, part: nn.Module, averages: dict[int, Tensor], world: World) -> None:
+    """Copy a part's full weights, averaged where there are averages, into its CPU copy on rank 0.
 
-    The first time gives the twin its memory, later ones only copy: a training stands still for as little as it can.
+    The first call allocates the copy's memory; later calls reuse it, to keep the pause for a checkpoint short.
     """
-    places: dict[str, Tensor] = twin.state_dict(keep_vars=True)
+    places: dict[str, Tensor] = copy.state_dict(keep_vars=True)
     done: dict[int, Tensor] = {}
     for name, value in part.state_dict(keep_vars=True).items():
         if id(value) not in done:
-            whole = full(averages.get(id(value), value.detach()))
+            whole = gather_full(averages.get(id(value), value.detach()))
             if world.is_first and not places[name].is_meta:
                 places[name].copy_(whole)
             elif world.is_first:
                 done[id(value)] = whole.to("cpu", copy=True)
         places[name] = done.setdefault(id(value), places[name])
     if world.is_first:
-        twin.load_state_dict(places, assign=True)
+        copy.load_state_dict(places, assign=True)
 
 
 def training_record(run: Run) -> dict[str, Any]:

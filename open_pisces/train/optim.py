@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from open_pisces.config import TrainConfig
-from open_pisces.train.distributed import local
+from open_pisces.train.sharding import local_shard
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -76,10 +76,10 @@ class AveragedWeights:
                 self._swap()
 
     def _averages(self) -> list[Tensor]:
-        return [local(value) for value in self.values.values()]
+        return [local_shard(value) for value in self.values.values()]
 
     def _now(self) -> list[Tensor]:
-        return [local(p.detach()) for p in self._parameters]
+        return [local_shard(p.detach()) for p in self._parameters]
 
     def _swap(self) -> None:
         for ours, average in zip(self._now(), self._averages(), strict=True):

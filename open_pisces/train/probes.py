@@ -10,8 +10,9 @@ import torch
 
 from open_pisces.config import RunConfig
 from open_pisces.data.shards import ShardReader, data_path
-from open_pisces.train.distributed import World, gathered
 from open_pisces.train.objectives.base import Objective
+from open_pisces.train.sharding import gathered
+from open_pisces.train.world import World
 
 COUNT = 8
 

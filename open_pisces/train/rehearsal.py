@@ -25,8 +25,8 @@ from transformers import masking_utils
 
 from open_pisces.batch import PairBatch, SequenceBatch
 from open_pisces.config import RunConfig
-from open_pisces.train.distributed import recompute
-from open_pisces.train.flops import twin
+from open_pisces.train.flops import copy_with
+from open_pisces.train.sharding import checkpoint_activations
 
 # -------------------------------------------------------------------------------------------------- the micro-batch
 
@@ -130,7 +130,7 @@ class Needs:
     """More for a moment: encoders at work, a chunk of logits, a block that is computed again."""
 
 
-def rehearse(
+def measure_memory(
     module: nn.Module, run_of: RunOf, config: RunConfig, shape: Shape, sharded: bool, accelerator: bool = True
 ) -> Needs:
     """Run one micro-batch forward and backward on fake tensors, and count.
@@ -151,10 +151,10 @@ def rehearse(
         with mode:
             return torch.empty(tensor.shape, dtype=torch.bfloat16 if small else tensor.dtype, device="cpu")
 
-    fake: Any = twin(module, make).train()
+    fake: Any = copy_with(module, make).train()
     if half and accelerator:
         widen_norms(fake)
-    recompute(fake, config.train.checkpointing)
+    checkpoint_activations(fake, config.train.checkpointing)
     for p in fake.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(_drop)
@@ -162,7 +162,7 @@ def rehearse(
         stack.enter_context(_no_guess())
         stack.enter_context(mode)
         run = run_of(fake, config, shape)
-        live = stack.enter_context(Living())
+        live = stack.enter_context(LiveBytes())
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = run()
         kept = live.now
@@ -203,7 +203,7 @@ def _wide_norm(norm: Any, x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
-class Living(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """While it is entered: bytes of all storages that operations have made and that are not freed.
 
     What was there before is not counted, and views of it are not either.

@@ -23,7 +23,7 @@ class Stop:
 
 @contextmanager
 def stop_signals(grace: float) -> Iterator[Stop]:
-    """Turns signals into a wish; outside the main thread none is caught.
+    """Sets `Stop.asked` on SIGINT, SIGTERM or SIGUSR1. No-op outside the main thread.
 
     The process that has not left this block ``grace`` seconds after the first signal ends at once with code 1: a
     scheduler must not take it for saved.

@@ -21,9 +21,9 @@ from together import launch
 from open_pisces.config import TRAININGS, load_config
 from open_pisces.train import log
 from open_pisces.train.checkpoint import find
-from open_pisces.train.distributed import World
 from open_pisces.train.log import Metrics
 from open_pisces.train.loop import start, train
+from open_pisces.train.world import World
 
 pytestmark = pytest.mark.prove
 LOSSES = ("text", "vectors", "diffusion", "contrastive", "mae", "norm")

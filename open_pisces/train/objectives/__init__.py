@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from open_pisces.config import ConfigError, RunConfig
-from open_pisces.train.distributed import World
 from open_pisces.train.flops import Costs
 from open_pisces.train.objectives.base import Objective
 from open_pisces.train.objectives.contrastive import ContrastiveObjective
 from open_pisces.train.objectives.decoder import DecoderObjective
 from open_pisces.train.objectives.pisces import PiscesObjective
+from open_pisces.train.world import World
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": ContrastiveObjective,

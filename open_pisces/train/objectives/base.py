@@ -24,9 +24,9 @@ from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from open_pisces.frozen import in_start
 from open_pisces.model.parts import llm_config
-from open_pisces.train.distributed import World
 from open_pisces.train.flops import Cost, Counts
 from open_pisces.train.rehearsal import Shape
+from open_pisces.train.world import World
 
 
 class Loads(Protocol):
@@ -98,7 +98,7 @@ class Objective(ABC):
     @staticmethod
     @abstractmethod
     def rehearsal(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
-        """The loss of one micro-batch of a shape with nothing in it, for `rehearse`."""
+        """The loss of one micro-batch of a shape with nothing in it, for `measure_memory`."""
 
     @staticmethod
     @abstractmethod

@@ -22,10 +22,10 @@ from open_pisces.model.folder import without_sources
 from open_pisces.model.gen_clip import Embedded, GenCLIP, contrast
 from open_pisces.model.parts import build_part
 from open_pisces.train.contrast import embedding_gradients, surrogate_loss
-from open_pisces.train.distributed import World
-from open_pisces.train.flops import Cost, Counts, line, meta, meta_twin, once
+from open_pisces.train.flops import Cost, Counts, line, meta, meta_copy, once
 from open_pisces.train.objectives.base import Objective, draw, get_tokenizer, stack_pixels, vocabulary
 from open_pisces.train.rehearsal import Shape, empty_pairs
+from open_pisces.train.world import World
 
 
 class ContrastiveObjective(Objective):
@@ -105,7 +105,7 @@ class ContrastiveObjective(Objective):
     @staticmethod
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The vision tower on whole pictures and on what MAE leaves of them, the text tower, all similarities."""
-        towers: Any = meta_twin(module).float().eval()
+        towers: Any = meta_copy(module).float().eval()
         size, width = towers.vision.image_size, config.contrastive.width
         picture = meta(1, 3, size, size)
         yield once("vision", "pictures", lambda: towers.embed_images(picture))

@@ -10,20 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from open_pisces.batch import Losses, PairBatch, Sample, wide
+from open_pisces.batch import Losses, PairBatch, Sample
 from open_pisces.config import RunConfig
 from open_pisces.data.images import contact_sheet, generation_bytes, to_pil
 from open_pisces.data.loader import PairLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import DamagedSample
+from open_pisces.device import upcast
 from open_pisces.frozen import get_part, open_features
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
 from open_pisces.model.folder import without_sources
 from open_pisces.model.parts import build_part
-from open_pisces.train.distributed import World
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, once, twin_of
 from open_pisces.train.objectives.base import Objective, draw, get_tokenizer, stack_pixels
 from open_pisces.train.rehearsal import Shape, empty_pairs
+from open_pisces.train.world import World
 
 STATISTICS_CHUNK = 32
 """Pictures encoded together for the target statistics."""
@@ -42,12 +43,12 @@ class DecoderOnVectors(nn.Module):
         """True conditions in gen-CLIP's space, ``(B, M, E)``."""
         if batch.features_BME is not None:
             return batch.features_BME
-        return wide(self.pooler(self.generation_encoder.features(batch.pixels_BCHW)))
+        return upcast(self.pooler(self.generation_encoder.features(batch.pixels_BCHW)))
 
     def forward(self, batch: PairBatch, noise_BCHW: Tensor, times_B: Tensor, dropped_B: Tensor) -> Losses:
         """The error of one denoising step, as a share of the global batch's; where ``dropped_B``, without condition."""
         raw_BME, latents = self.vectors(batch), self.decoder.encode(batch.targets_BCHW)
-        null_BME = self.statistics.leave(self.statistics.null_ME).expand_as(raw_BME)
+        null_BME = self.statistics.destandardize(self.statistics.null_ME).expand_as(raw_BME)
         vectors = torch.where(dropped_B.view(-1, 1, 1), null_BME, raw_BME)
         weight = 0.0 if batch.blank else 1 / max(batch.total, 1)
         # `to(latents)` follows a float64 proof; latents are never less than float32, so nothing is rounded.
@@ -96,9 +97,9 @@ class DecoderObjective(Objective):
         """True pictures above their reconstructions from true vectors."""
         module = self.module
         encoder, decoder, statistics = module.generation_encoder, module.decoder, module.statistics
-        raw = wide(module.pooler(encoder.features(stack_pixels(samples, encoder.image_size, encoder))))
+        raw = upcast(module.pooler(encoder.features(stack_pixels(samples, encoder.image_size, encoder))))
         noise = torch.randn(len(samples), *decoder.latent_shape, generator=torch.Generator().manual_seed(0)).to(raw)
-        drawn = decoder.sample(raw, statistics.leave(statistics.null_ME), noise, 20, 1.0)
+        drawn = decoder.sample(raw, statistics.destandardize(statistics.null_ME), noise, 20, 1.0)
         images = [s.images[0] for s in samples] + [to_pil(picture) for picture in drawn.float().cpu().numpy()]
         contact_sheet(images, [s.short for s in samples] + ["from its vectors"] * len(samples), len(samples)).save(
             path.with_suffix(".png")
@@ -134,7 +135,7 @@ class DecoderObjective(Objective):
         def run() -> Tensor:
             vectors, latents = module.vectors(batch), decoder.encode(batch.targets_BCHW)
             predicted = decoder.denoise(latents + noise, times, vectors)
-            return (wide(predicted) - wide(noise)).pow(2).mean((1, 2, 3)).sum()
+            return (upcast(predicted) - upcast(noise)).pow(2).mean((1, 2, 3)).sum()
 
         return run
 
@@ -163,7 +164,7 @@ def target_sums(config: RunConfig, module: DecoderOnVectors, mixture: Mixture, w
         pixels = [pixels for g in chunk.tolist() for pixels in _generation_picture(mixture, g, encoder.image_size)]
         if pixels:
             features = encoder.features(torch.from_numpy(np.stack(pixels)).to(world.device))
-            sums += TargetSums.of(wide(module.pooler(features)).cpu())
+            sums += TargetSums.of(upcast(module.pooler(features)).cpu())
     if world.mesh is not None:  # sharding takes it to the device block by block
         encoder.cpu()
     return TargetSums(*(world.sum(part) for part in sums))

@@ -23,10 +23,10 @@ from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.folder import without_sources
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import Pisces, with_blank_pictures
-from open_pisces.train.distributed import World
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, learns, line, meta, once, twin_of
 from open_pisces.train.objectives.base import Objective, draw, get_tokenizer, vocabulary
 from open_pisces.train.rehearsal import Shape, empty_sequences
+from open_pisces.train.world import World
 
 TRAINED = ("llm", "understanding_encoder", "generation_encoder", "bridge")
 

@@ -1,0 +1,146 @@
+"""How a model is spread over ranks: FSDP2 (HSDP with replicas), activation checkpointing, compilation, gathering.
+
+The model knows nothing of this. One rank runs the same code, with nothing sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from open_pisces.config import TrainConfig
+from open_pisces.train.world import World
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model, inner ones first: the units of sharding, compilation and checkpointing.
+
+    transformers and diffusers name them (``_no_split_modules``); our own encoder's are called ``Block``.
+    """
+    names = {"Block"}
+    for part in module.modules():
+        names |= set(getattr(part, "_no_split_modules", None) or ())
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
+    found = {block for part in lists for block in part if type(block).__name__ in names}
+    return [part for part in module.modules() if part in found][::-1]
+
+
+def checkpoint_activations(module: nn.Module, kind: str) -> None:
+    """Apply activation checkpointing to the innermost blocks that learn.
+
+    Args:
+        module: the model.
+        kind: ``full`` keeps a block's inputs only, ``selective`` also the outputs of matrix products and attention.
+    """
+    if kind == "none":
+        return
+    contexts = {} if kind == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)}
+    every = blocks(module)
+    for block in every:
+        inner = any(part is not block and part in block.modules() for part in every)
+        if not inner and any(p.requires_grad for p in block.parameters()):
+            block.forward = partial(_recomputed, block.forward, contexts)
+
+
+def _recomputed(forward: Any, contexts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = str(op)
+    kept = any(word in name for word in ("aten.mm", "aten.addmm", "aten.bmm", "aten.convolution", "scaled_dot_product"))
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_parts(module: nn.Module, world: World, dynamic: bool | None) -> None:
+    """Compile a model: as a whole on one rank, block by block where each block all-gathers its weights first."""
+    if world.mesh is None:
+        module.compile(dynamic=dynamic)
+        return
+    for block in blocks(module):
+        block.forward = torch.compile(block.forward, dynamic=dynamic)
+
+
+def shard(module: nn.Module, world: World, config: TrainConfig) -> None:
+    """Shard a model's parameters block by block (FSDP2); does nothing on one rank.
+
+    Weights, gradients and optimizer are float32 shards; with ``precision: bf16`` parameters are all-gathered in
+    bfloat16 and gradients reduced in float32. Frozen parts up to ``shard_frozen_above`` stay whole.
+    """
+    if world.mesh is None:
+        return
+    mesh = world.mesh if config.replicas > 1 else world.mesh["shard"]
+    policy = root_policy = MixedPrecisionPolicy()
+    if config.precision == "bf16":
+        # Blocks get hidden states, which may be cast. What enters the model as a whole (pixels, targets, noise, times)
+        # may not: casting it would round noise levels and diffusion times. Autocast casts where it is computed with.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        root_policy = replace(policy, cast_forward_inputs=False)
+    whole, spread = split_frozen(module, config.shard_frozen_above)
+    kept = {p for part in whole for p in part.to(world.device).parameters()}
+    for part in module.modules():
+        if getattr(part, "keep_float32", False):
+            fully_shard(part, mesh=mesh)
+    inner = blocks(module)
+    for part in [*inner, *spread, module]:
+        if any(p not in kept for p in part.parameters()) and not isinstance(part, FSDPModule):
+            fully_shard(part, mesh=mesh, mp_policy=policy if part in inner else root_policy, ignored_params=kept)
+
+
+def split_frozen(module: nn.Module, most: int) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The largest parts that do not learn: those that stay whole (at most ``most`` parameters), and those to shard."""
+    parameters = list(module.parameters())
+    if not parameters:
+        return [], []
+    if not any(p.requires_grad for p in parameters):
+        # What is spread gathers its weights when it is called; those of a table are looked at without a call.
+        if sum(p.numel() for p in parameters) <= most or not list(module.children()):
+            return [module], []
+        if hasattr(module, "_no_split_modules") or hasattr(module, "features"):
+            return [], [module]
+    whole: list[nn.Module] = []
+    spread: list[nn.Module] = []
+    for child in module.children():
+        found = split_frozen(child, most)
+        whole, spread = whole + found[0], spread + found[1]
+    return whole, spread
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Unshard the root's parameters inside this context; blocks gather theirs when they run."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
+def reduce_gradients(module: nn.Module, now: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks: once a step is enough."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or the tensor itself where nothing is sharded; shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_full(tensor: Tensor) -> Tensor:
+    """The full tensor, all-gathered: a collective, so every rank has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
