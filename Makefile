@@ -1,7 +1,9 @@
 # Each target makes .venv if it is missing, installs the pinned environment once, and does its job.
 # Needs only Python >= 3.11, make and a package index. Another interpreter: make test PYTHON=python3.12
+# More cores: make test JOBS=8
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -13,7 +15,7 @@ demo: $(READY) ## draw a sheet, caption it, answer questions; writes demo.png
 	$(BIN)/pisces demo --out demo.png
 
 test: $(READY) ## every test that runs on every change
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
 
 prove: $(READY) ## long proofs: kills, many processes, large imports; writes docs/proof.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m prove --timeout 3600 tests/prove
