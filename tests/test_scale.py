@@ -151,7 +151,7 @@ def replace_data(config: RunConfig, data: Any) -> RunConfig:
 def test_a_step_carries_bytes_and_not_floats(starts: Path, name: str) -> None:
     before = {"gen_clip": "understanding_clip", "decoder": "gen_clip", "stage3": "stage2"}[name]
     training = build_training(load_config(f"nano/{name}", [f"model.start={starts / before / 'model'}"]))
-    batches = [*training.load(0).batches, training.load.blank()]
+    batches = [*training.load(0).with_totals(), training.load.blank()]
     for batch in batches:
         for field in ("pixels_BCHW", "targets_BCHW", "understanding_pixels_BCHW", "generation_pixels_BCHW"):
             assert getattr(batch, field, torch.zeros(1, dtype=torch.uint8)).dtype == torch.uint8
@@ -163,7 +163,7 @@ def test_a_step_carries_bytes_and_not_floats(starts: Path, name: str) -> None:
 
 def test_floats_and_bytes_of_the_same_pictures_have_the_same_loss(starts: Path) -> None:
     training = build_training(load_config("nano/gen_clip", [f"model.start={starts / 'understanding_clip' / 'model'}"]))
-    (batch,) = training.load(0).batches
+    (batch,) = training.load(0).with_totals()
     as_floats = replace(batch, pixels_BCHW=batch.pixels_BCHW.float() / 255)
     assert torch.equal(training.losses(batch).loss, training.losses(as_floats).loss)
 

@@ -147,10 +147,11 @@ class World:
         most, stops = (int(max(column)) for column in columns[:2])
         read, skipped, real, places, *sums = (int(sum(column)) for column in columns[2:])
         totals = dict(zip(given.totals, sums, strict=True))
-        batches = given.batches + [load.blank() for _ in range(max(most, 1) - len(given.batches))]
+        blanks = [load.blank() for _ in range(max(most, 1) - len(given.batches))]
+        batches = replace(given, batches=[*given.batches, *blanks]).with_totals(totals)
         named = self.gather_objects(given.skipped) if skipped else []
         whole = StepBatches([], read, tuple(skip for part in named for skip in part), totals, real, places)
-        return [replace(batch, **totals) for batch in batches], whole, bool(stops)
+        return batches, whole, bool(stops)
 
 
 # ---------------------------------------------------------------------------------------------- begin and end
