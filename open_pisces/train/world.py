@@ -82,6 +82,21 @@ class World:
                 dist.all_gather_object(found, value, group=group or self.host)
         return found
 
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's object, on all ranks; it has to pickle."""
+        found = [value]
+        if self.ranks > 1:
+            with self.name_missing_ranks():
+                dist.broadcast_object_list(found, 0, group=self.host)
+        return found[0]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on all ranks, in place."""
+        if self.ranks > 1:
+            with self.name_missing_ranks():
+                dist.broadcast(tensor, 0)
+        return tensor
+
     def gather_rows(self, rows: Tensor) -> tuple[Tensor, int]:
         """All-gather tensors of different lengths along dimension 0, without gradient.
 
