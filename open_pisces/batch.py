@@ -183,10 +183,18 @@ class StepBatches:
     """Samples drawn for it, those skipped included."""
     skipped: tuple[Skip, ...] = ()
     totals: dict[str, int] = field(default_factory=dict)
-    """What this process adds to the ``total`` fields of its batches, by their names."""
+    """What this rank adds to the ``total`` fields of the global batch, by name; batches do not hold it yet."""
     real_tokens: int = 0
     """Tokens that are not padding, LLM stages only."""
     all_tokens: int = 0
+
+    def with_totals(self, totals: dict[str, int] | None = None) -> list[Any]:
+        """The micro-batches with the totals of the global batch in them, which their losses are divided by.
+
+        Args:
+            totals: of all ranks (`World.equalize_micro_batches` sums them); None for a rank that is alone.
+        """
+        return [replace(batch, **(self.totals if totals is None else totals)) for batch in self.batches]
 
 
 class Losses(NamedTuple):

@@ -104,7 +104,7 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     return [
         f"a step: {work}, micro-batches of a GPU: {step['micro_batches']:,}; {step['seconds']:,.3g} s",
         f"the run: {run['steps']:,} steps: {run['days']:,.3g} days, {run['gpu_hours']:,.0f} GPU-hours",
-        f"a machine's memory: {plan['host_gib']:,.0f} GiB, for every process loads the whole model before it is spread",
+        f"the first machine's memory: {plan['host_gib']:,.0f} GiB, where rank 0 reads the weights for all",
         f"on disk: {kept}, {disk['model']:,.3g} GB the model; {disk['data_read']:,.0f} GB of pictures are read",
         f"assumed: {', '.join(plan['assumed'])}",
     ]

@@ -28,6 +28,8 @@ from open_pisces.train.objectives import build_training
 from open_pisces.train.sharding import split_frozen
 from open_pisces.train.world import World
 
+pytestmark = pytest.mark.timeout(900)  # two processes beside another worker's tests, on two cores
+
 STEPS = 20
 DOUBLE = ["train.precision=fp64", f"train.steps={STEPS}", "train.save_every=1000", "train.ema=0.9"]
 

@@ -112,7 +112,7 @@ def test_cached_steps_decode_no_picture_and_call_no_encoder(
     monkeypatch.setattr(ShardReader, "pictures", lambda *_: pytest.fail("a picture was read"))
     for name in ("understanding_encoder", "generation_encoder"):
         monkeypatch.setattr(getattr(training.module, name), "forward", lambda *_: pytest.fail("an encoder was called"))
-    losses = training.losses(training.load(0).batches[0])
+    losses = training.losses(training.load(0).with_totals()[0])
     assert losses.loss.item() > 0
 
 
@@ -138,7 +138,7 @@ def test_conversations_train_from_the_cache_as_without_it(
         training = build_training(config)
         step = training.load(0)
         assert not step.skipped
-        losses.append(sum(training.losses(batch).loss.item() for batch in step.batches))
+        losses.append(sum(training.losses(batch).loss.item() for batch in step.with_totals()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 

@@ -85,7 +85,7 @@ def test_counts_of_several_batches_add_up() -> None:
 def test_a_real_step_costs_what_is_counted(recipe: str, more: list[str]) -> None:
     config = load_config(recipe, [*OWN, "train.batch_size=6", *more])
     training = build_training(config)
-    batches, costs = training.load(0).batches, costs_of(training.module, config)
+    batches, costs = training.load(0).with_totals(), costs_of(training.module, config)
     # The plain kernel: fused ones compute attention anew in the backward pass, which utilisation does not count.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         for batch in training.prepare(batches):

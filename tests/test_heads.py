@@ -72,7 +72,7 @@ def trained(config: RunConfig, step: int) -> tuple[dict[tuple[int, str], Tensor]
     given: dict[tuple[int, str], Tensor] = {}
     total = 0.0
     vectors = pisces.settings.generation.vectors
-    for batch in training.load(step).batches:
+    for batch in training.load(step).with_totals():
         assert len(batch.draws) * vectors == len(batch.generation_at_K)
         total += float(training.losses(batch).parts["vectors"])
         given |= dict(zip(batch.draws, head.seen.pop().split(vectors), strict=True)) if batch.draws else {}
@@ -98,7 +98,7 @@ def test_the_papers_head_draws_nothing(starts: Path, monkeypatch: pytest.MonkeyP
         return honest(self, batch, draws)
 
     monkeypatch.setattr(Pisces, "forward", watched)
-    training.losses(training.load(0).batches[0])
+    training.losses(training.load(0).with_totals()[0])
     assert given == [None]
 
 

@@ -118,7 +118,7 @@ def test_packed_losses_and_gradients_equal_unpacked_ones() -> None:
         packed = nano_loader(data(row_length=512, rows=1), config)(step)
         assert len(packed.batches) >= 2 and packed.all_tokens < apart.all_tokens
         assert packed.real_tokens == apart.real_tokens
-        (losses, one), (others, two) = gradients(model, apart.batches), gradients(model, packed.batches)
+        (losses, one), (others, two) = (gradients(model, step.with_totals()) for step in (apart, packed))
         assert losses == pytest.approx(others, rel=1e-5) and min(losses.values()) > 0
         for name, gradient in one.items():
             torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
@@ -126,7 +126,7 @@ def test_packed_losses_and_gradients_equal_unpacked_ones() -> None:
 
 def test_a_sample_changes_no_other_sample_of_its_row() -> None:
     config, model = load_config("nano/stage1").model, pisces()
-    batch = nano_loader(data(row_length=512, rows=9), config)(0).batches[0]
+    batch = nano_loader(data(row_length=512, rows=9), config)(0).with_totals()[0]
     assert batch.samples_BS is not None and batch.positions_BS is not None
     row = next(r for r, ids in enumerate(batch.samples_BS) if len(ids.unique()) > 2)
     own = batch.samples_BS[row].unique_consecutive()[1]
@@ -152,7 +152,7 @@ def test_the_mask_equals_a_walk_over_every_pair_of_places() -> None:
 
 def test_flash_attention_gets_positions_and_no_mask() -> None:
     model, config = pisces(), load_config("nano/stage1").model
-    batch = nano_loader(data(row_length=512), config)(0).batches[0]
+    batch = nano_loader(data(row_length=512), config)(0).with_totals()[0]
     assert set(model.packing(batch)) == {"position_ids", "attention_mask"} and len(batch.ids_BS) > 1
     assert batch.positions_BS is not None and batch.samples_BS is not None
     model.llm.config._attn_implementation = "flash_attention_2"
@@ -162,7 +162,7 @@ def test_flash_attention_gets_positions_and_no_mask() -> None:
         model.llm.config._attn_implementation = kind
         with pytest.raises(ValueError, match=f"attention '{kind}' with {len(batch.ids_BS)} rows .* use sdpa"):
             model.packing(batch)
-    assert model.packing(nano_loader(data(), config)(0).batches[0]) == {}
+    assert model.packing(nano_loader(data(), config)(0).with_totals()[0]) == {}
     assert batch.positions_BS is not None and batch.samples_BS is not None
     starts = (batch.positions_BS == 0) & (batch.samples_BS > 0)
     assert int(starts.sum()) == int(batch.samples_BS.max(1).values.max())
@@ -287,7 +287,10 @@ def test_pairs_are_skipped_alike(written: Path) -> None:
     assert [s.key for step in steps for s in step.skipped] == ["s7"]
     keys = Counter(key for step in steps for batch in step.batches for _, key in batch.draws)
     assert keys == Counter(f"s{i}" for i in range(40) if i != 7)
-    assert {batch.total for step in steps for batch in step.batches} == {19, 20}
+    assert {batch.total for step in steps for batch in step.with_totals()} == {19, 20}
+    assert not any(
+        batch.total for step in steps for batch in step.batches
+    )  # what is not summed over ranks is not there
 
 
 def test_a_step_of_nothing_but_damage_trains_on_blanks(written: Path) -> None:

@@ -61,7 +61,7 @@ def test_the_norms_are_those_of_the_vectors(run: Path) -> None:
 
     config = settings(run, "train.steps=1")
     training = build_training(config)
-    (batch, *_) = training.load(1).batches
+    (batch, *_) = training.load(1).with_totals()
     parts = training.module.eval()(batch).parts
     _, targets = training.module.embed(batch)
     assert parts["norm_target"].item() == pytest.approx(

@@ -70,7 +70,7 @@ def real(config: RunConfig) -> tuple[dict[str, int], Shape]:
     training = build_training(config)
     module: Any = training.module.train()
     optimizer, average = build_optimizer(module, config.train), AveragedWeights(module, config.train.ema)
-    (batch,) = training.prepare(training.load(0).batches)
+    (batch,) = training.prepare(training.load(0).with_totals())
     held = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
     kept = Kept([*module.parameters(), *module.buffers(), *held])
     half = config.train.precision == "bf16"
@@ -128,7 +128,7 @@ def test_activation_checkpointing_is_counted_as_it_is(kind: str) -> None:
     for p in training.module.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    (batch,) = training.load(0).batches
+    (batch,) = training.load(0).with_totals()
     with LiveBytes() as live:
         loss = training.losses(batch).loss
         kept = live.now

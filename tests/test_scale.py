@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,12 @@ from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import Renderer
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.bridge import TargetStatistics, TargetSums
+from open_pisces.model.pisces import Pisces
+from open_pisces.train import sharding
+from open_pisces.train.flops import take_weights
 from open_pisces.train.objectives import build_training, decoder
 from open_pisces.train.objectives.pisces import check_lengths_together
+from open_pisces.train.sharding import receive_weights
 from open_pisces.train.world import World
 
 
@@ -64,19 +70,89 @@ def test_target_statistics_read_few_pictures_at_a_time_and_no_decoder_targets(
     assert statistics.taken == 50
 
 
-def test_ranks_share_the_pictures_of_target_statistics(decoder_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_0_alone_encodes_for_target_statistics(decoder_run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "STATISTICS_CHUNK", 8)
-    module = build_training(decoder_run).module
+    module: Any = build_training(decoder_run).module
     mixture = Mixture(decoder_run.data, decoder_run.seed)
     cpu = torch.device("cpu")
-    whole = decoder.target_sums(decoder_run, module, mixture, World(cpu))  # type: ignore[arg-type]
-    shares = [
-        decoder.target_sums(decoder_run, module, mixture, Ranks(cpu, rank, 3))  # type: ignore[arg-type]
-        for rank in range(3)
-    ]
-    assert [int(share.pictures) for share in shares] == [18, 16, 16]
-    for together, alone in zip(shares[0] + shares[1] + shares[2], whole, strict=True):
-        torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+    whole = decoder.target_sums(decoder_run, module, mixture, World(cpu))
+    assert whole.pictures == 50
+
+    class Second(Ranks):
+        def broadcast(self, tensor: Tensor) -> Tensor:
+            assert not tensor.any()  # it has nothing of its own to give
+            return tensor
+
+    take_weights(module)
+    decoder.target_sums(decoder_run, module, mixture, Second(cpu, 1, 2))
+
+
+# --------------------------------------------------------------------------------------- weights on rank 0 alone
+
+
+class First(Ranks):
+    """Rank 0 of two; what it broadcasts is kept."""
+
+    sent: list[Any] = []
+
+    def broadcast_object(self, value: Any) -> Any:
+        self.sent.append(pickle.dumps(value))  # as a process group does
+        return value
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        self.sent.append(tensor)
+        return tensor
+
+
+class Other(Ranks):
+    """Rank 1 of two, that receives what rank 0 sent."""
+
+    def broadcast_object(self, value: Any) -> Any:
+        assert value == {}
+        return pickle.loads(First.sent.pop(0))
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        arrived = First.sent.pop(0)
+        assert (tensor.shape, tensor.dtype) == (arrived.shape, arrived.dtype)
+        return tensor.copy_(arrived)
+
+
+@pytest.mark.parametrize("name", ["gen_clip", "decoder", "stage3"])
+def test_other_ranks_get_structure_first_and_weights_block_by_block(starts: Path, name: str) -> None:
+    before = {"gen_clip": "understanding_clip", "decoder": "gen_clip", "stage3": "stage2"}[name]
+    config = load_config(f"nano/{name}", [f"model.start={starts / before / 'model'}"])
+    expected = build_training(config).module.state_dict()
+    cpu = torch.device("cpu")
+    First.sent = []
+    first = build_training(config, First(cpu, 0, 2))
+    structure = First.sent[0]
+    other = build_training(config, Other(cpu, 1, 2))
+    assert len(structure) < 2_000_000
+    for objective in (first, other):
+        assert all(p.is_meta for p in objective.module.parameters())
+    assert other.weights == {} and len(first.weights) == len(list(first.module.parameters()))
+    First.sent = []
+    receive_weights(sharding._owners(first.module), first.weights, First(cpu, 0, 2), first.module)
+    assert first.weights == {}  # let go of as they are sent
+    receive_weights(sharding._owners(other.module), {}, Other(cpu, 1, 2), other.module)
+    for objective in (first, other):
+        found = objective.module.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_weights_that_are_shared_stay_shared_when_they_are_taken(nano_pisces: Pisces) -> None:
+    pisces = copy.deepcopy(nano_pisces)
+    llm = pisces.llm
+    assert llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
+    weights = take_weights(pisces)
+    assert llm.get_input_embeddings().weight is llm.get_output_embeddings().weight and all(
+        p.is_meta for p in pisces.parameters()
+    )
+    receive_weights(sharding._owners(pisces), weights, World(torch.device("cpu")), pisces)
+    assert llm.get_input_embeddings().weight is llm.get_output_embeddings().weight
+    for name, value in nano_pisces.state_dict().items():
+        assert torch.equal(pisces.state_dict()[name], value), name
 
 
 def test_statistics_from_sums_equal_those_of_all_pictures_at_once() -> None:
@@ -151,7 +227,7 @@ def replace_data(config: RunConfig, data: Any) -> RunConfig:
 def test_a_step_carries_bytes_and_not_floats(starts: Path, name: str) -> None:
     before = {"gen_clip": "understanding_clip", "decoder": "gen_clip", "stage3": "stage2"}[name]
     training = build_training(load_config(f"nano/{name}", [f"model.start={starts / before / 'model'}"]))
-    batches = [*training.load(0).batches, training.load.blank()]
+    batches = [*training.load(0).with_totals(), training.load.blank()]
     for batch in batches:
         for field in ("pixels_BCHW", "targets_BCHW", "understanding_pixels_BCHW", "generation_pixels_BCHW"):
             assert getattr(batch, field, torch.zeros(1, dtype=torch.uint8)).dtype == torch.uint8
@@ -163,7 +239,7 @@ def test_a_step_carries_bytes_and_not_floats(starts: Path, name: str) -> None:
 
 def test_floats_and_bytes_of_the_same_pictures_have_the_same_loss(starts: Path) -> None:
     training = build_training(load_config("nano/gen_clip", [f"model.start={starts / 'understanding_clip' / 'model'}"]))
-    (batch,) = training.load(0).batches
+    (batch,) = training.load(0).with_totals()
     as_floats = replace(batch, pixels_BCHW=batch.pixels_BCHW.float() / 255)
     assert torch.equal(training.losses(batch).loss, training.losses(as_floats).loss)
 

@@ -220,7 +220,7 @@ def gradients(config: RunConfig) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Losses and gradients of the first step, added up over its micro-batches."""
     training = build_training(config)
     total: dict[str, float] = {}
-    for batch in training.load(0).batches:
+    for batch in training.load(0).with_totals():
         losses = training.losses(batch)
         losses.loss.backward()
         total = {name: total.get(name, 0.0) + part.item() for name, part in losses.parts.items()}
@@ -248,7 +248,7 @@ def test_accumulation_changes_neither_losses_nor_gradients(runs: Path, name: str
 
 def test_a_step_over_micro_batches_logs_the_global_loss_and_applies_one_update(runs: Path, tmp_path: Path) -> None:
     run = started(settings(runs, "stage1", "train.accumulate=2", out=tmp_path))
-    batches = run.training.load(0).batches
+    batches = run.training.load(0).with_totals()
     with torch.no_grad():
         expected = sum(run.training.losses(batch).parts["text"].item() for batch in batches)
     row = train_step(run, batches, 0)
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_raises_and_applies_nothing(runs: Path, tmp_pa
     before = {name: value.clone() for name, value in run.tensors.items()}
     breaking(run, where)
     with pytest.raises(BadStep, match="step 7.*not finite: lower train.lr"):
-        train_step(run, run.training.load(7).batches, 7)
+        train_step(run, run.training.load(7).with_totals(), 7)
     assert all(torch.equal(value, before[name]) for name, value in run.tensors.items())
     assert all(p.grad is None for p in run.training.module.parameters())
 
@@ -355,7 +355,7 @@ def test_bf16_autocast_trains_close_to_float32(runs: Path, tmp_path: Path) -> No
     rows = []
     for precision in ("fp32", "bf16"):
         run = started(settings(runs, "stage1", f"train.precision={precision}", out=tmp_path))
-        rows.append(train_step(run, run.training.load(0).batches, 0))
+        rows.append(train_step(run, run.training.load(0).with_totals(), 0))
         assert all(p.dtype == torch.float32 for p in run.training.module.parameters())
     assert rows[1]["text"] == pytest.approx(rows[0]["text"], rel=0.02) and rows[1]["text"] != rows[0]["text"]
 
@@ -527,7 +527,7 @@ def test_a_dropped_condition_is_the_mean_target_of_each_place(
     given: list[Tensor] = []
     honest = decoder.forward
     monkeypatch.setattr(decoder, "forward", lambda *a: given.append(a[1]) or honest(*a))  # type: ignore[func-returns-value]
-    training.losses(training.load(0).batches[0])
+    training.losses(training.load(0).with_totals()[0])
     null = statistics.destandardize(statistics.null_ME)  # type: ignore[union-attr, operator]
     assert [torch.allclose(row, null, atol=1e-5) for row in given[0]] == [share == 1.0] * 4
 

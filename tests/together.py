@@ -20,7 +20,7 @@ from typing import Any
 Case = tuple[str, str, list[str], str]
 
 
-def launch(folder: Path, cases: list[Case], ranks: int = 2, wait: float = 170, of: int = 99) -> list[tuple[int, str]]:
+def launch(folder: Path, cases: list[Case], ranks: int = 2, wait: float = 600, of: int = 99) -> list[tuple[int, str]]:
     """Run cases one after another in ``ranks`` processes.
 
     Returns exit code and standard error of the first ``of`` processes; when those have ended the others are killed.

@@ -53,7 +53,7 @@ def _measure(folder: Path, pairs: int) -> dict[str, Any]:
     for name in ("understanding_encoder", "generation_encoder"):
         setattr(without.training.module, name, torch.nn.Identity())
     ahead = _endless(with_cache.training)
-    kept = [without.training.load(step).batches for step in range(STEPS)]
+    kept = [without.training.load(step).with_totals() for step in range(STEPS)]
     found = compare(
         "feature_cache",
         lambda: [train_step(with_cache, next(ahead), 0) for _ in range(STEPS)],
@@ -73,11 +73,11 @@ def _endless(training: Objective) -> Iterator[list[Any]]:
     steps = itertools.count()
     while True:
         first = next(steps) * 1000
-        yield from (given.batches for given in prefetch(training.load, range(first, first + 1000)))
+        yield from (given.with_totals() for given in prefetch(training.load, range(first, first + 1000)))
 
 
 def _curve(config: RunConfig) -> list[float]:
     """The losses of the first steps of a run."""
     run = start(config, World(torch.device("cpu")))
-    rows = [train_step(run, run.training.load(step).batches, step) for step in range(STEPS)]
+    rows = [train_step(run, run.training.load(step).with_totals(), step) for step in range(STEPS)]
     return [row["text"] + row["vectors"] for row in rows]

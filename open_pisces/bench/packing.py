@@ -69,7 +69,7 @@ def _as_they_come(pisces: Pisces, data: DataConfig, step: int) -> StepBatches:
 def _counted(step: StepBatches) -> StepBatches:
     text = sum(len(batch.labels_K) for batch in step.batches)
     vectors = sum(len(batch.generation_at_K) for batch in step.batches)
-    return replace(step, batches=[replace(b, total_text=text, total_vectors=vectors) for b in step.batches])
+    return replace(step, totals={"total_text": text, "total_vectors": vectors})
 
 
 def _equal(step: StepBatches) -> StepBatches:
@@ -83,7 +83,7 @@ def _real(steps: list[StepBatches]) -> float:
 
 def _train(pisces: Pisces, steps: list[StepBatches]) -> None:
     for step in steps:
-        for batch in step.batches:
+        for batch in step.with_totals():
             _backward(pisces, batch)
         pisces.zero_grad(set_to_none=True)
 

@@ -36,7 +36,7 @@ def read(generator: Generator, tasks: dict[Task, float], rows: int) -> SequenceB
     """A batch of the small dataset in the package as the loader pads it, with features as from the cache."""
     data = DataConfig(sources=[SourceConfig(path="fixture/train", tasks=tasks)], max_length=256)
     loader = SequenceLoader(Mixture(data, 0), generator.renderer, data, 0, rows, 1, generator.sizes)
-    (batch,) = loader(0).batches
+    (batch,) = loader(0).with_totals()
     return encoded(generator.pisces, batch)
 
 

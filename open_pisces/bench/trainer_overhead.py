@@ -82,7 +82,7 @@ def _bare(run: Run, given: list[StepBatches]) -> None:
     module, settings = run.training.module.train(), run.config.train
     learning = [p for p in module.parameters() if p.requires_grad]
     for step, each in enumerate(given):
-        for batch in each.batches:
+        for batch in each.with_totals():
             with torch.autocast("cpu", torch.bfloat16):
                 loss = module(batch).loss
             loss.backward()
@@ -95,7 +95,7 @@ def _bare(run: Run, given: list[StepBatches]) -> None:
 
 class _Endless(IterableDataset[Any]):
     def __init__(self, given: list[StepBatches]) -> None:
-        self.batches = [batch for each in given for batch in each.batches]
+        self.batches = [batch for each in given for batch in each.with_totals()]
 
     def __iter__(self) -> Iterator[Any]:
         while True:

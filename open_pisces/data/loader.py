@@ -212,7 +212,7 @@ class _Read:
 class SequenceLoader:
     """Global batches for the LLM stages: a process's part, packed into rows or padded, cut into micro-batches.
 
-    The totals that its batches carry are this process's own; the loop adds up those of all.
+    Batches carry no totals yet: the loop sums those of all ranks and writes them in.
 
     Args:
         mixture: the order and the samples.
@@ -260,7 +260,6 @@ class SequenceLoader:
             "total_vectors": sum(len(batch.generation_at_K) for batch in batches),
             "total_seen": sum(len(batch.understanding_at_K) for batch in batches),
         }
-        batches = [replace(batch, **totals) for batch in batches]
         real, all_ = sum(len(r.rendered.ids) for r in read), sum(batch.ids_BS.numel() for batch in batches)
         return StepBatches(batches, len(draws), skipped, totals, real, all_)
 
@@ -369,7 +368,7 @@ class PairLoader:
         draws = self.mixture.batch(step, self.batch_size, self.rank, self.ranks)
         read, skipped = _tried(self._read, draws, self.mixture)
         cuts = [cut for cut in np.array_split(np.arange(len(read)), self.micro_batches) if len(cut)]
-        batches = [replace(self.collate([read[i] for i in cut]), total=len(read)) for cut in cuts]
+        batches = [self.collate([read[i] for i in cut]) for cut in cuts]
         return StepBatches(batches, len(draws), skipped, {"total": len(read)})
 
     def blank(self) -> PairBatch:

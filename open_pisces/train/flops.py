@@ -70,6 +70,33 @@ def _kept(part: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def structure_of(module: nn.Module) -> nn.Module:
+    """The same structure with its buffers, and with parameters that are empty tensors on the meta device."""
+
+    def make(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return copy_with(module, make)
+
+
+def take_weights(module: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Take a module's weights out of it: what stays are empty parameters on the meta device, shared as they were.
+
+    Returns:
+        The weights by the parameter that stands for them.
+    """
+    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter not in stand_ins:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                stand_ins[parameter] = nn.Parameter(empty, parameter.requires_grad)
+            part._parameters[name] = stand_ins[parameter]
+    return {empty: real.detach() for real, empty in stand_ins.items()}
+
+
 def flops_of(run: Callable[[], Tensor]) -> tuple[int, int]:
     """FLOPs of everything that ``run`` does to meta tensors: forward, and with the gradients of what it returns."""
     with FlopCounterMode(display=False) as counter:

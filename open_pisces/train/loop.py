@@ -124,7 +124,7 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     if settings.compile and training.compiled is not None:
         # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
         compile_parts(training.compiled, world, dynamic=None if config.data.row_length else False)
-    shard(module.train(), world, settings)
+    shard(module.train(), world, settings, training.weights)
     optimizer, average = build_optimizer(module, settings), AveragedWeights(module, settings.ema)
     state = config.folder / "state"
     found = load_latest(state, state_of(module, optimizer, average), world)

@@ -94,8 +94,8 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _host(layout: Layout) -> float:
-    """GiB of a machine's memory before a model is spread: every process there holds all of it in float32."""
-    return 4 * sum(p.numel() for p in layout.module.parameters()) * min(PER_NODE, layout.gpus) / GIB
+    """GiB of the first machine's memory before a model is sharded: rank 0 holds it in float32, no other rank does."""
+    return 4 * sum(p.numel() for p in layout.module.parameters()) / GIB
 
 
 def _work(layout: Layout, rate: float) -> dict[str, Any]:

@@ -72,11 +72,20 @@ def compile_parts(module: nn.Module, world: World, dynamic: bool | None) -> None
         block.forward = torch.compile(block.forward, dynamic=dynamic)
 
 
-def shard(module: nn.Module, world: World, config: TrainConfig) -> None:
+def shard(
+    module: nn.Module, world: World, config: TrainConfig, weights: dict[nn.Parameter, Tensor] | None = None
+) -> None:
     """Shard a model's parameters block by block (FSDP2); does nothing on one rank.
 
     Weights, gradients and optimizer are float32 shards; with ``precision: bf16`` parameters are all-gathered in
     bfloat16 and gradients reduced in float32. Frozen parts up to ``shard_frozen_above`` stay whole.
+
+    Args:
+        module: the model. Parameters on the meta device are received from rank 0 just before their block is sharded,
+            so that neither a host nor a device ever holds the model once for each rank.
+        world: the ranks.
+        config: the training's settings.
+        weights: on rank 0 the weights that meta parameters stand for; they are let go of as they are sent.
     """
     if world.mesh is None:
         return
@@ -87,15 +96,50 @@ def shard(module: nn.Module, world: World, config: TrainConfig) -> None:
         # may not: casting it would round noise levels and diffusion times. Autocast casts where it is computed with.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         root_policy = replace(policy, cast_forward_inputs=False)
+    receive = partial(receive_weights, _owners(module), weights or {}, world)
     whole, spread = split_frozen(module, config.shard_frozen_above)
+    for part in whole:
+        receive(part)
     kept = {p for part in whole for p in part.to(world.device).parameters()}
     for part in module.modules():
         if getattr(part, "keep_float32", False):
+            receive(part)
             fully_shard(part, mesh=mesh)
     inner = blocks(module)
     for part in [*inner, *spread, module]:
+        receive(part)
         if any(p not in kept for p in part.parameters()) and not isinstance(part, FSDPModule):
             fully_shard(part, mesh=mesh, mp_policy=policy if part in inner else root_policy, ignored_params=kept)
+
+
+def _owners(module: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Where each parameter on the meta device stands in the model: tied weights stand in several places."""
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                owners.setdefault(parameter, []).append((part, name))
+    return owners
+
+
+@torch.no_grad()
+def receive_weights(
+    owners: dict[nn.Parameter, list[tuple[nn.Module, str]]],
+    weights: dict[nn.Parameter, Tensor],
+    world: World,
+    part: nn.Module,
+) -> None:
+    """Give the meta parameters of a part rank 0's weights, on the device of each rank; a collective."""
+    for parameter in list(part.parameters()):
+        if parameter not in owners:
+            continue
+        if world.is_first:
+            whole = weights.pop(parameter).to(world.device, parameter.dtype)
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        arrived = nn.Parameter(world.broadcast(whole.contiguous()), parameter.requires_grad)
+        for owner, name in owners.pop(parameter):
+            owner._parameters[name] = arrived
 
 
 def split_frozen(module: nn.Module, most: int) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -82,6 +82,21 @@ class World:
                 dist.all_gather_object(found, value, group=group or self.host)
         return found
 
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's object, on all ranks; it has to pickle."""
+        found = [value]
+        if self.ranks > 1:
+            with self.name_missing_ranks():
+                dist.broadcast_object_list(found, 0, group=self.host)
+        return found[0]
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on all ranks, in place."""
+        if self.ranks > 1:
+            with self.name_missing_ranks():
+                dist.broadcast(tensor, 0)
+        return tensor
+
     def gather_rows(self, rows: Tensor) -> tuple[Tensor, int]:
         """All-gather tensors of different lengths along dimension 0, without gradient.
 
@@ -147,10 +162,11 @@ class World:
         most, stops = (int(max(column)) for column in columns[:2])
         read, skipped, real, places, *sums = (int(sum(column)) for column in columns[2:])
         totals = dict(zip(given.totals, sums, strict=True))
-        batches = given.batches + [load.blank() for _ in range(max(most, 1) - len(given.batches))]
+        blanks = [load.blank() for _ in range(max(most, 1) - len(given.batches))]
+        batches = replace(given, batches=[*given.batches, *blanks]).with_totals(totals)
         named = self.gather_objects(given.skipped) if skipped else []
         whole = StepBatches([], read, tuple(skip for part in named for skip in part), totals, real, places)
-        return [replace(batch, **totals) for batch in batches], whole, bool(stops)
+        return batches, whole, bool(stops)
 
 
 # ---------------------------------------------------------------------------------------------- begin and end

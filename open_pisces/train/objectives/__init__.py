@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from open_pisces.config import ConfigError, RunConfig
-from open_pisces.train.flops import Costs
+from open_pisces.train.flops import Costs, take_weights
 from open_pisces.train.objectives.base import Objective
 from open_pisces.train.objectives.contrastive import ContrastiveObjective
 from open_pisces.train.objectives.decoder import DecoderObjective
@@ -21,11 +21,19 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_training(config: RunConfig, world: World | None = None) -> Objective:
-    """Read data, build or load the parts, freeze what is frozen; the same in every process but for its batches."""
+    """Read data, build or load the parts, freeze what is frozen.
+
+    With several ranks only rank 0 holds weights, in `Objective.weights`; `shard` sends them.
+    """
     torch.manual_seed(config.seed)
     if not config.data.sources:
         raise ConfigError(f"{config.name}: data.sources is empty: name at least one dataset")
-    return OBJECTIVES[config.objective](config, world or World(torch.device("cpu")))
+    world = world or World(torch.device("cpu"))
+    objective = OBJECTIVES[config.objective](config, world)
+    if world.ranks > 1:
+        weights = take_weights(objective.module)
+        objective.weights = weights if world.is_first else {}
+    return objective
 
 
 def skeleton(config: RunConfig) -> nn.Module:

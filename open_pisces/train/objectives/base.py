@@ -7,7 +7,7 @@ number of processes can change it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -22,9 +22,9 @@ from open_pisces.data.images import generation_bytes
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
-from open_pisces.frozen import in_start
+from open_pisces.frozen import get_part, in_start
 from open_pisces.model.parts import llm_config
-from open_pisces.train.flops import Cost, Counts
+from open_pisces.train.flops import Cost, Counts, structure_of
 from open_pisces.train.rehearsal import Shape
 from open_pisces.train.world import World
 
@@ -59,11 +59,14 @@ class Objective(ABC):
     parts: dict[str, Any]
     """The parts of the model folder that this training writes."""
     tokenizer: Any
+    weights: dict[nn.Parameter, Tensor]
+    """With several ranks: on rank 0 the weights of ``module``, whose parameters are then on the meta device."""
     compiled: nn.Module | None = None
     """What ``train.compile`` compiles, if anything pays."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
         self.config, self.world = config, world
+        self.weights = {}
 
     # ------------------------------------------------------------------------------------------- a step
 
@@ -104,6 +107,15 @@ class Objective(ABC):
     @abstractmethod
     def picture_bytes(module: Any, counts: Counts, samples: int) -> float:
         """Bytes of the pictures that come with an average sample of a batch; features from a cache are small."""
+
+
+def get_parts(names: Iterable[str], config: RunConfig, world: World, vocabulary: int | None = None) -> dict[str, Any]:
+    """Parts from the start folder, or new ones. Rank 0 reads them; the others get their structure without weights."""
+    parts = {name: get_part(name, config.model, vocabulary) for name in names} if world.is_first else {}
+    if world.ranks == 1:
+        return parts
+    structures = world.broadcast_object({name: structure_of(part) for name, part in parts.items()})
+    return parts if world.is_first else structures
 
 
 def draw(config: RunConfig, drawn: tuple[int, str], purpose: str) -> np.random.Generator:

@@ -17,13 +17,12 @@ from open_pisces.config import RunConfig
 from open_pisces.data.images import contact_sheet, to_pil
 from open_pisces.data.loader import PairLoader
 from open_pisces.data.mixture import Mixture
-from open_pisces.frozen import get_part
 from open_pisces.model.folder import without_sources
 from open_pisces.model.gen_clip import Embedded, GenCLIP, contrast
 from open_pisces.model.parts import build_part
 from open_pisces.train.contrast import embedding_gradients, surrogate_loss
 from open_pisces.train.flops import Cost, Counts, line, meta, meta_copy, once
-from open_pisces.train.objectives.base import Objective, draw, get_tokenizer, stack_pixels, vocabulary
+from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels, vocabulary
 from open_pisces.train.rehearsal import Shape, empty_pairs
 from open_pisces.train.world import World
 
@@ -36,8 +35,8 @@ class ContrastiveObjective(Objective):
     def __init__(self, config: RunConfig, world: World) -> None:
         super().__init__(config, world)
         name = f"{config.contrastive.tower}_encoder"
-        self.tokenizer, vision = get_tokenizer(config), get_part(name, config.model)
-        vision.requires_grad_(True)
+        self.tokenizer = get_tokenizer(config)
+        vision = get_parts([name], config, world)[name].requires_grad_(True)
         self.module = self.compiled = GenCLIP(vision, config.contrastive, len(self.tokenizer))
         self.parts = {name: vision}
         side, settings = vision.image_size, config.train

@@ -17,12 +17,12 @@ from open_pisces.data.loader import PairLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import DamagedSample
 from open_pisces.device import upcast
-from open_pisces.frozen import get_part, open_features
+from open_pisces.frozen import open_features
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
 from open_pisces.model.folder import without_sources
 from open_pisces.model.parts import build_part
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, once, twin_of
-from open_pisces.train.objectives.base import Objective, draw, get_tokenizer, stack_pixels
+from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels
 from open_pisces.train.rehearsal import Shape, empty_pairs
 from open_pisces.train.world import World
 
@@ -64,8 +64,9 @@ class DecoderObjective(Objective):
     def __init__(self, config: RunConfig, world: World) -> None:
         super().__init__(config, world)
         self.tokenizer = get_tokenizer(config)
-        encoder = get_part("generation_encoder", config.model).requires_grad_(False)
-        bridge, decoder = get_part("bridge", config.model), get_part("decoder", config.model)
+        parts = get_parts(("generation_encoder", "bridge", "decoder"), config, world)
+        encoder, bridge, decoder = parts.values()
+        encoder.requires_grad_(False)
         mixture, settings = Mixture(config.data, config.seed), config.train
         self.load = PairLoader(
             mixture,
@@ -152,22 +153,25 @@ def draw_time(draw: np.random.Generator, flow: bool, shift: float) -> float:
 
 @torch.no_grad()
 def target_sums(config: RunConfig, module: DecoderOnVectors, mixture: Mixture, world: World) -> TargetSums:
-    """Sums over the raw targets of the first pictures of the run; each rank encodes its share, on its own device.
+    """Sums over the raw targets of the first pictures of the run, the same on all ranks.
 
-    Only the sums are kept, so 2,048 pictures at 1024 px need no more memory than 32.
+    Rank 0, which has the encoder's weights, encodes them on its device. Only the sums are kept, so 2,048 pictures at
+    1024 px need no more memory than 32.
     """
-    encoder = module.generation_encoder.to(world.device)
     pictures = torch.arange(config.diffusion.statistics_samples)
     settings = config.model.generation
     sums = TargetSums.of(torch.zeros(0, settings.vectors, settings.width))
-    for chunk in pictures.split(STATISTICS_CHUNK)[world.rank :: world.ranks]:
+    if not world.is_first:
+        return TargetSums(*(world.broadcast(part) for part in sums))
+    encoder = module.generation_encoder.to(world.device)
+    for chunk in pictures.split(STATISTICS_CHUNK):
         pixels = [pixels for g in chunk.tolist() for pixels in _generation_picture(mixture, g, encoder.image_size)]
         if pixels:
             features = encoder.features(torch.from_numpy(np.stack(pixels)).to(world.device))
             sums += TargetSums.of(upcast(module.pooler(features)).cpu())
     if world.mesh is not None:  # sharding takes it to the device block by block
         encoder.cpu()
-    return TargetSums(*(world.sum(part) for part in sums))
+    return TargetSums(*(world.broadcast(part) for part in sums))
 
 
 def _generation_picture(mixture: Mixture, g: int, size: int) -> list[np.ndarray]:

@@ -17,14 +17,14 @@ from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import MULTIPLE, LengthError, SequenceLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import Renderer
-from open_pisces.frozen import get_part, in_start, open_features
+from open_pisces.frozen import in_start, open_features
 from open_pisces.generate import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.folder import without_sources
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import Pisces, with_blank_pictures
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, learns, line, meta, once, twin_of
-from open_pisces.train.objectives.base import Objective, draw, get_tokenizer, vocabulary
+from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, vocabulary
 from open_pisces.train.rehearsal import Shape, empty_sequences
 from open_pisces.train.world import World
 
@@ -40,19 +40,19 @@ class PiscesObjective(Objective):
     def __init__(self, config: RunConfig, world: World) -> None:
         super().__init__(config, world)
         self.tokenizer, start = get_tokenizer(config), config.model
-        parts = {name: get_part(name, start, len(self.tokenizer)) for name in TRAINED}
+        names = (*TRAINED, "decoder") if in_start(start, "decoder") else TRAINED
+        parts = get_parts(names, config, world, len(self.tokenizer))
         if adapter_layers(parts["llm"]) and "llm" not in config.train.freeze:
             raise AdapterError(
                 f"{config.name}: model.start = {start.start} holds an adapter, its base would not learn: merge it "
                 "first with `pisces export MODEL OUT`"
             )
-        decoder = get_part("decoder", start) if in_start(start, "decoder") else None
-        self.module = Pisces(start, **parts, decoder=decoder, weights=config.loss)
+        self.module = Pisces(start, **parts, weights=config.loss)
         _freeze(self.module, config)
         self.compiled = self.module.llm.get_decoder()
         # What learns is written; what is frozen only where the folder this training starts from does not hold it.
         frozen = config.train.freeze
-        self.parts = {name: part for name, part in parts.items() if name not in frozen or not in_start(start, name)}
+        self.parts = {name: parts[name] for name in TRAINED if name not in frozen or not in_start(start, name)}
         self.load = self._loader()
 
     def _loader(self) -> SequenceLoader:
