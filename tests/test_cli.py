@@ -7,7 +7,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -65,18 +64,14 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 # ------------------------------------------------------------------------------------------------------- help
 
 
-def test_help_answers_in_half_a_second_without_heavy_imports() -> None:
+def test_help_answers_without_heavy_imports() -> None:
     code = "import sys; from open_pisces.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'PIL', 'rich', 'pydantic'} & set(sys.modules)\n"
-    code += "assert not heavy, heavy"
-    times = []
-    for _ in range(3):  # the best of three: a busy machine slows down any process
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        times.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "generate" in done.stdout
-    assert min(times) < 0.5, times
+    code += "own = [name for name in sys.modules if name.startswith('open_pisces')]\n"
+    code += "assert not heavy and len(own) < 10, (heavy, own)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
 
 
 def test_the_console_script_is_this_main() -> None:

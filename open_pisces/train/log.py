@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from open_pisces.batch import StepBatches
@@ -261,4 +262,6 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[words]}"),
         refresh_per_second=2,
+        # As text in notebooks: without ipywidgets rich warns at each refresh, into the stream that the bar redirects.
+        console=Console(force_jupyter=False),
     )
