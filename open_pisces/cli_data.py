@@ -73,7 +73,7 @@ def index(args: argparse.Namespace) -> Result:
     from open_pisces.data.indexing import index_folder
     from open_pisces.data.shards import data_path
 
-    fields = {name: value for name in ("short", "detailed") if (value := getattr(args, name))}
+    fields = {name: value for name in ("short", "detailed", "image") if (value := getattr(args, name))}
     folder = args.folder if Path(args.folder).is_dir() else data_path(args.folder)
     return _counted(args, {"folder": str(folder), **index_folder(folder, fields or None)})
 
@@ -179,6 +179,7 @@ def _add_import(commands: Any) -> None:
     table.add_argument("folder", metavar="FOLDER")
     table.add_argument("--short", metavar="FIELD", help="field of the JSON with the short caption; txt: the text file")
     table.add_argument("--detailed", metavar="FIELD", help="field of the JSON with the detailed caption")
+    table.add_argument("--image", metavar="MEMBER", help="ending of the picture, such as depth.png")
     add_json(table)
 
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from open_pisces.batch import Question, Sample
+from open_pisces.cli import main
 from open_pisces.config import DataConfig, SourceConfig
 from open_pisces.data import inline
 from open_pisces.data.captions import CaptionError, captions_of, draw_caption
@@ -626,6 +627,8 @@ def test_depth_and_masks_are_no_pictures_unless_they_are_named(folder: Path) -> 
     assert ShardReader(folder).pictures(0) == [A] and captions(ShardReader(folder)) == [("x",)]
     index_folder(folder, {"short": "txt", "image": "depth.png"})
     assert ShardReader(folder).pictures(0) == [depth] and captions(ShardReader(folder)) == [("x",)]
+    assert main(["data", "index", str(folder), "--short", "txt", "--image", "seg.png"]) == 0
+    assert ShardReader(folder).pictures(0) == [mask]
 
 
 @pytest.mark.parametrize(

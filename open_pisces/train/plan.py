@@ -17,8 +17,6 @@ from open_pisces.config import RunConfig
 from open_pisces.train.layout import GIB, PACKED, PADDED, RESERVE, TEXTS, Layout, PlanError
 from open_pisces.train.objectives import costs_of, skeleton
 
-PER_NODE = 8
-"""Assumed GPUs, and so processes, of a machine."""
 MOST_GPUS = 4096
 """Where the search for a number of GPUs that is enough ends."""
 
@@ -130,7 +128,7 @@ def _disk(layout: Layout, picture_kb: float) -> dict[str, float]:
 
 def _assumed(layout: Layout, utilisation: float, picture_kb: float) -> list[str]:
     found = [f"{utilisation:.0%} of the GPU's dense bfloat16 peak", f"{picture_kb:g} kB a picture"]
-    found += [f"{RESERVE:g} GiB of a GPU for what no tensor shows", f"{PER_NODE} processes a machine"]
+    found.append(f"{RESERVE:g} GiB of a GPU for what no tensor shows")
     if layout.has_sequences:
         tasks = sorted({task for source in layout.config.data.sources for task in source.tasks})
         found += [f"{TEXTS[task][0]} tokens of text in {task}" for task in tasks]
