@@ -26,9 +26,9 @@ from open_pisces.data.draws import stream
 from open_pisces.data.importing import import_dataset
 from open_pisces.data.indexing import index_folder, read_members
 from open_pisces.data.lengths import check_lengths
-from open_pisces.data.loader import LengthError, PairLoader, SequenceLoader
+from open_pisces.data.loader import PairLoader, SequenceLoader
 from open_pisces.data.mixture import Draw, Mixture
-from open_pisces.data.prompts import Renderer, SystemTurnError, Turn, TurnsError, sample_turns
+from open_pisces.data.prompts import LengthError, Renderer, SystemTurnError, Turn, TurnsError, sample_turns
 from open_pisces.data.records import BadRecord, DatasetImportError, place
 from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import DamagedSample, ShardError, ShardReader

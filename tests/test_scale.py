@@ -16,9 +16,8 @@ from torch import Tensor
 
 from open_pisces.config import RunConfig, load_config
 from open_pisces.data import lengths
-from open_pisces.data.loader import LengthError
 from open_pisces.data.mixture import Mixture
-from open_pisces.data.prompts import Renderer
+from open_pisces.data.prompts import LengthError, Renderer
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.bridge import TargetStatistics, TargetSums
 from open_pisces.model.pisces import Pisces

@@ -15,7 +15,8 @@ import torch
 from open_pisces.batch import SequenceBatch, StepBatches
 from open_pisces.bench.pairs import compare
 from open_pisces.config import DataConfig, load_config
-from open_pisces.data.loader import SequenceLoader, collate
+from open_pisces.data.collate import collate
+from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.generate import Generator
 from open_pisces.model.folder import WEIGHTS

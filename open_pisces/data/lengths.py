@@ -14,9 +14,8 @@ import numpy as np
 
 from open_pisces.batch import Question, Sample
 from open_pisces.config import DataConfig, SourceConfig, Task
-from open_pisces.data.loader import LengthError
 from open_pisces.data.mixture import Mixture
-from open_pisces.data.prompts import Renderer, SampleError, sample_turns, wordings
+from open_pisces.data.prompts import LengthError, Renderer, SampleError, sample_turns, wordings
 from open_pisces.data.shards import DamagedSample, ShardReader, data_path
 
 COLUMNS = ("short", "detailed", "questions", "conversation", "asked", "turns", "pictures")

@@ -34,6 +34,10 @@ class SampleError(PiscesError):
     """A short word for counting."""
 
 
+class LengthError(PiscesError):
+    """A sequence longer than the settings allow; the message names the sample, its length and the limit."""
+
+
 class SystemTurnError(SampleError):
     """A conversation with a system turn, for a template that has none."""
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses, Sample, SequenceBatch
 from open_pisces.config import RunConfig
+from open_pisces.data.collate import MULTIPLE
 from open_pisces.data.images import contact_sheet
 from open_pisces.data.lengths import check_lengths
-from open_pisces.data.loader import MULTIPLE, LengthError, SequenceLoader
+from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.mixture import Mixture
-from open_pisces.data.prompts import Renderer
+from open_pisces.data.prompts import LengthError, Renderer
 from open_pisces.frozen import in_start, open_features
 from open_pisces.generate import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers
