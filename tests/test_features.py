@@ -75,9 +75,9 @@ def test_cached_features_are_the_encoders(start: Path, small: Path) -> None:
     assert all(d["was_there"] for d in encode(config))
     (store,) = open_features(config, Mixture(config.data, 0))
     reader, encoders = ShardReader(small), load_encoders(config)
-    from open_pisces.data.images import generation_pixels, understanding_pixels
+    from open_pisces.data.images import generation_bytes, understanding_bytes
 
-    for kind, cut in (("generation", generation_pixels), ("understanding", understanding_pixels)):
+    for kind, cut in (("generation", generation_bytes), ("understanding", understanding_bytes)):
         encoder = encoders[kind]  # type: ignore[index]
         for index in (0, 4, 29):
             pixels = np.stack([cut(image, encoder.image_size) for image in reader[index].images])

@@ -19,7 +19,7 @@ from open_pisces.data.images import (
     generation_pixels,
     open_image,
     to_pil,
-    understanding_pixels,
+    understanding_bytes,
 )
 
 
@@ -116,10 +116,14 @@ def test_damage_gives_a_picture_or_our_error(kind: str, at: int, junk: bytes) ->
         assert "\n" not in str(error)
 
 
+def as_floats(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / np.float32(255)
+
+
 def test_understanding_pixels_are_siglips_plain_resize() -> None:
     picture = noise(40, 20)
     expected = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC), dtype=np.float32) / 255
-    found = understanding_pixels(picture, 16)
+    found = as_floats(understanding_bytes(picture, 16))
     assert found.dtype == np.float32 and found.shape == (3, 16, 16) and found.flags.c_contiguous
     np.testing.assert_array_equal(found, expected.transpose(2, 0, 1))
 
@@ -135,14 +139,14 @@ def test_generation_pixels_keep_proportions_and_the_middle() -> None:
 @settings(max_examples=60, deadline=None)
 def test_any_shape_fits_both_encoders(width: int, height: int, size: int) -> None:
     picture = Image.new("RGB", (width, height), (10, 200, 30))
-    for pixels in (understanding_pixels(picture, size), generation_pixels(picture, size)):
+    for pixels in (as_floats(understanding_bytes(picture, size)), generation_pixels(picture, size)):
         assert pixels.shape == (3, size, size)
         np.testing.assert_allclose(pixels[:, 0, 0] * 255, [10, 200, 30], atol=0.01)
 
 
 def test_pixels_return_to_the_same_picture() -> None:
     picture = noise(16, 16)
-    assert to_pil(understanding_pixels(picture, 16)).tobytes() == picture.tobytes()
+    assert to_pil(as_floats(understanding_bytes(picture, 16))).tobytes() == picture.tobytes()
     assert to_pil(np.stack([np.full((1, 1), v, np.float32) for v in (-1, 0.5, 2)])).getpixel((0, 0)) == (0, 128, 255)
 
 

@@ -167,6 +167,12 @@ def test_predicting_the_sample_is_trained_and_sampled(nano_config: ModelConfig, 
     torch.testing.assert_close(drawn, decoder.decode(latents), rtol=1e-3, atol=1e-3)
 
 
+def test_predicting_the_sample_can_be_planned(nano_config: ModelConfig) -> None:
+    with torch.device("meta"):
+        decoder = built(nano_config, spatial_condition=False, scheduler={**SDXL_SCHEDULER, "prediction_type": "sample"})
+    assert all(parameter.is_meta for parameter in decoder.parameters())
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [("sample", "EulerAncestralDiscreteScheduler cannot sample with it: take DDIM"), ("v", "'v' is not known")],

@@ -1,6 +1,6 @@
 """Pictures: opened safely, cut to what the two encoders see, and put on sheets for people to look at.
 
-Pixels are ``float32 (3, H, W)`` in [0, 1] everywhere; normalisation belongs to the models.
+Pixels are ``(3, H, W)``, bytes in batches and float32 in [0, 1] elsewhere; normalization belongs to the models.
 """
 
 from __future__ import annotations
@@ -168,11 +168,6 @@ def generation_bytes(image: Image, size: int) -> np.ndarray:
     image = image.resize((width, height), Pillow.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return _channels_first(image.crop((left, top, left + size, top + size)))
-
-
-def understanding_pixels(image: Image, size: int) -> np.ndarray:
-    """`understanding_bytes` as float32 in [0, 1]."""
-    return understanding_bytes(image, size).astype(np.float32) / np.float32(255)
 
 
 def generation_pixels(image: Image, size: int) -> np.ndarray:

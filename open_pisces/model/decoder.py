@@ -196,16 +196,23 @@ def _noiser(scheduler: Any) -> DDPMScheduler:
         raise PiscesError(
             f"decoder.scheduler.prediction_type = {kind!r} is not known: set epsilon, v_prediction or sample"
         )
-    if kind == "sample":  # some samplers accept the setting and refuse the first step
+    if kind == "sample" and not _steps_with_sample(scheduler):
+        raise PiscesError(
+            f"decoder.scheduler.prediction_type = 'sample': {name} cannot sample with it: take DDIMScheduler or "
+            f"EulerDiscreteScheduler, or set epsilon"
+        )
+    return noiser
+
+
+def _steps_with_sample(scheduler: Any) -> bool:
+    """Whether a sampler takes a step: some accept ``prediction_type: sample`` and refuse it then."""
+    with torch.device("cpu"):  # also for a model that is built on the meta device
         trial = type(scheduler).from_config(scheduler.config)
         trial.set_timesteps(2)
+        latents = torch.zeros(1, 1, 1, 1)
         try:
-            latents = torch.zeros(1, 1, 1, 1)
             trial.scale_model_input(latents, trial.timesteps[0])
             trial.step(latents, trial.timesteps[0], latents)
         except NotImplementedError:
-            raise PiscesError(
-                f"decoder.scheduler.prediction_type = 'sample': {name} cannot sample with it: take DDIMScheduler or "
-                f"EulerDiscreteScheduler, or set epsilon"
-            ) from None
-    return noiser
+            return False
+    return True
