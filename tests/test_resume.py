@@ -133,7 +133,7 @@ def test_a_rank_whose_others_never_come_says_so_and_what_to_unset(tmp_path: Path
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT='' is no whole number: unset"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_PORT is not set, but others of its kind are: unset"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29511"}, "WORLD_SIZE=2, but MASTER_ADDR is not set: start"),
     ],
 )

@@ -244,7 +244,8 @@ def _environment(name: str, default: int | None) -> int:
     """
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
-        raise WorldError(f"{name}={text!r} is no whole number: unset {' '.join(VARIABLES)} to train in one process")
+        found = f"{name}={text!r} is no whole number" if text else f"{name} is not set, but others of its kind are"
+        raise WorldError(f"{found}: unset {' '.join(VARIABLES)} to train in one process")
     return int(text)
 
 
