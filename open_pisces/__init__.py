@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from open_pisces.config import load_config
-    from open_pisces.generate import Generator
+    from open_pisces.generate.generator import Generator
     from open_pisces.model.pisces import Pisces
 
     __version__: str
@@ -19,7 +19,7 @@ __all__ = ["Generator", "Pisces", "__version__", "load_config"]
 
 _HOMES = {
     "Pisces": "open_pisces.model.pisces",
-    "Generator": "open_pisces.generate",
+    "Generator": "open_pisces.generate.generator",
     "load_config": "open_pisces.config",
 }
 

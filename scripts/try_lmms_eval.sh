@@ -44,4 +44,4 @@ evaluate pisces_questions,pisces_messages,pisces_rounds
 evaluate pisces_questions,pisces_choices,pisces_rounds --force_simple
 "$BIN/python" -c "$BEFORE
 import pytest
-sys.exit(pytest.main(['-q', 'tests/test_integrations.py']))"
+sys.exit(pytest.main(['-q', 'tests/integrations/test_integrations.py']))"

@@ -1,6 +1,6 @@
 """Makes the few questions that stand for each benchmark in tests: our own words and drawings, in its schema.
 
-``python tests/make_fixtures.py`` writes them to open_pisces/eval/fixtures; a test compares them with what this makes.
+``python tests/make_fixtures.py`` writes them to eval/understanding/fixtures; a test compares them with what this makes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from fixture_pictures import PICTURES
 
-FIXTURES = Path(__file__).parent.parent / "open_pisces" / "eval" / "fixtures"
+FIXTURES = Path(__file__).parent.parent / "open_pisces" / "eval" / "understanding" / "fixtures"
 Rows = list[dict[str, Any]]
 # ------------------------------------------------------------------------------------------------------ questions
 

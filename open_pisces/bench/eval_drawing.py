@@ -7,10 +7,10 @@ from typing import Any
 from PIL.Image import Image
 
 from open_pisces.bench.pairs import compare
-from open_pisces.eval.drawing import frozen_prompts
-from open_pisces.eval.geneval import Rules, judge
-from open_pisces.eval.judge import NETWORKS, SceneJudge
-from open_pisces.generate import Generator
+from open_pisces.eval.drawing.rules import Rules, judge
+from open_pisces.eval.scenes.drawing import frozen_prompts
+from open_pisces.eval.scenes.judge import NETWORKS, SceneJudge
+from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 
 BATCH = 16

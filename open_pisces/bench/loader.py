@@ -21,8 +21,8 @@ from open_pisces.bench.pairs import compare
 from open_pisces.config import DataConfig, SourceConfig
 from open_pisces.data.draws import stream
 from open_pisces.data.mixture import Mixture
-from open_pisces.data.shard_writer import ShardWriter
 from open_pisces.data.shards import ShardReader
+from open_pisces.datasets.shard_writer import ShardWriter
 
 SAMPLES, SIDE = 1000, 256
 

@@ -18,7 +18,7 @@ from open_pisces.config import DataConfig, load_config
 from open_pisces.data.collate import collate
 from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.mixture import Mixture
-from open_pisces.generate import Generator
+from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.model.pisces import Pisces
 

@@ -11,8 +11,8 @@ from open_pisces.batch import SequenceBatch
 from open_pisces.config import DataConfig, SourceConfig, Task
 from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.mixture import Mixture
-from open_pisces.frozen import FrozenEncoder
-from open_pisces.generate import Generator
+from open_pisces.factory.encoders import FrozenEncoder
+from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.model.pisces import Pisces
 

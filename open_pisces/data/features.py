@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from open_pisces.data.shards import DamagedSample, ShardReader, data_path
 from open_pisces.errors import PiscesError
@@ -26,16 +25,6 @@ class FeatureError(PiscesError):
     """A feature cache that is missing, unfinished or of something else; the message says what differs."""
 
 
-def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over the names, shapes and values of a module's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)  # of numbers without a shape too, such as CLIP's scale
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()
-
-
 def feature_key(
     reader: ShardReader, kind: Kind, encoder: str, preprocessing: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
@@ -44,7 +33,7 @@ def feature_key(
     Args:
         reader: the dataset.
         kind: which encoder.
-        encoder: `weights_digest` of it.
+        encoder: a digest of its weights (`model.folder.weights_digest`).
         preprocessing: how pictures become its input, and what is done with its output.
         dtype: ``float32`` or ``float16``.
     """

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from open_pisces.eval import diagnose, drawing, geneval_runs, placement, scenes, understanding
-from open_pisces.eval.geneval import Rules
-from open_pisces.eval.runs import Row, RunError, RunFolder
+from open_pisces.eval.drawing import judged_run as geneval_runs
+from open_pisces.eval.drawing.rules import Rules
+from open_pisces.eval.run import Row, RunError, RunFolder
+from open_pisces.eval.scenes import diagnose, drawing, placement
+from open_pisces.eval.scenes import vqa as scenes
+from open_pisces.eval.understanding import evaluate as understanding
 
 
 def rescore(folder: str | Path, model: str | None = None, rules: Rules | None = None) -> Row:

@@ -20,7 +20,7 @@ from open_pisces.data.features import picture_rows, store_folder
 from open_pisces.data.images import ImageError, generation_bytes, open_image, understanding_bytes
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.device import pick_device
-from open_pisces.frozen import FrozenEncoder, encoder_keys, load_encoders
+from open_pisces.factory.encoders import FrozenEncoder, encoder_keys, load_encoders
 
 FLUSH = 64
 """Batches after which an interrupted run can go on."""

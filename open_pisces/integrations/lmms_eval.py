@@ -23,8 +23,8 @@ from open_pisces.data.collate import collate
 from open_pisces.data.images import ImageError
 from open_pisces.data.prompts import IGNORED
 from open_pisces.device import upcast
-from open_pisces.generate import Generator, PromptError
-from open_pisces.integrations.messages import Conversation, HarnessError, read_messages
+from open_pisces.generate.generator import Generator, PromptError
+from open_pisces.generate.messages import Conversation, HarnessError, read_messages
 from open_pisces.model.folder import WEIGHTS
 
 Messages = Sequence[Mapping[str, Any]]

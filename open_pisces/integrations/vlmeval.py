@@ -15,8 +15,8 @@ from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
-from open_pisces.generate import Generator
-from open_pisces.integrations.messages import read_messages
+from open_pisces.generate.generator import Generator
+from open_pisces.generate.messages import read_messages
 from open_pisces.model.folder import WEIGHTS
 
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from open_pisces.config import ModelConfig, validate
 from open_pisces.model import adapters
-from open_pisces.model.parts import PARTS, ModelFolderError
+from open_pisces.model.parts import PARTS, ModelFolderError, build_part
 
 FOLDERS = (*PARTS, "adapter", "tokenizer")
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
@@ -292,3 +292,25 @@ def _sha256(path: Path) -> str:
 def present(folder: Path) -> str:
     """The parts that a model folder holds, for messages."""
     return ", ".join(name for name in PARTS if (folder / name).is_dir()) or "no part"
+
+
+def in_start(model: ModelConfig, name: str) -> bool:
+    """Whether the folder that a training starts from holds a part."""
+    return bool(model.start) and (Path(model.start or "") / name).is_dir()
+
+
+def get_part(name: str, model: ModelConfig, vocabulary: int | None = None) -> Any:
+    """The part as the start folder has it, or else a new one."""
+    if in_start(model, name):
+        return load_part(model.start or "", name, model)
+    return build_part(name, model, vocabulary)
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """SHA-256 over the names, shapes and values of a module's state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)  # of numbers without a shape too, such as CLIP's scale
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()

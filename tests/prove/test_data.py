@@ -178,7 +178,7 @@ FORMATS: dict[str, tuple[Callable[[Path, int], None], str]] = {
 }
 MEASURED = """
 import json, sys
-from open_pisces.data.importing import import_dataset
+from open_pisces.datasets.importing import import_dataset
 format, source, out, images = sys.argv[1:]
 found = import_dataset(format, source, out, **({"images": images} if images else {}))
 # The peak of this program alone: getrusage would count what its parent held when it was forked.

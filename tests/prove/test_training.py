@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import kill_while_saving
+from kills import kill_while_saving
 from together import launch
 
 from open_pisces.config import TRAININGS, load_config

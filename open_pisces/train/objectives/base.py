@@ -22,10 +22,10 @@ from open_pisces.data.images import generation_bytes
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
-from open_pisces.frozen import get_part, in_start
+from open_pisces.model.folder import get_part, in_start
 from open_pisces.model.parts import llm_config
 from open_pisces.train.flops import Cost, Counts, structure_of
-from open_pisces.train.rehearsal import Shape
+from open_pisces.train.shapes import Shape
 from open_pisces.train.world import World
 
 

@@ -23,7 +23,7 @@ from open_pisces.model.parts import build_part
 from open_pisces.train.contrast import embedding_gradients, surrogate_loss
 from open_pisces.train.flops import Cost, Counts, line, meta, meta_copy, once
 from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels, vocabulary
-from open_pisces.train.rehearsal import Shape, empty_pairs
+from open_pisces.train.shapes import Shape, empty_pairs
 from open_pisces.train.world import World
 
 

@@ -18,15 +18,15 @@ from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import LengthError, Renderer
-from open_pisces.frozen import in_start, open_features
-from open_pisces.generate import Generator
+from open_pisces.factory.encoders import open_features
+from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers
-from open_pisces.model.folder import without_sources
+from open_pisces.model.folder import in_start, without_sources
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import Pisces, with_blank_pictures
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, learns, line, meta, once, twin_of
 from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, vocabulary
-from open_pisces.train.rehearsal import Shape, empty_sequences
+from open_pisces.train.shapes import Shape, empty_sequences
 from open_pisces.train.world import World
 
 TRAINED = ("llm", "understanding_encoder", "generation_encoder", "bridge")

@@ -1,0 +1,1 @@
+"""Distances between sets of pictures: FID, kernel distance, CLIP score, reconstruction."""

@@ -1,0 +1,1 @@
+"""Reports over many run folders: tables, charts and published baselines."""

@@ -1,0 +1,1 @@
+"""Understanding benchmarks: questions about pictures, graded by the published rules."""

@@ -1,0 +1,279 @@
+"""The one place where tokens and vectors are produced; command line, training samples and evaluation come here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import DynamicCache
+
+from open_pisces.data.collate import collate
+from open_pisces.data.prompts import Renderer, Turn, generation_turns
+from open_pisces.data.tokenizer import load_tokenizer
+from open_pisces.device import pick_device
+from open_pisces.errors import PiscesError
+from open_pisces.generate.painter import Painter
+from open_pisces.model.pisces import Pisces
+
+
+class PromptError(PiscesError):
+    """A prompt that cannot be used; the message names it and the remedy."""
+
+
+class Generator:
+    """Text and pictures from a Pisces, in batches of different prompts, with a key-value cache."""
+
+    def __init__(self, pisces: Pisces, tokenizer: Any, device: str = "auto") -> None:
+        self.device = pick_device(device)
+        self.pisces, self.tokenizer = pisces.eval(), tokenizer
+        if next(pisces.parameters()).device != self.device:  # being moved, a sharded model would let go of its parts
+            pisces.to(self.device)
+        self.renderer = Renderer(
+            tokenizer,
+            pisces.settings.template,
+            pisces.understanding_encoder.vectors,
+            pisces.settings.generation.vectors,
+        )
+        self.sizes = pisces.understanding_encoder.image_size, pisces.settings.generation.image_size
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "auto") -> Generator:
+        """Load a model folder; float32 on a CPU, bfloat16 on an accelerator."""
+        where = pick_device(device)
+        pisces = Pisces.from_pretrained(folder, torch.float32 if where.type == "cpu" else torch.bfloat16)
+        return cls(pisces, load_tokenizer(Path(folder) / "tokenizer", pisces.settings.template), str(where))
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Tokens a rendered prompt may take, pictures included, so that a picture still fits behind it."""
+        return self.pisces.llm.config.max_position_embeddings - self.renderer.M - 2
+
+    # ------------------------------------------------------------------------------------------------ text
+
+    def text(
+        self,
+        images: list[list[Image]],
+        prompts: list[str],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Answer prompts about pictures.
+
+        Args:
+            images: the pictures of each prompt, in the order in which they are shown; a list may be empty.
+            prompts: one question or instruction for each.
+            max_new_tokens: the longest answer.
+            temperature: 0 always takes the likeliest token; above 0 samples, repeatably for a seed.
+            seed: each answer has its own stream, so it does not depend on its neighbours.
+
+        Raises:
+            PromptError: for an empty or over-long prompt.
+        """
+        if len(images) != len(prompts):
+            raise PromptError(f"{len(prompts)} prompts for {len(images)} lists of pictures: give one list to each")
+        turns: list[tuple[Turn, ...]] = [
+            (Turn("user", (*range(len(shown)), _said(p))),) for shown, p in zip(images, prompts, strict=True)
+        ]
+        return self.answer(turns, [tuple(shown) for shown in images], max_new_tokens, temperature, seed)
+
+    def answer(
+        self,
+        conversations: list[tuple[Turn, ...]],
+        images: list[tuple[Image, ...]],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        vectors: Tensor | None = None,
+    ) -> list[str]:
+        """The assistant's next turn in conversations that end with the user's.
+
+        ``vectors`` ``(pictures, M, E)`` are those the model wrote for the pictures it drew, in order; without them
+        such pictures are encoded again.
+        """
+        stop = self.renderer.end_of_turn
+        rows: list[list[int]] = [[] for _ in conversations]
+        done = [False] * len(rows)
+        for column in self._tokens(conversations, images, max_new_tokens, temperature, seed, vectors):
+            for i, token in enumerate(column):
+                done[i] = done[i] or token == stop
+                rows[i] += [] if done[i] else [token]
+            if all(done):
+                break
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    def text_stream(self, images: list[Image], prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
+        """One answer, piece by piece as it is written; the pieces joined are what `text` returns."""
+        ids: list[int] = []
+        text = told = ""
+        turns = (Turn("user", (*range(len(images)), _said(prompt))),)
+        for (token,) in self._tokens([turns], [tuple(images)], max_new_tokens, 0.0, 0, None):
+            if token == self.renderer.end_of_turn:
+                break
+            ids.append(token)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            if not text.endswith("�"):  # half a character: wait for its other bytes
+                yield text[len(told) :]
+                told = text
+        if text != told:  # the answer ends in a character that is damaged, not unfinished
+            yield text[len(told) :]
+
+    @torch.inference_mode()
+    def _tokens(
+        self,
+        conversations: list[tuple[Turn, ...]],
+        images: list[tuple[Image, ...]],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        vectors: Tensor | None,
+    ) -> Iterator[list[int]]:
+        """One token of every row at a time."""
+        hidden_BD, cache, mask_BS = self._read(conversations, images, "", vectors)
+        draws = [torch.Generator().manual_seed(seed) for _ in conversations]
+        # Text holds none of the template's tokens but the one that ends it.
+        banned = [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]
+        for _ in range(max_new_tokens):
+            logits_BV = self.pisces.llm.get_output_embeddings()(hidden_BD).float().cpu()
+            logits_BV[:, banned] = float("-inf")
+            if temperature > 0:
+                chances = (logits_BV / temperature).softmax(-1)
+                token_B = torch.stack(
+                    [torch.multinomial(c, 1, generator=g)[0] for c, g in zip(chances, draws, strict=True)]
+                )
+            else:
+                token_B = logits_BV.argmax(-1)
+            yield token_B.tolist()
+            embedded = self.pisces.llm.get_input_embeddings()(token_B.to(self.device))
+            hidden_BD, mask_BS = self._step(embedded, cache, mask_BS)
+
+    # --------------------------------------------------------------------------------------------- pictures
+
+    def image(
+        self,
+        prompts: list[str],
+        n: int = 1,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+    ) -> list[list[Image]]:
+        """Draw ``n`` pictures of every prompt.
+
+        The LLM runs once a prompt: squared error makes its vectors deterministic, so pictures of one prompt differ
+        through the decoder's noise only. Picture j starts from noise of (seed, j), whatever else is in the batch.
+
+        Raises:
+            PromptError: for an empty or over-long prompt.
+        """
+        vectors_BME = self.vectors([_said(prompt) for prompt in prompts])
+        numbers = list(range(n)) * len(prompts)
+        scale = self.pisces.settings.decoder.guidance_scale if guidance_scale is None else guidance_scale
+        null_ME = None if scale == 1.0 else self.null_vectors
+        flat = self.painter.paint(vectors_BME.repeat_interleave(n, 0), null_ME, numbers, steps, scale, seed)
+        return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def reconstruct(
+        self, images: list[Image], steps: int | None = None, guidance_scale: float | None = None, seed: int = 0
+    ) -> list[Image]:
+        """Pictures from their true vectors: what the decoder could do if the LLM were perfect."""
+        return self.painter.reconstruct(images, steps, guidance_scale, seed)
+
+    def encode(self, images: list[Image]) -> Tensor:
+        """The true generation vectors of pictures, ``(B, M, E)``, in the LLM's space."""
+        return self.painter.encode(images)
+
+    @torch.inference_mode()
+    def vectors(self, captions: list[str], fed_BME: Tensor | None = None) -> Tensor:
+        """The M vectors the LLM writes for each caption, ``(B, M, E)``, in its own space; ``""`` is the null one.
+
+        With ``fed_BME`` each vector is predicted from those, as in training, and not from its own (for diagnosis).
+        """
+        turns = [generation_turns(caption) for caption in captions]
+        hidden_BD, cache, mask_BS = self._read(turns, [()] * len(turns), "[IMG]", None)
+        written = []
+        for k in range(self.renderer.M):
+            vector_BE, embedded_BD = self.pisces.next_vector(hidden_BD)
+            written.append(vector_BE.float())
+            if fed_BME is not None:
+                embedded_BD = self.pisces.bridge.generation_projector(fed_BME[:, k].to(self._dtype))
+            if k + 1 < self.renderer.M:
+                hidden_BD, mask_BS = self._step(embedded_BD, cache, mask_BS)
+        return torch.stack(written, 1)
+
+    @cached_property
+    def painter(self) -> Painter:
+        """What turns vectors into pictures."""
+        pisces = self.pisces
+        if pisces.decoder is None:
+            raise PromptError("this model has no decoder: train or load one with its decoder/ part")
+        return Painter(pisces.settings, pisces.generation_encoder, pisces.bridge, pisces.decoder, self.device)
+
+    @cached_property
+    def null_vectors(self) -> Tensor:
+        """The empty caption's vectors ``(M, E)``: the unconditional context, computed once a model (Emu2)."""
+        return self.vectors([""])[0]
+
+    def null_distance(self) -> float:
+        """How far the empty caption's vectors lie from the decoder's dropped condition.
+
+        Root mean square over vectors and channels, divided by the deviation of the targets: 0 where both agree, as
+        guidance assumes; about 1 where the one is noise to the other.
+        """
+        statistics = self.pisces.bridge.statistics
+        apart_ME = statistics.destandardize(self.null_vectors) - statistics.destandardize(statistics.null_ME)
+        return float((apart_ME / statistics.std_E).pow(2).mean().sqrt())
+
+    # ------------------------------------------------------------------------------------------- the cache
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.pisces.llm.parameters()).dtype
+
+    def _read(
+        self, turns: list[tuple[Turn, ...]], images: list[tuple[Image, ...]], ending: str, vectors: Tensor | None
+    ) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Prefill: the last hidden state of every row, the cache, and the mask of real tokens."""
+        rendered = [self.renderer.render(t, answer_next=True) for t in turns]
+        for r, t in zip(rendered, turns, strict=True):
+            r.add(self.renderer.frame_ids(ending) if ending else [])
+            if len(r.ids) > self.max_prompt_tokens:
+                words = str(t[-1].content[-1])
+                raise PromptError(
+                    f"the prompt '{words[:30]} ... {words[-30:]}' takes {len(r.ids)} tokens with its pictures; "
+                    f"this model takes {self.max_prompt_tokens}: shorten it"
+                )
+        batch = collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
+        batch = replace(batch, generation_vectors_BME=vectors)
+        mask_BS = (batch.ids_BS != self.renderer.pad).long()
+        inputs_BSD, _ = self.pisces.embed(batch)
+        cache = DynamicCache(config=self.pisces.llm.config)
+        positions_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
+        hidden_BSD = self.pisces.hidden(
+            inputs_BSD, attention_mask=mask_BS, position_ids=positions_BS, past_key_values=cache, use_cache=True
+        )
+        return hidden_BSD[:, -1], cache, mask_BS
+
+    def _step(self, embedded_BD: Tensor, cache: DynamicCache, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed one embedding to every row."""
+        mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(mask_BS), 1)], 1)
+        hidden_BSD = self.pisces.hidden(
+            embedded_BD[:, None],
+            attention_mask=mask_BS,
+            position_ids=mask_BS.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return hidden_BSD[:, -1], mask_BS
+
+
+def _said(prompt: str) -> str:
+    """The prompt without the blanks around it; an empty one is refused."""
+    if not prompt.strip():
+        raise PromptError("the prompt is empty: say in words what to draw or to answer")
+    return prompt.strip()
