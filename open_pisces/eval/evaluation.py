@@ -1,0 +1,145 @@
+"""What every evaluation has in common: items that are asked, answers that are kept, a score made of them alone.
+
+An `Evaluation` is opened as a run folder (`open_pisces.eval.run`), answered batch by batch, and scored from the rows
+it kept. So a run that was interrupted goes on, and `rescore` repeats the score of any run without the model.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.progress import track
+
+from open_pisces.eval.run import Manifest, Row, RunError, RunFolder, model_hash
+
+HOMES = {
+    "scenes/vqa": "open_pisces.eval.scenes.vqa",
+    "scenes/drawing": "open_pisces.eval.scenes.drawing",
+    "decoder/placement": "open_pisces.eval.scenes.placement",
+    "diagnose": "open_pisces.eval.scenes.diagnose",
+    "geneval": "open_pisces.eval.drawing.judged_run",
+    "fid": "open_pisces.eval.distances.fid",
+    "decoder/reconstruction": "open_pisces.eval.distances.reconstruction",
+    "understanding": "open_pisces.eval.understanding.evaluate",
+}
+"""For each task, or the part of its name before the slash, the module whose ``score_run(run)`` scores its runs."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score as every evaluation gives it; each adds fields of its own in a subclass."""
+
+    name: str
+    score: float | None
+    """None where it cannot be made; the subclass says why."""
+    low: float | None
+    """Lower end of the 95 % bootstrap interval."""
+    high: float | None
+    n: int
+    """Independent units behind the score: prompts, questions, pictures."""
+
+    def row(self) -> Row:
+        """The fields as plain values, as they stand in ``scores.json``."""
+        return asdict(self)
+
+
+class Evaluation(ABC):
+    """One measurement of one model.
+
+    Args of a subclass are what it measures with: the model, its settings, what is shown. `run` does the rest.
+    """
+
+    task: ClassVar[str]
+    """A key of `HOMES`, or ``KEY/NAME``."""
+    device: str = "cpu"
+
+    @property
+    @abstractmethod
+    def settings(self) -> Row:
+        """Everything that shapes the answers, for the manifest."""
+
+    @property
+    @abstractmethod
+    def stages(self) -> Sequence[str]:
+        """Names of the raw rows that are made, in order: ``("images", "detections-...")``, ``("answers",)``."""
+
+    @abstractmethod
+    def items(self) -> list[Row]:
+        """What is asked, one row each with its ``key``."""
+
+    @abstractmethod
+    def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
+        """Make and keep one batch's rows of one stage."""
+
+    @abstractmethod
+    def score(self, run: RunFolder) -> Score:
+        """The score of a complete run, from its rows alone."""
+
+    @property
+    def batch_size(self) -> int:
+        """Items that are answered together."""
+        size: int = self.settings["batch_size"]
+        return size
+
+    def run(self, model: str | Path, folder: str | Path | None = None) -> Row:
+        """Open or go on with a run, answer what is missing, score it and write ``scores.json``.
+
+        Args:
+            model: the model's folder, for the manifest.
+            folder: the run's; None chooses one by the manifest (`RunFolder.open`).
+
+        Returns:
+            the fields of the score with ``task``, ``model``, ``model_hash``, ``run``, ``seconds`` and ``folder``.
+
+        Raises:
+            RunError: if ``folder`` holds another run.
+        """
+        start = time.time()
+        run = self.open(model, folder)
+        self.complete(run)
+        scores = run.write_scores(self.score(run).row())
+        return {**scores, "seconds": round(time.time() - start, 1), "folder": str(run.folder)}
+
+    def open(self, model: str | Path, folder: str | Path | None = None) -> RunFolder:
+        """The run folder of this evaluation, begun or found."""
+        manifest = Manifest(self.task, str(model), model_hash(model), self.settings, device=self.device)
+        return RunFolder.open(folder, manifest, self.items())
+
+    def complete(self, run: RunFolder) -> None:
+        """Answer what a run still lacks, stage by stage, with a bar on standard error."""
+        for stage in self.stages:
+            left = list(run.batches(stage, self.batch_size))
+            for batch in track(left, stage, console=Console(stderr=True), disable=not left):
+                self.answer(run, stage, batch)
+
+
+def rescore(folder: str | Path, model: str | None = None, **options: Any) -> Row:
+    """Score a run again from what it kept, without the model, and write its ``scores.json``.
+
+    Args:
+        folder: of the run.
+        model: the hash of the model that it has to be of; None takes any.
+        options: passed to the task's ``score_run``, such as GenEval's ``rules``; those that are None are left out.
+
+    Raises:
+        RunError: if the run is of another model, is not complete, or has no score (a gallery).
+    """
+    run = RunFolder.load(folder)
+    if model is not None and run.manifest.model_hash != model:
+        raise RunError(
+            f"{folder} is a run of the model {run.manifest.model_hash[:12]} ({run.manifest.model}), asked is "
+            f"{model[:12]}: evaluate that model, in a folder of its own"
+        )
+    home = HOMES.get(run.manifest.task) or HOMES.get(run.manifest.task.partition("/")[0])
+    if home is None:
+        raise RunError(f"{folder}: a run of {run.manifest.task} has pictures and no score")
+    given = {name: value for name, value in options.items() if value is not None}
+    score: Score = import_module(home).score_run(run, **given)
+    return {**run.write_scores(score.row()), "folder": str(run.folder)}
