@@ -105,13 +105,19 @@ def nano_folder(tmp_path_factory: pytest.TempPathFactory, nano_pisces: Pisces, n
 
 
 @pytest.fixture(scope="session")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What nano's trainings start from: short runs of those before. Shared: nothing may be changed in it."""
-    from open_pisces.config import TRAININGS, load_config
-    from open_pisces.train.loop import train
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All nano trainings, run in order, once for all workers of pytest-xdist. Shared: nothing may be changed in it."""
+    from filelock import FileLock
+    from models import nano
 
-    folder = tmp_path_factory.mktemp("starts")
-    for place, name in enumerate(TRAININGS[:5]):
-        before = [f"model.start={folder / TRAININGS[place - 1] / 'model'}"] if place else []
-        train(load_config(f"nano/{name}", [f"out={folder / name}", "train.steps=2", *before]), probes=())
+    from open_pisces.config import TRAININGS
+    from open_pisces.train.loop import is_done, train
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    with FileLock(f"{folder}.lock"):
+        for name in TRAININGS:
+            config = nano(folder, name)
+            if not is_done(config):  # else another worker has trained it
+                assert train(config) == folder / name
     return folder
