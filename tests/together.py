@@ -24,6 +24,9 @@ from typing import Any
 Case = tuple[str, str, list[str], str]
 """Name, recipe, overrides, fault: something that one process does to itself, or ``probe`` for a run with probes."""
 
+PROBED = 2
+"""Pictures of a probe; nobody looks at these."""
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["open_pisces.cli", "open_pisces.train.loop"])
 
@@ -87,15 +90,19 @@ def main(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from models import costs_counted_once
+
     from open_pisces.config import load_config
-    from open_pisces.train import log, loop
+    from open_pisces.train import log, loop, probes
 
     log.LOG_EVERY = 1
+    probes.COUNT = PROBED
     honest = loop.train_step
-    for name, recipe, overrides, fault in json.loads((folder / "cases.json").read_text()):
-        loop.train_step = faulty(honest, fault) if " " in fault else honest
-        probes = (loop.probe,) if fault == "probe" else ()
-        loop.train(load_config(recipe, [f"out={folder / name}", *overrides]), probes=probes)
+    with costs_counted_once():
+        for name, recipe, overrides, fault in json.loads((folder / "cases.json").read_text()):
+            loop.train_step = faulty(honest, fault) if " " in fault else honest
+            looks = (loop.probe,) if fault == "probe" else ()
+            loop.train(load_config(recipe, [f"out={folder / name}", *overrides]), probes=looks)
 
 
 def faulty(honest: Any, fault: str) -> Any:

@@ -17,12 +17,12 @@ import torch
 from models import start_of
 from PIL import Image
 from safetensors.torch import load_file
-from together import Case, launch
+from together import PROBED, Case, launch
 from torch import Tensor
 
 from open_pisces.config import ConfigError, load_config
 from open_pisces.data.mixture import Mixture
-from open_pisces.train import log
+from open_pisces.train import log, probes
 from open_pisces.train.checkpoint import faults, find
 from open_pisces.train.log import Metrics
 from open_pisces.train.loop import train
@@ -147,8 +147,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
     assert [(e["step"], e["event"], e["processes"]) for e in events] == [(3, "resumed", 2), (6, "resumed", 1)]
 
 
-def test_probes_look_at_a_sharded_model(runs: Path, tmp_path: Path) -> None:
+def test_probes_look_at_a_sharded_model(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every process takes part, the first one writes, and the pictures are those of one process."""
+    monkeypatch.setattr(probes, "COUNT", PROBED)
     short = ("train.steps=2", "train.probe_every=2", "train.shard_frozen_above=0", "train.precision=fp32")
     looked = [case(runs, name, name, *short, fault="probe") for name in ("gen_clip", "decoder", "stage1")]
     for code, text in launch(tmp_path, looked):
