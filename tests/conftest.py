@@ -30,7 +30,7 @@ LONGEST = (
     "bench/test_bench.py",
     "model/test_memory.py",
 )
-"""Files that take over half a minute. pytest-xdist hands files out in order: begun first, none runs on alone at the end."""
+"""Files that take over half a minute: begun first, none of them runs on alone while the other workers are done."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
