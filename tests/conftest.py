@@ -130,14 +130,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from models import costs_counted_once, nano
 
     from open_pisces.config import TRAININGS
-    from open_pisces.train.loop import is_done, train
+    from open_pisces.train import loop
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
-    with costs_counted_once():
+    with costs_counted_once(loop):
         with FileLock(f"{folder}.lock"):
             for name in TRAININGS:
                 config = nano(folder, name)
-                if not is_done(config):  # else another worker has trained it
-                    assert train(config) == folder / name
+                if not loop.is_done(config):  # else another worker has trained it
+                    assert loop.train(config) == folder / name
         yield folder

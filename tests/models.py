@@ -30,11 +30,9 @@ def nano(runs: Path, name: str, *overrides: str, out: Path | None = None) -> Run
 
 
 @contextmanager
-def costs_counted_once() -> Iterator[None]:
-    """Inside, trainings of the same model share its FLOP counts: counting takes half of a short run's time."""
-    from open_pisces.train import loop
-
-    honest = loop.costs_of
+def costs_counted_once(module_of_use: Any) -> Iterator[None]:
+    """Inside, the users of a module's ``costs_of`` share the FLOP counts of a model: half of a short run's time."""
+    honest = module_of_use.costs_of
     known: dict[Any, Any] = {}
 
     def costs_of(module: Any, config: RunConfig) -> Any:
@@ -44,8 +42,8 @@ def costs_counted_once() -> Iterator[None]:
             known[key] = honest(module, config)
         return known[key]
 
-    loop.costs_of = costs_of
+    module_of_use.costs_of = costs_of
     try:
         yield
     finally:
-        loop.costs_of = honest
+        module_of_use.costs_of = honest

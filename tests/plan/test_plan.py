@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import costs_counted_once
 
 from open_pisces.cli.commands import build_parser, main
 from open_pisces.config import RECIPES, ConfigError, RunConfig, load_config
@@ -43,7 +44,7 @@ LAB = sorted(f"lab/{path.stem}" for path in (RECIPES / "lab").glob("*.yaml"))
 
 @pytest.fixture(scope="module", autouse=True)
 def measured_once() -> Iterator[None]:
-    """Plans of the same settings share what a micro-batch takes."""
+    """Plans of the same settings share what a micro-batch takes, those of the same model what it costs."""
     honest, known = planning_layout.measure_memory, dict[Any, Needs]()
 
     def measure_memory(module: Any, run_of: Any, config: RunConfig, shape: Shape, *how: bool) -> Needs:
@@ -52,7 +53,7 @@ def measured_once() -> Iterator[None]:
             known[key] = honest(module, run_of, config, shape, *how)
         return known[key]
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, costs_counted_once(planning):
         patch.setattr(planning_layout, "measure_memory", measure_memory)
         yield
 
