@@ -40,9 +40,9 @@ def collate(
     """
     longest = max(len(r.ids) for r in rendered)
     S = -(-longest // multiple) * multiple
-    starts = [S - len(r.ids) if left else 0 for r in rendered]
-    rows = _lay_out(rendered, list(range(len(rendered))), starts, (len(rendered), S), renderer.pad)
-    return _batch(rows, rendered, images, understanding_size, generation_size)
+    starts = [S - len(r.ids) for r in rendered] if left else [0] * len(rendered)
+    laid = _lay_out(rendered, list(enumerate(starts)), (len(rendered), S), renderer.pad)
+    return _batch(laid, rendered, images, understanding_size, generation_size)
 
 
 def collate_packed(
@@ -65,29 +65,38 @@ def collate_packed(
         understanding_size: side of the understanding encoder's input in pixels.
         generation_size: side of the generation encoder's input in pixels.
     """
-    order = [i for row in rows for i in row]
-    number = [r for r, row in enumerate(rows) for _ in row]
-    starts = [sum(len(rendered[j].ids) for j in row[:place]) for row in rows for place in range(len(row))]
-    chosen = [rendered[i] for i in order]
-    laid = _lay_out(chosen, number, starts, (len(rows), length), renderer.pad)
-    batch = _batch(laid, chosen, [images[i] for i in order], understanding_size, generation_size)
+    chosen: list[Rendered] = []
+    shown: list[tuple[Image, ...]] = []
+    places: list[tuple[int, int]] = []
     samples_BS, positions_BS = np.zeros((2, len(rows), length), np.int64)
-    for place, (r, row, start) in enumerate(zip(chosen, number, starts, strict=True)):
-        samples_BS[row, start : start + len(r.ids)] = place + 1
-        positions_BS[row, start : start + len(r.ids)] = np.arange(len(r.ids))
+    for number, row in enumerate(rows):
+        start = 0
+        for i in row:
+            end = start + len(rendered[i].ids)
+            chosen.append(rendered[i])
+            shown.append(images[i])
+            places.append((number, start))
+            samples_BS[number, start:end] = len(chosen)  # from 1 on: 0 is padding
+            positions_BS[number, start:end] = np.arange(end - start)
+            start = end
+    laid = _lay_out(chosen, places, (len(rows), length), renderer.pad)
+    batch = _batch(laid, chosen, shown, understanding_size, generation_size)
     return replace(batch, samples_BS=torch.from_numpy(samples_BS), positions_BS=torch.from_numpy(positions_BS))
 
 
 def _lay_out(
-    rendered: list[Rendered], rows: list[int], starts: list[int], shape: tuple[int, int], pad: int
+    rendered: list[Rendered], places: list[tuple[int, int]], shape: tuple[int, int], pad: int
 ) -> tuple[np.ndarray, ...]:
-    """ids, labels and the two kinds of places, (B, S) each; sequence i begins at ``starts[i]`` of row ``rows[i]``."""
-    ids_BS, labels_BS = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
+    """ids, labels and the two kinds of places, (B, S) each; sequence i begins at ``places[i]``, (row, column)."""
+    ids_BS = np.full(shape, pad, np.int64)
+    labels_BS = np.full(shape, IGNORED, np.int64)
     understanding_BS, generation_BS = np.zeros((2, *shape), bool)
-    for r, row, start in zip(rendered, rows, starts, strict=True):
+    for r, (row, start) in zip(rendered, places, strict=True):
         at = slice(start, start + len(r.ids))
-        ids_BS[row, at], labels_BS[row, at] = r.ids, r.labels
-        understanding_BS[row, at], generation_BS[row, at] = r.understanding, r.generation
+        ids_BS[row, at] = r.ids
+        labels_BS[row, at] = r.labels
+        understanding_BS[row, at] = r.understanding
+        generation_BS[row, at] = r.generation
     return ids_BS, labels_BS, understanding_BS, generation_BS
 
 
@@ -100,17 +109,19 @@ def _batch(
 ) -> SequenceBatch:
     ids_BS, labels_BS, understanding_BS, generation_BS = laid
     supervised = np.flatnonzero(labels_BS != IGNORED)
-    pairs = list(zip(rendered, images, strict=True))
-    seen = [pictures[i] for r, pictures in pairs for i in r.understanding_images] if understanding_size else []
-    drawn = [pictures[i] for r, pictures in pairs for i in r.generation_images] if generation_size else []
+    seen: list[Image] = []
+    drawn: list[Image] = []
+    for r, pictures in zip(rendered, images, strict=True):
+        seen += [pictures[i] for i in r.understanding_images]
+        drawn += [pictures[i] for i in r.generation_images]
     return SequenceBatch(
         ids_BS=torch.from_numpy(ids_BS),
         understanding_at_K=torch.from_numpy(np.flatnonzero(understanding_BS)),
         generation_at_K=torch.from_numpy(np.flatnonzero(generation_BS)),
         text_at_K=torch.from_numpy(supervised - 1),
         labels_K=torch.from_numpy(labels_BS.reshape(-1)[supervised]),
-        understanding_pixels_BCHW=_stack(seen, understanding_bytes, understanding_size),
-        generation_pixels_BCHW=_stack(drawn, generation_bytes, generation_size),
+        understanding_pixels_BCHW=_stack(seen if understanding_size else [], understanding_bytes, understanding_size),
+        generation_pixels_BCHW=_stack(drawn if generation_size else [], generation_bytes, generation_size),
     )
 
 

@@ -166,7 +166,8 @@ def generation_bytes(image: Image, size: int) -> np.ndarray:
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Pillow.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left = (width - size) // 2
+    top = (height - size) // 2
     return _channels_first(image.crop((left, top, left + size, top + size)))
 
 
@@ -213,13 +214,15 @@ def contact_sheet(images: Sequence[Image], captions: Sequence[str], columns: int
         raise ImageError(f"a sheet needs as many captions as pictures, found {len(captions)} for {len(images)}")
     height_of_text = max(10, cell // 11)
     font = ImageFont.load_default(size=height_of_text)
-    line, margin = math.ceil(height_of_text * 1.25), max(4, cell // 16)
+    line = math.ceil(height_of_text * 1.25)
+    margin = max(4, cell // 16)
     wrapped = [textwrap.wrap(caption, max(8, int(cell / (height_of_text * 0.56)))) for caption in captions]
     columns = max(1, min(columns, len(images)))
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
     heights = [cell + 2 * margin + line * max(len(wrapped[i]) for i in row) for row in rows]
     sheet = Pillow.new("RGB", (columns * (cell + margin) + margin, sum(heights) + margin), (244, 244, 244))
-    draw, top = ImageDraw.Draw(sheet), margin
+    draw = ImageDraw.Draw(sheet)
+    top = margin
     for row, height in zip(rows, heights, strict=True):
         for place, i in enumerate(row):
             left = margin + place * (cell + margin)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,8 @@ class SkipTally:
 
 def _tried(read: Callable[[Draw], Any], draws: list[Draw], mixture: Mixture) -> tuple[list[Any], tuple[Skip, ...]]:
     """What could be read, in order, and what could not."""
-    done, skipped = [], []
+    done = []
+    skipped = []
     for draw in draws:
         try:
             done.append(read(draw))
@@ -133,13 +135,20 @@ class SequenceLoader:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.mixture, self.renderer, self.config, self.seed = mixture, renderer, config, seed
-        self.batch_size, self.micro_batches, self.sizes = batch_size, micro_batches, sizes
-        self.features, self.multiple = features, multiple
+        self.mixture = mixture
+        self.renderer = renderer
+        self.config = config
+        self.seed = seed
+        self.batch_size = batch_size
+        self.micro_batches = micro_batches
+        self.sizes = sizes
+        self.features = features
+        self.multiple = multiple
         # What comes from the cache needs no pixels: size 0.
-        cut = [0 if features and kind in features[0] else size for kind, size in zip(KINDS, sizes, strict=True)]
-        self._cut = cut[0], cut[1]
-        self.rank, self.ranks = rank, ranks
+        cached = [bool(features) and kind in features[0] for kind in KINDS]
+        self._cut = (0 if cached[0] else sizes[0], 0 if cached[1] else sizes[1])
+        self.rank = rank
+        self.ranks = ranks
 
     def __call__(self, step: int) -> StepBatches:
         """The micro-batches of a step."""
@@ -151,7 +160,8 @@ class SequenceLoader:
             "total_vectors": sum(len(batch.generation_at_K) for batch in batches),
             "total_seen": sum(len(batch.understanding_at_K) for batch in batches),
         }
-        real, all_ = sum(len(r.rendered.ids) for r in read), sum(batch.ids_BS.numel() for batch in batches)
+        real = sum(len(r.rendered.ids) for r in read)
+        all_ = sum(batch.ids_BS.numel() for batch in batches)
         return StepBatches(batches, len(draws), skipped, totals, real, all_)
 
     def blank(self) -> SequenceBatch:
@@ -164,37 +174,46 @@ class SequenceLoader:
     def _packed(self, read: list[_Read]) -> list[SequenceBatch]:
         rows, length = pack([len(r.rendered.ids) for r in read], self.config.row_length, self.multiple)
         parts = [rows[at : at + self.config.rows] for at in range(0, len(rows), self.config.rows)]
-        rendered, images = [r.rendered for r in read], [r.images for r in read]
-        return [
-            self._with_samples(
-                collate_packed(part, length, rendered, images, self.renderer, *self._cut),
-                [read[i] for row in part for i in row],
-            )
-            for part in parts
-        ] or [self.blank()]
+        rendered = [r.rendered for r in read]
+        images = [r.images for r in read]
+        batches = []
+        for part in parts:
+            laid_out = [read[i] for i in chain.from_iterable(part)]
+            batch = collate_packed(part, length, rendered, images, self.renderer, *self._cut)
+            batches.append(self._with_samples(batch, laid_out))
+        return batches or [self.blank()]
 
     def _padded(self, read: list[_Read]) -> list[SequenceBatch]:
         """Micro-batches of similar length; fewer samples than micro-batches leave some blank."""
-        read = sorted(read, key=lambda r: len(r.rendered.ids))
-        parts = [[read[i] for i in cut] for cut in np.array_split(np.arange(len(read)), self.micro_batches)]
-        return [self._padded_part(part) if part else self.blank() for part in parts]
-
-    def _padded_part(self, read: list[_Read]) -> SequenceBatch:
-        rendered, images = [r.rendered for r in read], [r.images for r in read]
-        batch = collate(rendered, images, self.renderer, *self._cut, multiple=self.multiple)
-        return self._with_samples(batch, read)
+        by_length = sorted(read, key=lambda r: len(r.rendered.ids))
+        batches = []
+        for cut in np.array_split(np.arange(len(read)), self.micro_batches):
+            if not len(cut):
+                batches.append(self.blank())
+                continue
+            part = [by_length[i] for i in cut]
+            rendered = [r.rendered for r in part]
+            images = [r.images for r in part]
+            batch = collate(rendered, images, self.renderer, *self._cut, multiple=self.multiple)
+            batches.append(self._with_samples(batch, part))
+        return batches
 
     def _with_samples(self, batch: SequenceBatch, read: list[_Read]) -> SequenceBatch:
         """What the samples add to their layout: names to draw from, and cached features."""
-        batch = replace(batch, draws=tuple(draw for one in read for draw in one.draws))
+        batch = replace(batch, draws=tuple(chain.from_iterable(one.draws for one in read)))
         if not self.features:
             return batch
+        seen: list[np.ndarray] = []
+        drawn: list[np.ndarray] = []
+        for one in read:  # a kind that is not cached has no features, and its pictures are pixels in the batch
+            if "understanding" in one.features:
+                seen += [one.features["understanding"][i] for i in one.rendered.understanding_images]
+            if "generation" in one.features:
+                drawn += [one.features["generation"][i] for i in one.rendered.generation_images]
         store = self.features[0]
         if "understanding" in store:
-            seen = [r.features["understanding"][i] for r in read for i in r.rendered.understanding_images]
             batch = replace(batch, understanding_features_BNE=_tensor(seen, store.shape("understanding")))
         if "generation" in store:
-            drawn = [r.features["generation"][i] for r in read for i in r.rendered.generation_images]
             batch = replace(batch, generation_features_BME=_tensor(drawn, store.shape("generation")))
         return batch
 
@@ -218,10 +237,8 @@ class SequenceLoader:
             )
         store = self.features[draw.source] if self.features else None
         features = {kind: store.read(kind, draw.index) for kind in KINDS if store and kind in store}
-        shown, count = (
-            max((*rendered.understanding_images, *rendered.generation_images), default=-1),
-            len(sample.images),
-        )
+        shown = max((*rendered.understanding_images, *rendered.generation_images), default=-1)
+        count = len(sample.images)
         if shown >= count:
             raise SampleError(f"sample {sample.key!r} of {sample.source!r}: picture {shown} is named, it has {count}")
         return _Read(rendered, sample.images, features, draw.epoch, f"{draw.source}/{sample.key}")
@@ -250,9 +267,15 @@ class PairLoader:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
-        self.batch_size, self.micro_batches, self.sizes = batch_size, micro_batches, sizes
-        self.features, self.rank, self.ranks = features, rank, ranks
+        self.mixture = mixture
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.batch_size = batch_size
+        self.micro_batches = micro_batches
+        self.sizes = sizes
+        self.features = features
+        self.rank = rank
+        self.ranks = ranks
 
     def __call__(self, step: int) -> StepBatches:
         """The micro-batches of a step."""

@@ -56,20 +56,18 @@ class Mixture:
     ) -> None:
         if not data.sources:
             raise ShardError("a training needs data: name at least one dataset in data.sources")
-        self.sources, self.seed = tuple(data.sources), seed
+        self.sources = tuple(data.sources)
+        self.seed = seed
         self.counts = block_counts([source.weight for source in self.sources])
         self.block = sum(self.counts)
         self.readers = [open_source(source.path) for source in self.sources]
         for source, count, reader in zip(self.sources, self.counts, self.readers, strict=True):
             self._check(source, count, len(reader))
-        self._subsets = [
-            subset(len(reader), source.take, seed, at) if source.take else None
-            for at, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True))
-        ]
-        self._walks = [
-            Walk(source.take or len(reader), seed, at, data.lanes, data.window)
-            for at, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True))
-        ]
+        self._subsets: list[np.ndarray | None] = []
+        self._walks: list[Walk] = []
+        for at, (source, reader) in enumerate(zip(self.sources, self.readers, strict=True)):
+            self._subsets.append(subset(len(reader), source.take, seed, at) if source.take else None)
+            self._walks.append(Walk(source.take or len(reader), seed, at, data.lanes, data.window))
         self._blocks: dict[int, np.ndarray] = {}
 
     def _check(self, source: SourceConfig, count: int, size: int) -> None:

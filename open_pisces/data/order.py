@@ -39,7 +39,11 @@ class Walk:
     """
 
     def __init__(self, count: int, seed: int, source: int = 0, lanes: int = 64, window: int = 1024) -> None:
-        self.count, self.seed, self.source, self.lanes, self.window = count, seed, source, lanes, window
+        self.count = count
+        self.seed = seed
+        self.source = source
+        self.lanes = lanes
+        self.window = window
         self.chunk = min(max(count // 4096, 1), LARGEST_CHUNK)
         self._chunks: dict[int, tuple[np.ndarray, int]] = {}
         self._windows: dict[tuple[int, int], np.ndarray] = {}
@@ -78,7 +82,8 @@ class Walk:
     def _row(self, epoch: int) -> tuple[np.ndarray, int]:
         """The order of the whole chunks, and before which of them the short one stands; the last two are kept."""
         if epoch not in self._chunks:
-            random, whole = stream(self.seed, "chunks", self.source, epoch), self.count // self.chunk
+            random = stream(self.seed, "chunks", self.source, epoch)
+            whole = self.count // self.chunk
             self._chunks[epoch] = random.permutation(whole), int(random.integers(whole + 1))
             if len(self._chunks) > 2:
                 self._chunks.pop(next(iter(self._chunks)))

@@ -86,8 +86,10 @@ class Renderer:
     """Turns conversations into sequences for one tokenizer, template and pair of vector counts."""
 
     def __init__(self, tokenizer: Any, template: str, understanding_vectors: int, generation_vectors: int) -> None:
-        self.tokenizer, self.frame = tokenizer, read_template(template)
-        self.N, self.M = understanding_vectors, generation_vectors
+        self.tokenizer = tokenizer
+        self.frame = read_template(template)
+        self.N = understanding_vectors
+        self.M = generation_vectors
         self._pieces: dict[str, list[int]] = {}  # the template's own few pieces, which come in every sample
         self.begin_image, self.end_image, self.placeholder = (
             tokenizer.convert_tokens_to_ids(token) for token in (BEGIN_IMAGE, END_IMAGE, PLACEHOLDER)

@@ -31,7 +31,8 @@ class Generator:
 
     def __init__(self, pisces: Pisces, tokenizer: Any, device: str = "auto") -> None:
         self.device = pick_device(device)
-        self.pisces, self.tokenizer = pisces.eval(), tokenizer
+        self.pisces = pisces.eval()
+        self.tokenizer = tokenizer
         if next(pisces.parameters()).device != self.device:  # being moved, a sharded model would let go of its parts
             pisces.to(self.device)
         self.renderer = Renderer(

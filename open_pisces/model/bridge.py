@@ -44,7 +44,8 @@ class VisualProjector(nn.Module):
 
     def __init__(self, width: int, llm_width: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(width, llm_width), nn.Linear(llm_width, llm_width)
+        self.first = nn.Linear(width, llm_width)
+        self.second = nn.Linear(llm_width, llm_width)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """``(..., width)`` to ``(..., D)``."""

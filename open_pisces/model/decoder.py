@@ -64,9 +64,12 @@ class ImageDecoder(nn.Module):
         clean: bool = False,
     ) -> None:
         super().__init__()
-        self.unet, self.scheduler = unet, scheduler
+        self.unet = unet
+        self.scheduler = scheduler
         self.vae = vae
-        self.image_size, self.spatial, self.clean = image_size, spatial, clean
+        self.image_size = image_size
+        self.spatial = spatial
+        self.clean = clean
         self.grid = int(vectors**0.5)
         self.condition = PositionTable(vectors, unet.config.cross_attention_dim)
         self._noiser: Any = None if self.is_flow else _noiser(scheduler)
@@ -137,7 +140,8 @@ class ImageDecoder(nn.Module):
         """
         if self.is_flow:
             at = times_B.view(-1, 1, 1, 1)
-            noisy, steps = (1 - at) * latents_BCHW + at * noise_BCHW, times_B * 1000
+            noisy = (1 - at) * latents_BCHW + at * noise_BCHW
+            steps = times_B * 1000
             target = latents_BCHW if self.clean else noise_BCHW - latents_BCHW
         else:
             count = self._noiser.config.num_train_timesteps
@@ -191,7 +195,8 @@ def _noiser(scheduler: Any) -> DDPMScheduler:
         PiscesError: for a ``prediction_type`` that has no target here, or that the sampler cannot take a step with.
     """
     noiser = DDPMScheduler.from_config(scheduler.config)
-    kind, name = noiser.config.prediction_type, type(scheduler).__name__
+    kind = noiser.config.prediction_type
+    name = type(scheduler).__name__
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise PiscesError(
             f"decoder.scheduler.prediction_type = {kind!r} is not known: set epsilon, v_prediction or sample"

@@ -103,10 +103,13 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_width: int, norm: str, activation: str) -> None:
         super().__init__()
-        self.norm, self.activation = norm, activation
+        self.norm = norm
+        self.activation = activation
         self.attention = Attention(width, heads)
-        self.norm1, self.norm2 = layer_norm(width, norm), layer_norm(width, norm)
-        self.expand, self.contract = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.norm1 = layer_norm(width, norm)
+        self.norm2 = layer_norm(width, norm)
+        self.expand = nn.Linear(width, mlp_width)
+        self.contract = nn.Linear(mlp_width, width)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         """``(B, S, E)`` to the same shape."""

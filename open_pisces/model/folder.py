@@ -63,9 +63,9 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def load_part(
-    folder: str | Path, name: str, config: ModelConfig | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path, name: str, config: ModelConfig | None = None, dtype: torch.dtype | None = torch.float32
 ) -> nn.Module:
-    """One part of a model folder; its weights are read in ``dtype``, without a copy in another one.
+    """One part of a model folder; its weights are read in ``dtype`` (None: as stored), without a copy in another one.
 
     Checksums are not compared here, `verify` does that: it costs a second read of all weights.
 
@@ -101,7 +101,8 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
 
 def check_widths(folder: Path, parts: dict[str, Any]) -> None:
     """Refuse parts that cannot be joined, naming both."""
-    bridge, llm_width = parts["bridge"], parts["llm"].config.hidden_size
+    bridge = parts["bridge"]
+    llm_width = parts["llm"].config.hidden_size
     wants = {
         "llm": (llm_width, bridge.head.llm_width),
         "understanding_encoder": (
@@ -125,7 +126,8 @@ def verify(folder: str | Path) -> int:
     Raises:
         ModelFolderError: naming the first file that is missing or differs.
     """
-    folder, compared = Path(folder), 0
+    folder = Path(folder)
+    compared = 0
     for name, files in read_card(folder)["parts"].items():
         for file, expected in files.items():
             path = folder / name / file
@@ -173,7 +175,8 @@ def write_folder(
         raise ModelFolderError(
             f"{folder} exists and is no model folder: name a new one, it would be replaced as a whole"
         )
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    fresh = folder.with_name(folder.name + ".new")
+    old = folder.with_name(folder.name + ".old")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
@@ -299,10 +302,12 @@ def in_start(model: ModelConfig, name: str) -> bool:
     return bool(model.start) and (Path(model.start or "") / name).is_dir()
 
 
-def get_part(name: str, model: ModelConfig, vocabulary: int | None = None) -> Any:
-    """The part as the start folder has it, or else a new one."""
+def get_part(
+    name: str, model: ModelConfig, vocabulary: int | None = None, dtype: torch.dtype | None = torch.float32
+) -> Any:
+    """The part as the start folder has it, in ``dtype`` (None: as stored), or else a new one in float32."""
     if in_start(model, name):
-        return load_part(model.start or "", name, model)
+        return load_part(model.start or "", name, model, dtype)
     return build_part(name, model, vocabulary)
 
 

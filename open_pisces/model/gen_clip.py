@@ -45,7 +45,8 @@ class MaskedAutoencoder(nn.Module):
     def targets(self, pixels_BCHW: Tensor) -> Tensor:
         """Each patch's pixels with their own mean and deviation taken out (MAE's normalised targets)."""
         patches = rearrange(unit_pixels(pixels_BCHW), "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        mean = patches.mean(-1, keepdim=True)
+        variance = patches.var(-1, keepdim=True)
         return (patches - mean) / (variance + 1e-4).sqrt()
 
 
@@ -84,7 +85,8 @@ class GenCLIP(nn.Module):
         self, vision: GenerationEncoder | UnderstandingEncoder, config: ContrastiveConfig, vocabulary: int
     ) -> None:
         super().__init__()
-        self.config, self.vision = config, vision
+        self.config = config
+        self.vision = vision
         # The tower's own pooling looks for these ids; ours takes the last token and does not use it.
         ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
         self.text = CLIPTextModel(CLIPTextConfig(**{**config.text, **ids, "vocab_size": vocabulary}))
@@ -117,7 +119,8 @@ class GenCLIP(nn.Module):
 
     def forward(self, batch: PairBatch, keep_BK: Tensor) -> Embedded:
         """Everything the losses need of a micro-batch; ``keep_BK`` names the patches that the MAE pass sees."""
-        images, texts = self.embed_images(batch.pixels_BCHW), self.embed_texts(batch.ids_BS, batch.mask_BS)
+        images = self.embed_images(batch.pixels_BCHW)
+        texts = self.embed_texts(batch.ids_BS, batch.mask_BS)
         masked = self.reconstruct(batch.pixels_BCHW, keep_BK) if self.mae is not None else None
         return Embedded(images, texts, self.temperature(), masked)
 
@@ -144,7 +147,8 @@ def contrast(
     mine_R = torch.arange(len(images_KE), device=images_KE.device)[first:][:count]
     twins_RK = captions_K[mine_R][:, None] == captions_K[None]
     twins_RK = twins_RK.scatter(1, mine_R[:, None], False)
-    loss, found = scale.new_zeros(()), scale.new_zeros(())
+    loss = scale.new_zeros(())
+    found = scale.new_zeros(())
     with torch.autocast(images_KE.device.type, enabled=False):
         for ours, others in ((images_KE, texts_KE), (texts_KE, images_KE)):
             scores_RK = (scale * ours[mine_R] @ others.T).masked_fill(twins_RK, float("-inf"))

@@ -46,10 +46,13 @@ class Pisces(FloatBuffers):
         weights: LossConfig | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.weights = config, weights or LossConfig()
+        self.settings = config
+        self.weights = weights or LossConfig()
         self.llm = llm
-        self.understanding_encoder, self.generation_encoder = understanding_encoder, generation_encoder
-        self.bridge, self.decoder = bridge, decoder
+        self.understanding_encoder = understanding_encoder
+        self.generation_encoder = generation_encoder
+        self.bridge = bridge
+        self.decoder = decoder
         self.folder: Path | None = None
         """Where it was loaded from, if from a folder: its tokenizer and training record belong to it."""
 
@@ -143,11 +146,13 @@ class Pisces(FloatBuffers):
         for _ in range(self.weights.own_passes):
             inputs_BSD = self.feed_own(inputs_BSD, batch)
         hidden_KD = self.hidden(inputs_BSD, **self.packing(batch)).flatten(0, 1)
-        head, kernel = self.llm.get_output_embeddings(), self.weights.kernel
+        head = self.llm.get_output_embeddings()
+        kernel = self.weights.kernel
         summed = head_cross_entropy(head, hidden_KD[batch.text_at_K], batch.labels_K, kernel)
         text = summed / max(batch.total_text, 1)
         # One left of each vector's place sits what predicts it: [IMG], or the vector before.
-        targets_KE, drawn = targets_BME.flatten(0, 1), max(batch.total_vectors, 1)
+        targets_KE = targets_BME.flatten(0, 1)
+        drawn = max(batch.total_vectors, 1)
         error_K, predicted_KE = self.bridge.head.loss(hidden_KD[batch.generation_at_K - 1], targets_KE, draws_KR)
         vectors = error_K.sum() / drawn
         loss = self.weights.text * text + self.weights.vectors * vectors

@@ -21,10 +21,12 @@ import shutil
 import socket
 import sys
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +130,8 @@ def load_latest(state: Path, tensors: dict[str, Tensor], world: World) -> dict[s
                 f"{found.folder}: written by another version (format {found.manifest.get('format')}, this one reads "
                 f"{FORMAT}): update open_pisces, or choose another out=FOLDER"
             )
-        wrong = [line for lines in world.gather_objects(faults(found, world.rank, world.ranks)) for line in lines]
+        own_faults = faults(found, world.rank, world.ranks)  # each rank reads its share of the files
+        wrong = list(chain.from_iterable(world.gather_objects(own_faults)))
         if not wrong:
             _check_fit(found, tensors)
             dcp.load({"all": tensors}, checkpoint_id=found.folder, process_group=world.saving, no_dist=world.ranks == 1)
@@ -146,7 +149,8 @@ def load_latest(state: Path, tensors: dict[str, Tensor], world: World) -> dict[s
 
 
 def _check_fit(found: Found, tensors: dict[str, Tensor]) -> None:
-    written, wanted = found.manifest["tensors"], {name: list(value.shape) for name, value in tensors.items()}
+    written = found.manifest["tensors"]
+    wanted = {name: list(value.shape) for name, value in tensors.items()}
     odd = sorted(name for name in {*written, *wanted} if written.get(name) != wanted.get(name))
     if odd:
         was, now = (shapes.get(odd[0], "not there") for shapes in (written, wanted))
@@ -169,7 +173,10 @@ class Checkpoints:
     """
 
     def __init__(self, state: Path, world: World, keep: int = 2, background: bool = True) -> None:
-        self.state, self.world, self.keep, self.background = state, world, keep, background
+        self.state = state
+        self.world = world
+        self.keep = keep
+        self.background = background
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[None] | None = None
         self._stager = DefaultStager(StagingOptions(False, False, False, False))  # keeps its memory for the next one
@@ -205,7 +212,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the checkpoint under way is on disk; raises what went wrong with it."""
-        job, self._job = self._job, None
+        job = self._job
+        self._job = None
         if job is not None:
             job.result()
 
@@ -225,20 +233,25 @@ class Checkpoints:
         before: Callable[[], None],
         write: Callable[[], Any],
     ) -> None:
-        problem, files = "", {}
-        for act in (before if self.world.is_first else lambda: None, write):
+        problem = ""
+        files = {}
+        # All ranks have to come to the collective below, so no error leaves here before it.
+        for act in (before, write) if self.world.is_first else (write,):
             try:
                 act()
             except BaseException as error:
                 problem = problem or f"{fresh}: cannot be written: {_cause(error)}"
         if not problem:
-            own = [*fresh.glob(f"__{self.world.rank}_*"), *(fresh.glob(".metadata") if self.world.is_first else ())]
+            own = list(fresh.glob(f"__{self.world.rank}_*"))
+            if self.world.is_first:
+                own += fresh.glob(".metadata")
             files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in own}
         gathered = self.world.gather_objects((problem, files), self.world.saving)
         problem = next((told for told, _ in gathered if told), "")
         if not problem and self.world.is_first:
+            every = dict(ChainMap(*(part for _, part in gathered)))
             try:
-                self._commit(fresh, {k: v for _, part in gathered for k, v in part.items()}, shapes, progress)
+                self._commit(fresh, every, shapes, progress)
             except OSError as error:
                 problem = f"{error.filename or fresh}: cannot be written: {_cause(error)}"
         problem = self.world.gather_objects(problem, self.world.saving)[0]

@@ -71,28 +71,30 @@ def _kept(part: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def structure_of(module: nn.Module) -> nn.Module:
-    """The same structure with its buffers, and with parameters that are empty tensors on the meta device."""
+    """The same structure with its buffers, and with parameters that are `stand_in`s."""
+    return copy_with(module, lambda tensor: stand_in(tensor) if isinstance(tensor, nn.Parameter) else tensor)
 
-    def make(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    return copy_with(module, make)
+def stand_in(weight: Tensor) -> Tensor:
+    """An empty tensor on the meta device for a weight that is still to come.
+
+    Weights that lie in half precision, as published ones do, are trained in float32: they are upcast as they arrive.
+    """
+    dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+    return torch.empty(weight.shape, dtype=dtype, device="meta")
 
 
 def take_weights(module: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """Take a module's weights out of it: what stays are empty parameters on the meta device, shared as they were.
+    """Take a module's weights out of it: what stays are `stand_in`s, shared as the weights were.
 
     Returns:
-        The weights by the parameter that stands for them.
+        The weights, in their own dtype, by the parameter that stands for them.
     """
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             if parameter not in stand_ins:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                stand_ins[parameter] = nn.Parameter(empty, parameter.requires_grad)
+                stand_ins[parameter] = nn.Parameter(stand_in(parameter), parameter.requires_grad)
             part._parameters[name] = stand_ins[parameter]
     return {empty: real.detach() for real, empty in stand_ins.items()}
 
@@ -225,11 +227,13 @@ def once(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -> Cos
 def line(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
     """The costs of a transformer for each token and for each pair of tokens, from two lengths."""
     short = 8
-    one, two = once(part, units[0], lambda: run(short), again), once(part, units[0], lambda: run(2 * short), again)
-    pair = [(b - 2 * a) / (2 * short**2) for a, b in ((one.forward, two.forward), (one.training, two.training))]
-    token = [(a / short - each * short) for a, each in zip((one.forward, one.training), pair, strict=True)]
-    yield Cost(part, units[0], *token)
-    yield Cost(part, units[1], *pair)
+    one = once(part, units[0], lambda: run(short), again)
+    two = once(part, units[0], lambda: run(2 * short), again)
+    # cost(length) = token * length + pair * length ** 2, at two lengths of which one is twice the other
+    forward_pair = (two.forward - 2 * one.forward) / (2 * short**2)
+    training_pair = (two.training - 2 * one.training) / (2 * short**2)
+    yield Cost(part, units[0], one.forward / short - forward_pair * short, one.training / short - training_pair * short)
+    yield Cost(part, units[1], forward_pair, training_pair)
 
 
 def frozen_generation_encoder(module: nn.Module) -> Cost:
@@ -253,7 +257,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) 
     size = 8192 if device.type == "cuda" else 1024
     numbers = torch.Generator().manual_seed(0)  # zeros would draw less power, and run faster, than any model
     left, right = (torch.randn(size, size, generator=numbers).to(device, dtype) for _ in range(2))
-    out, best, end = left @ right, 0.0, float("inf")
+    out = left @ right
+    best = 0.0
+    end = float("inf")
     while (start := time.perf_counter()) < end:
         _wait(device)
         start = time.perf_counter()

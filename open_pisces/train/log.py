@@ -83,7 +83,9 @@ class Log:
     """
 
     def __init__(self, config: RunConfig, costs: Costs, world: World, step: int, before: float) -> None:
-        self.config, self.world, self.first_step = config, world, step
+        self.config = config
+        self.world = world
+        self.first_step = step
         self.start = time.monotonic() - before
         self.costs = costs
         self.rate = matmul_rate(world.device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
@@ -169,7 +171,8 @@ class Log:
 
     def _figures(self, skipped: dict[str, int]) -> dict[str, float]:
         """Speed, use of the device, memory, data."""
-        window, seconds = self.window, max(time.monotonic() - self.window.begun, 1e-9)
+        window = self.window
+        seconds = max(time.monotonic() - self.window.begun, 1e-9)
         figures = {
             "samples_per_second": window.samples / seconds,
             "mfu": window.flops / seconds / self.rate,

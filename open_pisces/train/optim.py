@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from open_pisces.config import TrainConfig
-from open_pisces.train.sharding import local_shard
+from open_pisces.train.world import local_shard
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

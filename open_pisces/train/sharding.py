@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from open_pisces.config import TrainConfig
@@ -29,8 +28,10 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     names = {"Block"}
     for part in module.modules():
         names |= set(getattr(part, "_no_split_modules", None) or ())
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
-    found = {block for part in lists for block in part if type(block).__name__ in names}
+    found: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList | nn.Sequential):
+            found |= {block for block in part if type(block).__name__ in names}
     return [part for part in module.modules() if part in found][::-1]
 
 
@@ -157,7 +158,8 @@ def split_frozen(module: nn.Module, most: int) -> tuple[list[nn.Module], list[nn
     spread: list[nn.Module] = []
     for child in module.children():
         found = split_frozen(child, most)
-        whole, spread = whole + found[0], spread + found[1]
+        whole = whole + found[0]
+        spread = spread + found[1]
     return whole, spread
 
 
@@ -172,19 +174,3 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.reshard()
-
-
-def reduce_gradients(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks: once a step is enough."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now)
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, or the tensor itself where nothing is sharded; shares memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gather_full(tensor: Tensor) -> Tensor:
-    """The full tensor, all-gathered: a collective, so every rank has to call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -28,7 +28,8 @@ def stop_signals(grace: float) -> Iterator[Stop]:
     The process that has not left this block ``grace`` seconds after the first signal ends at once with code 1: a
     scheduler must not take it for saved.
     """
-    stop, timer = Stop(), threading.Timer(grace, _give_up, (grace,))
+    stop = Stop()
+    timer = threading.Timer(grace, _give_up, (grace,))
     timer.daemon = True
 
     def caught(number: int, frame: object) -> None:

@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from open_pisces.batch import StepBatches
 from open_pisces.config import ConfigError, RunConfig
@@ -158,15 +160,34 @@ class World:
             The micro-batches; counts and skipped samples of the global step; whether any rank was told to stop.
         """
         counts = [given.read, len(given.skipped), given.real_tokens, given.all_tokens, *given.totals.values()]
-        columns = list(zip(*self.gather([len(given.batches), stop, *counts]), strict=True))
-        most, stops = (int(max(column)) for column in columns[:2])
-        read, skipped, real, places, *sums = (int(sum(column)) for column in columns[2:])
+        sizes, stops, *columns = zip(*self.gather([len(given.batches), stop, *counts]), strict=True)
+        most = int(max(sizes))
+        read, skipped, real, places, *sums = (int(sum(column)) for column in columns)
         totals = dict(zip(given.totals, sums, strict=True))
         blanks = [load.blank() for _ in range(max(most, 1) - len(given.batches))]
         batches = replace(given, batches=[*given.batches, *blanks]).with_totals(totals)
         named = self.gather_objects(given.skipped) if skipped else []
-        whole = StepBatches([], read, tuple(skip for part in named for skip in part), totals, real, places)
-        return batches, whole, bool(stops)
+        whole = StepBatches([], read, tuple(itertools.chain.from_iterable(named)), totals, real, places)
+        return batches, whole, any(stops)
+
+
+# ------------------------------------------------------------------------------------------- sharded tensors
+
+
+def reduce_gradients(module: nn.Module, now: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks: once a step is enough."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or the tensor itself where nothing is sharded; shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_full(tensor: Tensor) -> Tensor:
+    """The full tensor, all-gathered: a collective, so every rank has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---------------------------------------------------------------------------------------------- begin and end
@@ -216,7 +237,8 @@ def _meet(ranks: int, timeout: float) -> tuple[Any, int]:
         WorldError: if the others do not come in time, or torchrun's variables are incomplete.
     """
     rank = _environment("RANK", None)
-    host, port = os.environ.get("MASTER_ADDR", ""), _environment("MASTER_PORT", None)
+    host = os.environ.get("MASTER_ADDR", "")
+    port = _environment("MASTER_PORT", None)
     others = f"{ranks - 1} other rank{'s' if ranks > 2 else ''} at {host}:{port}"
     remedy = f"start them (torchrun, or pisces train --nproc), or unset {' '.join(VARIABLES)} to train in one process"
     if not host:

@@ -65,7 +65,8 @@ class Objective(ABC):
     """What ``train.compile`` compiles, if anything pays."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
+        self.config = config
+        self.world = world
         self.weights = {}
 
     # ------------------------------------------------------------------------------------------- a step
@@ -110,8 +111,15 @@ class Objective(ABC):
 
 
 def get_parts(names: Iterable[str], config: RunConfig, world: World, vocabulary: int | None = None) -> dict[str, Any]:
-    """Parts from the start folder, or new ones. Rank 0 reads them; the others get their structure without weights."""
-    parts = {name: get_part(name, config.model, vocabulary) for name in names} if world.is_first else {}
+    """Parts from the start folder, or new ones.
+
+    Of several ranks only rank 0 reads weights, in the dtype they are stored in: they are upcast block by block as
+    `shard` sends them, so its host never holds a float32 copy of half-precision files. The others get the structure.
+    """
+    parts: dict[str, Any] = {}
+    if world.is_first:
+        dtype = torch.float32 if world.ranks == 1 else None
+        parts = {name: get_part(name, config.model, vocabulary, dtype) for name in names}
     if world.ranks == 1:
         return parts
     structures = world.broadcast_object({name: structure_of(part) for name, part in parts.items()})

@@ -39,7 +39,8 @@ class ContrastiveObjective(Objective):
         vision = get_parts([name], config, world)[name].requires_grad_(True)
         self.module = self.compiled = GenCLIP(vision, config.contrastive, len(self.tokenizer))
         self.parts = {name: vision}
-        side, settings = vision.image_size, config.train
+        side = vision.image_size
+        settings = config.train
         self.load = PairLoader(
             Mixture(config.data, config.seed),
             self.tokenizer,
@@ -75,7 +76,8 @@ class ContrastiveObjective(Objective):
 
     def probe(self, samples: list[Sample], path: Path) -> None:
         """Each picture with the caption it finds among those shown, and with MAE what it makes of a quarter of it."""
-        module, tokenizer = self.module, self.tokenizer
+        module = self.module
+        tokenizer = self.tokenizer
         pixels = stack_pixels(samples, module.vision.image_size, module)
         # Padded here: a tokenizer that is asked to pad remembers it, and would be saved with it.
         rows = [torch.tensor([*tokenizer(s.short)["input_ids"][:76], tokenizer.eos_token_id]) for s in samples]
@@ -83,10 +85,12 @@ class ContrastiveObjective(Objective):
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool()
         texts = module.embed_texts(ids.to(pixels.device), mask.to(pixels.device))
         found = (module.embed_images(pixels) @ texts.T).argmax(1).tolist()
-        images, words = [s.images[0] for s in samples], [samples[i].short for i in found]
+        images = [s.images[0] for s in samples]
+        words = [samples[i].short for i in found]
         if module.mae is not None:
             keep = torch.arange(0, module.mae.positions.shape[0] - 1, 4, device=pixels.device).expand(len(samples), -1)
-            patch, side = module.mae.patch, module.vision.image_size // module.mae.patch
+            patch = module.mae.patch
+            side = module.vision.image_size // module.mae.patch
             guessed = module.mae(module.vision(pixels, keep), keep).float()
             guessed = guessed.unflatten(1, (side, side)).unflatten(-1, (3, patch, patch))
             drawn = guessed.permute(0, 3, 1, 4, 2, 5).reshape(len(samples), 3, side * patch, side * patch)
@@ -105,7 +109,8 @@ class ContrastiveObjective(Objective):
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The vision tower on whole pictures and on what MAE leaves of them, the text tower, all similarities."""
         towers: Any = meta_copy(module).float().eval()
-        size, width = towers.vision.image_size, config.contrastive.width
+        size = towers.vision.image_size
+        width = config.contrastive.width
         picture = meta(1, 3, size, size)
         yield once("vision", "pictures", lambda: towers.embed_images(picture))
         if towers.mae is not None:
@@ -129,9 +134,11 @@ class ContrastiveObjective(Objective):
     @staticmethod
     def rehearsal(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
         """Towers and loss. One micro-batch is compared while its activations wait, several before there are any."""
-        batch, several = empty_pairs((module.vision.image_size,) * 2, config, shape), config.train.accumulate > 1
+        batch = empty_pairs((module.vision.image_size,) * 2, config, shape)
+        several = config.train.accumulate > 1
         keep = torch.zeros(shape.pictures, visible_patches(config), dtype=torch.long)
-        alike, width = torch.zeros(shape.everywhere, dtype=torch.long), config.contrastive.width
+        alike = torch.zeros(shape.everywhere, dtype=torch.long)
+        width = config.contrastive.width
 
         def compared() -> EmbeddingGradients:
             images, texts = (torch.empty(shape.everywhere, width, requires_grad=True) for _ in range(2))

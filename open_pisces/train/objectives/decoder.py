@@ -35,7 +35,9 @@ class DecoderOnVectors(nn.Module):
 
     def __init__(self, generation_encoder: Any, decoder: Any, statistics: TargetStatistics, pool: int) -> None:
         super().__init__()
-        self.generation_encoder, self.decoder, self.statistics = generation_encoder, decoder, statistics
+        self.generation_encoder = generation_encoder
+        self.decoder = decoder
+        self.statistics = statistics
         self.pooler = VisualTokenPooler(pool)
 
     @torch.no_grad()
@@ -47,7 +49,8 @@ class DecoderOnVectors(nn.Module):
 
     def forward(self, batch: PairBatch, noise_BCHW: Tensor, times_B: Tensor, dropped_B: Tensor) -> Losses:
         """The error of one denoising step, as a share of the global batch's; where ``dropped_B``, without condition."""
-        raw_BME, latents = self.vectors(batch), self.decoder.encode(batch.targets_BCHW)
+        raw_BME = self.vectors(batch)
+        latents = self.decoder.encode(batch.targets_BCHW)
         null_BME = self.statistics.destandardize(self.statistics.null_ME).expand_as(raw_BME)
         vectors = torch.where(dropped_B.view(-1, 1, 1), null_BME, raw_BME)
         weight = 0.0 if batch.blank else 1 / max(batch.total, 1)
@@ -67,7 +70,8 @@ class DecoderObjective(Objective):
         parts = get_parts(("generation_encoder", "bridge", "decoder"), config, world)
         encoder, bridge, decoder = parts.values()
         encoder.requires_grad_(False)
-        mixture, settings = Mixture(config.data, config.seed), config.train
+        mixture = Mixture(config.data, config.seed)
+        settings = config.train
         self.load = PairLoader(
             mixture,
             self.tokenizer,
@@ -86,7 +90,8 @@ class DecoderObjective(Objective):
 
     def losses(self, batch: PairBatch) -> Losses:
         """The squared error of each picture's own noise, time and drop."""
-        decoder, settings = self.module.decoder, self.config.diffusion
+        decoder = self.module.decoder
+        settings = self.config.diffusion
         draws = [draw(self.config, drawn, "diffusion") for drawn in batch.draws]
         noise = torch.from_numpy(np.stack([d.standard_normal(decoder.latent_shape, np.float32) for d in draws]))
         times = torch.tensor([draw_time(d, decoder.is_flow, settings.time_shift) for d in draws])
@@ -97,7 +102,9 @@ class DecoderObjective(Objective):
     def probe(self, samples: list[Sample], path: Path) -> None:
         """True pictures above their reconstructions from true vectors."""
         module = self.module
-        encoder, decoder, statistics = module.generation_encoder, module.decoder, module.statistics
+        encoder = module.generation_encoder
+        decoder = module.decoder
+        statistics = module.statistics
         raw = upcast(module.pooler(encoder.features(stack_pixels(samples, encoder.image_size, encoder))))
         noise = torch.randn(len(samples), *decoder.latent_shape, generator=torch.Generator().manual_seed(0)).to(raw)
         drawn = decoder.sample(raw, statistics.destandardize(statistics.null_ME), noise, 20, 1.0)
@@ -118,8 +125,10 @@ class DecoderObjective(Objective):
     @staticmethod
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The U-Net learns; gen-CLIP and the autoencoder's encoder are frozen."""
-        decoder, settings = twin_of(module, "decoder"), config.model
-        latents, times = meta(1, *decoder.latent_shape), meta(1)
+        decoder = twin_of(module, "decoder")
+        settings = config.model
+        latents = meta(1, *decoder.latent_shape)
+        times = meta(1)
         vectors = meta(1, settings.generation.vectors, settings.generation.width)
         side = decoder.image_size
         yield once("unet", "pictures", lambda: decoder.denoise(latents, times, vectors))
@@ -131,10 +140,12 @@ class DecoderObjective(Objective):
         """One denoising step. The scheduler's tables are left out, for they are too small to count."""
         decoder = module.decoder
         batch = empty_pairs((module.generation_encoder.image_size, decoder.image_size), config, shape)
-        noise, times = torch.empty(shape.pictures, *decoder.latent_shape), torch.zeros(shape.pictures)
+        noise = torch.empty(shape.pictures, *decoder.latent_shape)
+        times = torch.zeros(shape.pictures)
 
         def run() -> Tensor:
-            vectors, latents = module.vectors(batch), decoder.encode(batch.targets_BCHW)
+            vectors = module.vectors(batch)
+            latents = decoder.encode(batch.targets_BCHW)
             predicted = decoder.denoise(latents + noise, times, vectors)
             return (upcast(predicted) - upcast(noise)).pow(2).mean((1, 2, 3)).sum()
 
@@ -163,7 +174,8 @@ def target_sums(config: RunConfig, module: DecoderOnVectors, mixture: Mixture, w
     sums = TargetSums.of(torch.zeros(0, settings.vectors, settings.width))
     if not world.is_first:
         return TargetSums(*(world.broadcast(part) for part in sums))
-    encoder = module.generation_encoder.to(world.device)
+    # Targets are what the decoder trains on: float32, also where the folder holds half precision.
+    encoder = module.generation_encoder.to(world.device, torch.float32)
     for chunk in pictures.split(STATISTICS_CHUNK):
         pixels = [pixels for g in chunk.tolist() for pixels in _generation_picture(mixture, g, encoder.image_size)]
         if pixels:

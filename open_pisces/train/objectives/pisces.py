@@ -40,7 +40,8 @@ class PiscesObjective(Objective):
 
     def __init__(self, config: RunConfig, world: World) -> None:
         super().__init__(config, world)
-        self.tokenizer, start = get_tokenizer(config), config.model
+        self.tokenizer = get_tokenizer(config)
+        start = config.model
         names = (*TRAINED, "decoder") if in_start(start, "decoder") else TRAINED
         parts = get_parts(names, config, world, len(self.tokenizer))
         if adapter_layers(parts["llm"]) and "llm" not in config.train.freeze:
@@ -57,9 +58,11 @@ class PiscesObjective(Objective):
         self.load = self._loader()
 
     def _loader(self) -> SequenceLoader:
-        config, module = self.config, self.module
+        config = self.config
+        module = self.module
         mixture = Mixture(config.data, config.seed)
-        seen, drawn = module.understanding_encoder, module.generation_encoder
+        seen = module.understanding_encoder
+        drawn = module.generation_encoder
         renderer = Renderer(self.tokenizer, config.model.template, seen.vectors, config.model.generation.vectors)
         check_lengths_together(mixture, renderer, config, self.world)
         return SequenceLoader(
@@ -84,16 +87,18 @@ class PiscesObjective(Objective):
 
     def _head_draws(self, batch: SequenceBatch) -> Tensor | None:
         """Standard normal numbers for the head's loss, ``(K, loss_draws)``; each picture's from its own stream."""
-        numbers, vectors = self.module.bridge.head.loss_draws, self.config.model.generation.vectors
+        numbers = self.module.bridge.head.loss_draws
         if not numbers:
             return None
+        vectors = self.config.model.generation.vectors
         streams = [draw(self.config, drawn, "head") for drawn in batch.draws]
         found = np.array([one.standard_normal((vectors, numbers), np.float32) for one in streams], np.float32)
         return torch.from_numpy(found.reshape(len(streams) * vectors, numbers)).to(batch.ids_BS.device)
 
     def idle(self, batch: SequenceBatch) -> list[nn.Module]:
         """What belongs to a task that the global batch does not have."""
-        bridge, found = self.module.bridge, list[nn.Module]()
+        bridge = self.module.bridge
+        found = list[nn.Module]()
         if not batch.total_vectors:
             found += [bridge.generation_projector, bridge.head]
         if not batch.total_seen:
@@ -103,18 +108,22 @@ class PiscesObjective(Objective):
     def probe(self, samples: list[Sample], path: Path) -> None:
         """What the model says of pictures, and what it draws from their captions when it has a decoder."""
         generator = Generator(self.module, self.tokenizer, str(self.world.device))
-        asked = [s.questions[i % len(s.questions)] if s.questions else None for i, s in enumerate(samples)]
-        prompts = [q.question if q else "Describe the image briefly." for q in asked]
-        answers = generator.text([[s.images[0]] for s in samples], prompts, max_new_tokens=24)
-        lines = [
-            f"{s.short} | {p} -> {a}" + (f" (expected {q.answer})" if q else "")
-            for s, p, a, q in zip(samples, prompts, answers, asked, strict=True)
-        ]
-        path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+        pictures = [sample.images[0] for sample in samples]
+        captions = [sample.short for sample in samples]
+        prompts = ["Describe the image briefly."] * len(samples)
+        expected = [""] * len(samples)
+        for number, sample in enumerate(samples):
+            if sample.questions:  # another one for each sample, so that all kinds come up
+                asked = sample.questions[number % len(sample.questions)]
+                prompts[number] = asked.question
+                expected[number] = f" (expected {asked.answer})"
+        answers = generator.text([[picture] for picture in pictures], prompts, max_new_tokens=24)
+        rows = zip(captions, prompts, answers, expected, strict=True)
+        lines = [f"{caption} | {prompt} -> {answer}{wanted}\n" for caption, prompt, answer, wanted in rows]
+        path.with_suffix(".txt").write_text("".join(lines))
         if self.module.decoder is not None:
-            drawn = [row[0] for row in generator.image([s.short for s in samples], steps=20)]
-            images = [s.images[0] for s in samples] + drawn
-            words = [s.short for s in samples] + ["drawn"] * len(samples)
+            images = pictures + [row[0] for row in generator.image(captions, steps=20)]
+            words = captions + ["drawn"] * len(samples)
             contact_sheet(images, words, len(samples)).save(path.with_suffix(".png"))
 
     @classmethod
@@ -123,7 +132,8 @@ class PiscesObjective(Objective):
 
         The decoder is among them if the folder that the stage starts from holds it, or will once it has been trained.
         """
-        model, start = without_sources(config.model), config.model.start
+        model = without_sources(config.model)
+        start = config.model.start
         painted = start is not None and (in_start(config.model, "decoder") or not Path(start).is_dir())
         with torch.device("meta"):
             names = [name for name in PARTS if painted or name != "decoder"]
@@ -136,18 +146,24 @@ class PiscesObjective(Objective):
     @staticmethod
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The LLM by tokens, the encoders by pictures, what lies between by vectors."""
-        llm, bridge, seen = twin_of(module, "llm"), twin_of(module, "bridge"), twin_of(module, "understanding_encoder")
-        own, width, reached = config.loss.own_passes, llm.config.hidden_size, learns(llm, bridge, seen)
+        llm = twin_of(module, "llm")
+        bridge = twin_of(module, "bridge")
+        seen = twin_of(module, "understanding_encoder")
+        own = config.loss.own_passes
+        width = llm.config.hidden_size
+        reached = learns(llm, bridge, seen)
 
         def read(length: int) -> Tensor:
-            mask, places = meta(1, 1, length, length, dtype=torch.bool), meta(1, length, dtype=torch.long)
+            mask = meta(1, 1, length, length, dtype=torch.bool)
+            places = meta(1, length, dtype=torch.long)
             embedded = meta(1, length, width, grad=reached)
             found = llm.get_decoder()(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
             return found.last_hidden_state
 
         yield from line("llm", ("tokens", "token_pairs"), read, again=own)
         yield once("llm_head", "supervised", lambda: llm.get_output_embeddings()(meta(1, width, grad=reached)))
-        feeder, projector = bridge.generation_projector, bridge.understanding_projector
+        feeder = bridge.generation_projector
+        projector = bridge.understanding_projector
         features = meta(1, projector.first.in_features, grad=learns(seen))
         yield once("bridge", "seen_vectors", lambda: projector(features))
         for _ in range(1 + own):
