@@ -156,7 +156,7 @@ class PairBatch(_Movable):
     total: int = 0
     """Pictures of the *global* batch."""
     blank: bool = False
-    """A stand-in for a process that has no picture: it weighs nothing."""
+    """A stand-in for a rank that has no picture: it weighs nothing."""
     features_BME: Tensor | None = None
     """Pooled features of gen-CLIP from the feature cache, instead of encoding ``pixels_BCHW``."""
     gradients: EmbeddingGradients | None = None
@@ -175,7 +175,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What a process trains on in one step."""
+    """What a rank trains on in one step."""
 
     batches: list[Any]
     """Its micro-batches."""
@@ -198,9 +198,9 @@ class StepBatches:
 
 
 class Losses(NamedTuple):
-    """What a training step minimises, with its parts for the log. A tuple, because sharding looks into those."""
+    """What a training step minimizes, with its parts for the log. A tuple, because sharding looks into those."""
 
     loss: Tensor
     """Scalar with gradient."""
     parts: dict[str, Tensor]
-    """Detached scalars, already divided by the global counts, so that micro-batches and processes add up."""
+    """Detached scalars, already divided by the global counts, so that micro-batches and ranks add up."""

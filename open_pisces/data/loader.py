@@ -1,6 +1,6 @@
 """Batches of a step: a closed-form function of (seed, step, mixture), so a resumed run reads what it would have.
 
-Every process gets its part of the same global batch, whatever their number. A sample that cannot be used leaves a
+Every rank gets its part of the same global batch, whatever their number. A sample that cannot be used leaves a
 hole: it is skipped, counted and named, and no other sample moves.
 """
 
@@ -103,7 +103,7 @@ class _Read:
 
 
 class SequenceLoader:
-    """Global batches for the LLM stages: a process's part, packed into rows or padded, cut into micro-batches.
+    """Global batches for the LLM stages: a rank's part, packed into rows or padded, cut into micro-batches.
 
     Batches carry no totals yet: the loop sums those of all ranks and writes them in.
 
@@ -117,8 +117,8 @@ class SequenceLoader:
         sizes: sides of the understanding and the generation encoder's input in pixels.
         features: a feature store for each source, where the encoders' outputs are read from a cache.
         multiple: lengths are a multiple of this.
-        rank: which process this is.
-        ranks: of how many.
+        rank: of this process.
+        ranks: their number.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class SequenceLoader:
         return StepBatches(batches, len(draws), skipped, totals, real, all_)
 
     def blank(self) -> SequenceBatch:
-        """A micro-batch that weighs nothing, for a process with fewer rows than another."""
+        """A micro-batch that weighs nothing, for a rank with fewer rows than another."""
         if self.config.row_length:
             return self._with_samples(collate_packed([[]], self.multiple, [], [], self.renderer, *self._cut), [])
         nothing = Rendered(ids=[self.renderer.pad], labels=[IGNORED], understanding=[False], generation=[False])
@@ -253,7 +253,7 @@ def _digest(ids: list[int]) -> int:
 
 
 class PairLoader:
-    """Global batches of pictures and captions for gen-CLIP and the decoder: a process's part of them."""
+    """Global batches of pictures and captions for gen-CLIP and the decoder: a rank's part of them."""
 
     def __init__(
         self,
@@ -286,7 +286,7 @@ class PairLoader:
         return StepBatches(batches, len(draws), skipped, {"total": len(read)})
 
     def blank(self) -> PairBatch:
-        """A micro-batch that weighs nothing, for a process with fewer than another."""
+        """A micro-batch that weighs nothing, for a rank with fewer than another."""
         end = self.tokenizer.eos_token_id
         shape = self.features[0].shape("generation") if self.features else (0, 0)
         return PairBatch(

@@ -93,9 +93,9 @@ class Mixture:
         return Draw(source, index, step.epoch, step.lane, self._task(source, step.epoch, index))
 
     def batch(self, step: int, size: int, rank: int = 0, ranks: int = 1) -> list[Draw]:
-        """A process's part of the global batch of a step.
+        """A rank's part of the global batch of a step.
 
-        The batch is ordered by lane and cut into equal parts, so that whatever the number of processes, together they
+        The batch is ordered by lane and cut into equal parts, so that whatever the number of ranks, together they
         hold the same draws in the same order, and each stays with its lanes.
         """
         draws = sorted((self.draw(g) for g in range(step * size, (step + 1) * size)), key=lambda draw: draw.lane)

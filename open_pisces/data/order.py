@@ -2,8 +2,8 @@
 
 An epoch is cut into chunks of neighbouring samples, the chunks are shuffled, and what comes out is shuffled again
 within windows. Equal stretches of that sequence are the lanes; draw ``n`` takes the next sample of lane ``n`` modulo
-lanes. A process that owns some lanes therefore reads a few runs of its files and not all of them, every sample comes
-once an epoch, and neither processes, workers nor restarts can change anything.
+lanes. A rank that owns some lanes therefore reads a few runs of its files and not all of them, every sample comes
+once an epoch, and neither ranks, workers nor restarts can change anything.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Walk:
         count: samples of the dataset.
         seed: the run's seed.
         source: which of the run's sources it is: two walks over one dataset differ.
-        lanes: canonical lanes, which processes share among them.
+        lanes: canonical lanes, which ranks share among them.
         window: samples shuffled together after their chunks were.
     """
 

@@ -1,6 +1,6 @@
 """Packing: several samples share a row, so that almost no place of a batch is padding.
 
-It happens inside one process's part of one global batch, from the lengths alone. There is nothing to resume.
+It happens inside one rank's part of one global batch, from the lengths alone. There is nothing to resume.
 """
 
 from __future__ import annotations

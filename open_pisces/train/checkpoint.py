@@ -3,7 +3,7 @@
 ::
 
     state/latest              the name of the newest
-    state/step-00000500/      PyTorch's distributed checkpoint: shards of any number of processes
+    state/step-00000500/      PyTorch's distributed checkpoint: shards of any number of ranks
         progress.json         how far the run is
         manifest.json         sizes and sha256 of all files; names and shapes of all tensors
 
@@ -115,7 +115,7 @@ def faults(found: Found, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def load_latest(state: Path, tensors: dict[str, Tensor], world: World) -> dict[str, Any] | None:
-    """Put the newest good checkpoint back in place, for whatever number of processes; returns its progress.
+    """Put the newest good checkpoint back in place, for any number of ranks; returns its progress.
 
     Damaged ones are put aside, and the file is named on standard error. None means that there is no checkpoint.
 
@@ -167,7 +167,7 @@ class Checkpoints:
 
     Args:
         state: the folder.
-        world: the processes that write together.
+        world: the ranks that write together.
         keep: how many to keep.
         background: return when the tensors are copied; otherwise when all is on disk.
     """
@@ -194,7 +194,7 @@ class Checkpoints:
             step: the number it is known by.
             tensors: what changes.
             progress: how far the run is, as JSON takes it.
-            before: what the first process writes before the checkpoint counts: the model folder.
+            before: what rank 0 writes before the checkpoint counts: the model folder.
 
         Raises:
             CheckpointError: if this or the one before could not be written; those already there are untouched.
@@ -284,7 +284,7 @@ class Checkpoints:
 
 
 def _cause(error: BaseException) -> str:
-    """What lies at the bottom of PyTorch's wrapping: the first process's own error."""
+    """What lies at the bottom of PyTorch's wrapping: the first rank's own error."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]

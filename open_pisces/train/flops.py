@@ -37,7 +37,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
     """The same structure with every parameter and buffer an empty tensor on the meta device; copies no weight.
 
     Tensors and modules that are shared stay shared, what is frozen stays frozen. Of sharded modules come the whole
-    shapes; neither the sharding nor any hook comes along. So a twin can be run for its shapes, or filled with
+    shapes; neither the sharding nor any hook comes along. So a copy can be run for its shapes, or filled with
     gathered weights and saved.
     """
     return copy_with(module, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
@@ -199,7 +199,7 @@ class Costs:
         return {part: flops for part, flops in found.items() if flops}
 
     def step(self, given: StepBatches) -> float:
-        """FLOPs of training on a process's part of a step."""
+        """FLOPs of training on a rank's part of a step."""
         return sum(self.training(counts_of(batch)) for batch in given.batches)
 
 
@@ -208,8 +208,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) ->
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
-def twin_of(module: nn.Module, name: str) -> Any:
-    """A twin of a part, in evaluation mode: nothing drops out."""
+def meta_part(module: nn.Module, name: str) -> Any:
+    """`meta_copy` of a part, in evaluation mode: nothing drops out."""
     return meta_copy(getattr(module, name)).float().eval()
 
 
@@ -218,17 +218,17 @@ def learns(*parts: nn.Module) -> bool:
     return any(p.requires_grad for part in parts for p in part.parameters())
 
 
-def once(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -> Cost:
+def unit_cost(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -> Cost:
     """The cost of ``run``, which does one unit; ``again`` passes come on top that are forward only."""
     forward, training = flops_of(run)
     return Cost(part, unit, forward, training + again * forward)
 
 
-def line(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
+def length_costs(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
     """The costs of a transformer for each token and for each pair of tokens, from two lengths."""
     short = 8
-    one = once(part, units[0], lambda: run(short), again)
-    two = once(part, units[0], lambda: run(2 * short), again)
+    one = unit_cost(part, units[0], lambda: run(short), again)
+    two = unit_cost(part, units[0], lambda: run(2 * short), again)
     # cost(length) = token * length + pair * length ** 2, at two lengths of which one is twice the other
     forward_pair = (two.forward - 2 * one.forward) / (2 * short**2)
     training_pair = (two.training - 2 * one.training) / (2 * short**2)
@@ -238,9 +238,9 @@ def line(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again:
 
 def frozen_generation_encoder(module: nn.Module) -> Cost:
     """gen-CLIP as a frozen encoder."""
-    encoder = twin_of(module, "generation_encoder").requires_grad_(False)
+    encoder = meta_part(module, "generation_encoder").requires_grad_(False)
     picture = meta(1, 3, encoder.image_size, encoder.image_size)
-    return once("generation_encoder", "drawn_pictures", lambda: encoder.features(picture))
+    return unit_cost("generation_encoder", "drawn_pictures", lambda: encoder.features(picture))
 
 
 # -------------------------------------------------------------------------------------------- what a device can do

@@ -72,12 +72,12 @@ class Metrics:
 
 
 class Log:
-    """What a run tells: the bar, ``metrics.jsonl``, ``events.jsonl``, TensorBoard and trackers; by the first process.
+    """What a run tells: the bar, ``metrics.jsonl``, ``events.jsonl``, TensorBoard and trackers; by rank 0.
 
     Args:
         config: the recipe.
         costs: what its parts cost in FLOPs.
-        world: the processes.
+        world: the ranks.
         step: the step the run begins at.
         before: seconds of training before it was interrupted.
     """
@@ -145,8 +145,8 @@ class Log:
         Args:
             step: from 0.
             row: losses and what else is true of this step alone; empty if it was left out.
-            batches: this process's micro-batches.
-            whole: counts of all processes.
+            batches: this rank's micro-batches.
+            whole: counts of all ranks.
             skipped: samples left out so far, by cause.
             last: whether no step follows.
         """
@@ -208,7 +208,7 @@ class Window:
     tokens: int = 0
     places: int = 0
     flops: float = 0.0
-    """Of this process alone."""
+    """Of this rank alone."""
 
     def add(self, whole: StepBatches, flops: float) -> None:
         """Count a step."""

@@ -90,8 +90,8 @@ def is_done(config: RunConfig) -> bool:
 def train(config: RunConfig, probes: Sequence[Probe] = (probe,)) -> Path:
     """Run one training, or continue it from its last checkpoint; returns the run folder.
 
-    Under torchrun all its processes train together. SIGINT, SIGTERM and SIGUSR1 end it after the current step with
-    everything saved; the same command then continues to the bit, with any number of processes. The run folder holds
+    Under torchrun all ranks train together. SIGINT, SIGTERM and SIGUSR1 end it after the current step with
+    everything saved; the same command then continues to the bit, with any number of ranks. The run folder holds
     ``model/`` (the model folder), ``state/`` (to resume), ``config.yaml``, ``versions.json``, ``metrics.jsonl``,
     ``events.jsonl``, ``tensorboard/`` and ``samples/``.
 
@@ -211,7 +211,7 @@ def run_until_done(run: Run, stop: Stop) -> bool:
 
 
 def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
-    """One optimizer step over this process's micro-batches of one global batch; returns what to log.
+    """One optimizer step over this rank's micro-batches of one global batch; returns what to log.
 
     Every micro-batch's loss is already a share of the global one, so gradients add up to the whole batch's.
 
@@ -230,7 +230,7 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
         reduce_gradients(training.module, settings.reduce_each or number == len(batches) - 1)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             losses = training.losses(batch)
-        (losses.loss * world.ranks).backward()  # sharded gradients are averaged over processes
+        (losses.loss * world.ranks).backward()  # sharded gradients are averaged over ranks
         parts = {name: value + parts.get(name, 0) for name, value in losses.parts.items()}
     drop_gradients(training.idle(batches[0]))
     row = clip_and_sum(run, parts)

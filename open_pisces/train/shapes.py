@@ -29,9 +29,9 @@ class Shape:
     caption: int = 0
     """Tokens of the captions, padding included."""
     own: int = 0
-    """Pairs of all this process's micro-batches, which a contrastive loss compares ..."""
+    """Pairs of all this rank's micro-batches, which a contrastive loss compares ..."""
     everywhere: int = 0
-    """... with those of all processes."""
+    """... with those of all ranks."""
 
 
 def shape_of(batch: SequenceBatch | PairBatch, understanding: int = 1, generation: int = 1) -> Shape:

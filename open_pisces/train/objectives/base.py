@@ -1,7 +1,7 @@
 """What the loop, the plan and the probes need to know of an objective: one interface, one class a file beside it.
 
 Everything random about a sample is drawn from (seed, epoch, sample, purpose), so neither the order of work nor the
-number of processes can change it.
+number of ranks can change it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Loads(Protocol):
     mixture: Mixture
 
     def __call__(self, step: int) -> StepBatches:
-        """This process's part of a step."""
+        """This rank's part of a step."""
 
     def blank(self) -> Any:
         """A micro-batch that weighs nothing."""
@@ -46,7 +46,7 @@ class Objective(ABC):
 
     Args:
         config: the recipe.
-        world: the processes; all build the same but for their batches.
+        world: the ranks; all build the same but for their batches.
     """
 
     has_sequences: ClassVar[bool] = False

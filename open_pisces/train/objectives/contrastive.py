@@ -21,7 +21,7 @@ from open_pisces.model.folder import without_sources
 from open_pisces.model.gen_clip import Embedded, GenCLIP, contrast
 from open_pisces.model.parts import build_part
 from open_pisces.train.contrast import embedding_gradients, surrogate_loss
-from open_pisces.train.flops import Cost, Counts, line, meta, meta_copy, once
+from open_pisces.train.flops import Cost, Counts, length_costs, meta, meta_copy, unit_cost
 from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels, vocabulary
 from open_pisces.train.shapes import Shape, empty_pairs
 from open_pisces.train.world import World
@@ -69,7 +69,7 @@ class ContrastiveObjective(Objective):
         return [replace(batch, gradients=mine) for batch, mine in zip(batches, gradients, strict=True)]
 
     def losses(self, batch: PairBatch) -> Losses:
-        """The micro-batch's share of both losses; alone it is compared with those of the other processes at once."""
+        """The micro-batch's share of both losses; alone it is compared with those of the other ranks at once."""
         embedded = self.embed(batch)
         gradients = batch.gradients or embedding_gradients([embedded], [batch], self.world)[0]
         return surrogate_loss(embedded, gradients, batch, self.config.contrastive.mae_weight)
@@ -112,22 +112,22 @@ class ContrastiveObjective(Objective):
         size = towers.vision.image_size
         width = config.contrastive.width
         picture = meta(1, 3, size, size)
-        yield once("vision", "pictures", lambda: towers.embed_images(picture))
+        yield unit_cost("vision", "pictures", lambda: towers.embed_images(picture))
         if towers.mae is not None:
             kept = visible_patches(config)
             masked = meta(1, kept, dtype=torch.long)
-            yield once("vision, masked", "pictures", lambda: towers.vision(picture, masked))
+            yield unit_cost("vision, masked", "pictures", lambda: towers.vision(picture, masked))
             tokens = meta(1, 1 + kept, towers.vision.width, grad=True)
-            yield once("mae", "pictures", lambda: towers.mae(tokens, masked))
+            yield unit_cost("mae", "pictures", lambda: towers.mae(tokens, masked))
 
         def read(length: int) -> Tensor:
             ids = meta(1, length, dtype=torch.long)
             mask = meta(1, 1, length, length, dtype=torch.bool)
             return towers.text(input_ids=ids, attention_mask=mask).last_hidden_state
 
-        yield from line("text", ("caption_tokens", "caption_pairs"), read)
+        yield from length_costs("text", ("caption_tokens", "caption_pairs"), read)
         last = towers.text_projection.in_features
-        yield once("text", "pictures", lambda: towers.text_projection(meta(1, last, grad=True)))
+        yield unit_cost("text", "pictures", lambda: towers.text_projection(meta(1, last, grad=True)))
         # Pictures with captions and captions with pictures are two products, each of things that both learn.
         yield Cost("similarities", "compared", 2 * 2 * width, 3 * 2 * 2 * width)
 

@@ -21,7 +21,7 @@ from open_pisces.factory.encoders import open_features
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
 from open_pisces.model.folder import without_sources
 from open_pisces.model.parts import build_part
-from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, once, twin_of
+from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, meta_part, unit_cost
 from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels
 from open_pisces.train.shapes import Shape, empty_pairs
 from open_pisces.train.world import World
@@ -125,14 +125,14 @@ class DecoderObjective(Objective):
     @staticmethod
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The U-Net learns; gen-CLIP and the autoencoder's encoder are frozen."""
-        decoder = twin_of(module, "decoder")
+        decoder = meta_part(module, "decoder")
         settings = config.model
         latents = meta(1, *decoder.latent_shape)
         times = meta(1)
         vectors = meta(1, settings.generation.vectors, settings.generation.width)
         side = decoder.image_size
-        yield once("unet", "pictures", lambda: decoder.denoise(latents, times, vectors))
-        yield once("vae", "pictures", lambda: decoder.encode(meta(1, 3, side, side)))
+        yield unit_cost("unet", "pictures", lambda: decoder.denoise(latents, times, vectors))
+        yield unit_cost("vae", "pictures", lambda: decoder.encode(meta(1, 3, side, side)))
         yield frozen_generation_encoder(module)
 
     @staticmethod

@@ -24,7 +24,16 @@ from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.folder import in_start, without_sources
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import Pisces, with_blank_pictures
-from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, learns, line, meta, once, twin_of
+from open_pisces.train.flops import (
+    Cost,
+    Counts,
+    frozen_generation_encoder,
+    learns,
+    length_costs,
+    meta,
+    meta_part,
+    unit_cost,
+)
 from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, vocabulary
 from open_pisces.train.shapes import Shape, empty_sequences
 from open_pisces.train.world import World
@@ -146,9 +155,9 @@ class PiscesObjective(Objective):
     @staticmethod
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The LLM by tokens, the encoders by pictures, what lies between by vectors."""
-        llm = twin_of(module, "llm")
-        bridge = twin_of(module, "bridge")
-        seen = twin_of(module, "understanding_encoder")
+        llm = meta_part(module, "llm")
+        bridge = meta_part(module, "bridge")
+        seen = meta_part(module, "understanding_encoder")
         own = config.loss.own_passes
         width = llm.config.hidden_size
         reached = learns(llm, bridge, seen)
@@ -160,17 +169,17 @@ class PiscesObjective(Objective):
             found = llm.get_decoder()(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
             return found.last_hidden_state
 
-        yield from line("llm", ("tokens", "token_pairs"), read, again=own)
-        yield once("llm_head", "supervised", lambda: llm.get_output_embeddings()(meta(1, width, grad=reached)))
+        yield from length_costs("llm", ("tokens", "token_pairs"), read, again=own)
+        yield unit_cost("llm_head", "supervised", lambda: llm.get_output_embeddings()(meta(1, width, grad=reached)))
         feeder = bridge.generation_projector
         projector = bridge.understanding_projector
         features = meta(1, projector.first.in_features, grad=learns(seen))
-        yield once("bridge", "seen_vectors", lambda: projector(features))
+        yield unit_cost("bridge", "seen_vectors", lambda: projector(features))
         for _ in range(1 + own):
-            yield once("bridge", "drawn_vectors", lambda: feeder(meta(1, feeder.first.in_features)))
-        yield once("bridge", "drawn_vectors", lambda: bridge.head.sample(meta(1, width, grad=reached)), again=own)
+            yield unit_cost("bridge", "drawn_vectors", lambda: feeder(meta(1, feeder.first.in_features)))
+        yield unit_cost("bridge", "drawn_vectors", lambda: bridge.head.sample(meta(1, width, grad=reached)), again=own)
         picture = meta(1, 3, seen.image_size, seen.image_size)
-        yield once("understanding_encoder", "seen_pictures", lambda: seen(picture))
+        yield unit_cost("understanding_encoder", "seen_pictures", lambda: seen(picture))
         yield frozen_generation_encoder(module)
 
     @staticmethod
