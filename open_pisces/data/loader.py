@@ -160,6 +160,7 @@ class SequenceLoader:
             "total_vectors": sum(len(batch.generation_at_K) for batch in batches),
             "total_seen": sum(len(batch.understanding_at_K) for batch in batches),
         }
+        # What fills the rows, and how many places there are: the share of padding in the log.
         real = sum(len(r.rendered.ids) for r in read)
         all_ = sum(batch.ids_BS.numel() for batch in batches)
         return StepBatches(batches, len(draws), skipped, totals, real, all_)
@@ -185,6 +186,7 @@ class SequenceLoader:
 
     def _padded(self, read: list[_Read]) -> list[SequenceBatch]:
         """Micro-batches of similar length; fewer samples than micro-batches leave some blank."""
+        # Neighbors in length share a micro-batch, so little is padded.
         by_length = sorted(read, key=lambda r: len(r.rendered.ids))
         batches = []
         for cut in np.array_split(np.arange(len(read)), self.micro_batches):
@@ -220,6 +222,7 @@ class SequenceLoader:
     def _read(self, draw: Draw) -> _Read:
         reader = self.mixture.readers[draw.source]
         sample = reader[draw.index] if any(self._cut) else reader.without_pixels(draw.index)
+        # Keyed by the sample, not by its place: the same sample gets the same wording wherever it is drawn in an epoch.
         random = stream(self.seed, "render", draw.source, draw.epoch, sample.key)
         turns = sample_turns(
             sample,
@@ -303,6 +306,7 @@ class PairLoader:
     def collate(self, read: list[tuple[Draw, Sample, str, np.ndarray | None]]) -> PairBatch:
         """(draw, sample, caption, features) to one batch."""
         input_size, output_size = self.sizes
+        # CLIP's text tower takes 77 tokens, the last of which is the end.
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:76] for _, _, text, _ in read]
         ids = [row + [self.tokenizer.eos_token_id] for row in ids]
         longest = max(map(len, ids))

@@ -98,6 +98,7 @@ class Mixture:
         The batch is ordered by lane and cut into equal parts, so that whatever the number of ranks, together they
         hold the same draws in the same order, and each stays with its lanes.
         """
+        # By lane: a rank's cut then holds whole lanes, and lanes are stretches of its files.
         draws = sorted((self.draw(g) for g in range(step * size, (step + 1) * size)), key=lambda draw: draw.lane)
         return draws[rank * size // ranks : (rank + 1) * size // ranks]
 
@@ -130,6 +131,7 @@ class Mixture:
         if not tasks:
             return "pair"
         bounds = np.cumsum(list(tasks.values()))
+        # Drawn from the sample and epoch, so that a sample keeps its task whatever is mixed beside it.
         at = stream(self.seed, "task", source, epoch, index).random() * bounds[-1]
         return list(tasks)[min(int(np.searchsorted(bounds, at, side="right")), len(tasks) - 1)]
 

@@ -44,6 +44,7 @@ class Walk:
         self.source = source
         self.lanes = lanes
         self.window = window
+        # 4,096 chunks shuffle a small set as well as single samples would; large sets keep neighbors for the disk.
         self.chunk = min(max(count // 4096, 1), LARGEST_CHUNK)
         self._chunks: dict[int, tuple[np.ndarray, int]] = {}
         self._windows: dict[tuple[int, int], np.ndarray] = {}

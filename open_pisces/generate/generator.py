@@ -137,6 +137,7 @@ class Generator:
     ) -> Iterator[list[int]]:
         """One token of every row at a time."""
         hidden_BD, cache, mask_BS = self._read(conversations, images, "", vectors)
+        # A stream for each row on the CPU: the same on every device, and independent of the other rows.
         draws = [torch.Generator().manual_seed(seed) for _ in conversations]
         # Text holds none of the template's tokens but the one that ends it.
         banned = [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]
@@ -249,11 +250,13 @@ class Generator:
                     f"the prompt '{words[:30]} ... {words[-30:]}' takes {len(r.ids)} tokens with its pictures; "
                     f"this model takes {self.max_prompt_tokens}: shorten it"
                 )
+        # Padded on the left: the last place of every row is where the next token goes.
         batch = collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
         batch = replace(batch, generation_vectors_BME=vectors)
         mask_BS = (batch.ids_BS != self.renderer.pad).long()
         inputs_BSD, _ = self.pisces.embed(batch)
         cache = DynamicCache(config=self.pisces.llm.config)
+        # Real tokens count from 0 in every row, so padding changes no rotary angle.
         positions_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
         hidden_BSD = self.pisces.hidden(
             inputs_BSD, attention_mask=mask_BS, position_ids=positions_BS, past_key_values=cache, use_cache=True

@@ -83,6 +83,7 @@ class Painter:
         leave = self.bridge.statistics.destandardize
         scale = guidance_scale
         scale = self.settings.guidance_scale if scale is None else scale
+        # A prime stride keeps (seed, j) apart for neighboring seeds; drawn on the CPU, the same on every device.
         draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
         noise = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])
         pixels = self.decoder.sample(

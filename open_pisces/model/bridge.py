@@ -34,6 +34,7 @@ class VisualTokenPooler(nn.Module):
         side = int(features_BGE.shape[1] ** 0.5)
         if side * side != features_BGE.shape[1] or side % self.kernel:
             raise PiscesError(f"{features_BGE.shape[1]} features are no square grid that {self.kernel} divides")
+        # Patches come row by row, so the sequence is the grid flattened.
         grid = rearrange(features_BGE, "b (h w) e -> b h w e", h=side)
         pooled = reduce(grid, "b (h k) (w l) e -> b h w e", "mean", k=self.kernel, l=self.kernel)
         return rearrange(pooled, "b h w e -> b (h w) e")
@@ -63,6 +64,7 @@ class TargetSums(NamedTuple):
     @classmethod
     def of(cls, raw_KME: Tensor) -> TargetSums:
         """The sums over raw pooled features ``(pictures, M, E)``."""
+        # float64: the variance below is a difference of large sums.
         raw = raw_KME.double()
         return cls(raw.new_tensor(len(raw)), raw.sum(0), raw.square().sum((0, 1)))
 
@@ -106,7 +108,9 @@ class TargetStatistics(FloatBuffers):
             mean_E = sums.vectors_ME.sum(0) / vectors
             variance_E = (sums.squares_E - vectors * mean_E.square()).clamp_min(0) / (vectors - 1)
             self.mean_E.copy_(mean_E)
+            # A channel that never varies would be divided by 0.
             self.std_E.copy_(variance_E.sqrt().clamp_min(1e-6))
+        # In the LLM's space, where squared error without a caption converges to the mean.
         self.null_ME.copy_((sums.vectors_ME / sums.pictures - self.mean_E) / self.std_E)
         self.taken.fill_(float(sums.pictures))
 

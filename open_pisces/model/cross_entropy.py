@@ -28,6 +28,7 @@ def head_cross_entropy(head: nn.Module, hidden_KD: Tensor, labels_K: Tensor, ker
 
     A head that is more than a matrix (a bias, an adapter, a shard that gathers itself when it is called) is called.
     """
+    # Exactly nn.Linear: a PEFT layer is a subclass whose weight alone would leave the adapter out.
     if type(head) is nn.Linear and head.bias is None:
         return linear_cross_entropy(hidden_KD, head.weight, labels_K, kernel=kernel)
     return F.cross_entropy(upcast(head(hidden_KD)), labels_K, reduction="sum")
@@ -104,6 +105,7 @@ def _sum_chunks(
     loss = torch.zeros((), dtype=torch.promote_types(hidden_KD.dtype, torch.float32), device=hidden_KD.device)
     for start in range(0, max(len(labels_K), 1), chunk):
         at = slice(start, start + chunk)
+        # log_softmax in float32 from logits in the dtype of the products: what autocast does to F.cross_entropy.
         labels_K1 = labels_K[at, None]
         log_KV = torch.log_softmax(hidden_KD[at] @ weight_VD.T, -1, dtype=loss.dtype)
         right_K1 = log_KV.gather(-1, labels_K1)

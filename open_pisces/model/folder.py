@@ -103,6 +103,7 @@ def check_widths(folder: Path, parts: dict[str, Any]) -> None:
     """Refuse parts that cannot be joined, naming both."""
     bridge = parts["bridge"]
     llm_width = parts["llm"].config.hidden_size
+    # Parts may come from different folders; a width that differs would fail deep inside a matrix product.
     wants = {
         "llm": (llm_width, bridge.head.llm_width),
         "understanding_encoder": (
@@ -177,6 +178,7 @@ def write_folder(
         )
     fresh = folder.with_name(folder.name + ".new")
     old = folder.with_name(folder.name + ".old")
+    # Written beside and renamed: a killed process leaves the old folder or the new one, never half of each.
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
@@ -203,6 +205,7 @@ def _fill(
     before = read_card(start) if start else {"record": [], "parts": {}}
     taken_over: set[str] = set()
     for name in FOLDERS:
+        # Parts that this training did not change are linked, not copied: an 8b folder has tens of GB.
         owner = "llm" if name == "adapter" else name  # an adapter belongs to the LLM it was trained on
         written = owner in parts or (name == "tokenizer" and tokenizer is not None)
         if start and not written and (Path(start) / name).is_dir():

@@ -73,6 +73,7 @@ class GenerationHead(VectorHead):
     def loss(self, hidden_KD: Tensor, target_KE: Tensor, draws_KR: Tensor | None = None) -> HeadLoss:
         """Squared error, mean over channels."""
         predicted_KE = self(hidden_KD)
+        # Mean over channels, so that the weight of the loss does not depend on gen-CLIP's width.
         return HeadLoss((upcast(predicted_KE) - target_KE).pow(2).mean(-1), predicted_KE)
 
     def sample(self, hidden_BD: Tensor, draws_BR: Tensor | None = None) -> Tensor:

@@ -123,6 +123,7 @@ def build_decoder(config: ModelConfig, vocabulary: int | None = None) -> ImageDe
         vae = AutoencoderKL.from_pretrained(settings.source, subfolder="vae").requires_grad_(False)
     else:
         vae = AutoencoderKL(**settings.vae).requires_grad_(False)
+    # The VAE decides how many channels the U-Net denoises.
     unet = _unet(config, vae.config.latent_channels, width)
     arguments = dict(settings.scheduler)
     scheduler = _scheduler(arguments.pop("class", "EulerDiscreteScheduler"), arguments)
@@ -177,6 +178,7 @@ def _scheduler(name: str, arguments: dict[str, Any]) -> Any:
     kind = getattr(diffusers, name, None)
     if kind is None or not name.endswith("Scheduler"):
         raise ConfigError(f"model.decoder.scheduler.class = {name!r}: diffusers has no scheduler of that name")
+    # Also inside `torch.device("meta")`.
     with torch.device("cpu"):  # a scheduler computes with its tables even where parameters are on the meta device
         return kind(**arguments)
 
@@ -244,6 +246,7 @@ def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype | None) ->
 
 def _assign(module: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
     """Give a module weights in ``dtype`` (None: as they are), without ever holding them twice; buffers stay float32."""
+    # One tensor at a time: the file's copy of each is let go of as soon as it is cast.
     buffers = dict(module.named_buffers())
     for name, value in weights.items():
         weights[name] = value.to(torch.float32 if name in buffers else dtype or value.dtype)

@@ -94,6 +94,7 @@ class Pisces(FloatBuffers):
 
     def understand(self, pixels_BCHW: Tensor) -> Tensor:
         """Pictures in [0, 1] to what the LLM reads of them, ``(B, N, D)``: no pooling, a long sequence."""
+        # A frozen tower needs no graph, and its activations would be the largest of the step.
         frozen = not any(p.requires_grad for p in self.understanding_encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             vectors_BNE = self.understanding_encoder(pixels_BCHW)
@@ -112,6 +113,7 @@ class Pisces(FloatBuffers):
         Returns:
             ``(B, S, D)`` embeddings, image places filled; ``(pictures, M, E)`` targets in float32.
         """
+        # Places of pictures hold a placeholder's embedding, which is written over below.
         words_BSD = self.llm.get_input_embeddings()(batch.ids_BS)
         flat = words_BSD.flatten(0, 1)
         if batch.understanding_features_BNE is not None:
@@ -143,6 +145,7 @@ class Pisces(FloatBuffers):
             draws_KR: ``(vectors, head.loss_draws)`` standard normal numbers, for a head whose loss is random.
         """
         inputs_BSD, targets_BME = self.embed(batch)
+        # 0 in the paper's stages: teacher forcing.
         for _ in range(self.weights.own_passes):
             inputs_BSD = self.feed_own(inputs_BSD, batch)
         hidden_KD = self.hidden(inputs_BSD, **self.packing(batch)).flatten(0, 1)
@@ -154,6 +157,7 @@ class Pisces(FloatBuffers):
         targets_KE = targets_BME.flatten(0, 1)
         drawn = max(batch.total_vectors, 1)
         error_K, predicted_KE = self.bridge.head.loss(hidden_KD[batch.generation_at_K - 1], targets_KE, draws_KR)
+        # Divided by the vectors of the global batch, not of this one: accumulation changes nothing.
         vectors = error_K.sum() / drawn
         loss = self.weights.text * text + self.weights.vectors * vectors
         # Squared error shrinks what it cannot know: the two norms drift apart before pictures turn grey.

@@ -76,6 +76,7 @@ def state_of(module: nn.Module, optimizer: torch.optim.Optimizer, average: Avera
 
 def find(state: Path) -> list[Found]:
     """The checkpoints of a run that have a manifest, the newest first; their files are not yet verified."""
+    # `latest` moves last, so the folder it names is complete; the others are what a damaged one falls back to.
     latest = state / "latest"
     named = latest.read_text().strip() if latest.is_file() else ""
     folders = sorted(state.glob("step-*"), key=lambda folder: (folder.name == named, folder.name), reverse=True)
@@ -207,6 +208,7 @@ class Checkpoints:
         whole = {"all": tensors}  # PyTorch notes in its log when it begins and ends each entry at the top
         if not self.background:
             return self._finish(fresh, shapes, progress, before, lambda: dcp.save(whole, **options))
+        # The tensors are copied before this returns, so training may go on changing them.
         written: Any = dcp.async_save(whole, **options, async_stager=self._stager)
         self._job = self._pool.submit(self._finish, fresh, shapes, progress, before, written.result)
 

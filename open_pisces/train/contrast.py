@@ -30,6 +30,7 @@ def embedding_gradients(embedded: list[Embedded], batches: list[PairBatch], worl
     images_KE = world.gather_rows(own_images)[0].requires_grad_()
     texts_KE = world.gather_rows(own_texts)[0].requires_grad_()
     scale = embedded[0].scale.detach().requires_grad_()
+    # `prepare` runs without gradient; here the embeddings are leaves.
     with torch.enable_grad():
         loss, found = contrast(images_KE, texts_KE, scale, captions_K, first, sum(counts))
         images, texts, scales = torch.autograd.grad(loss, [images_KE, texts_KE, scale])

@@ -227,6 +227,7 @@ def unit_cost(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -
 def length_costs(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
     """The costs of a transformer for each token and for each pair of tokens, from two lengths."""
     short = 8
+    # Two short lengths are enough: the cost of a transformer is exactly linear plus quadratic in its length.
     one = unit_cost(part, units[0], lambda: run(short), again)
     two = unit_cost(part, units[0], lambda: run(2 * short), again)
     # cost(length) = token * length + pair * length ** 2, at two lengths of which one is twice the other

@@ -88,6 +88,7 @@ class Log:
         self.first_step = step
         self.start = time.monotonic() - before
         self.costs = costs
+        # Measured, not looked up: what a device does on this machine, with these clocks.
         self.rate = matmul_rate(world.device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         self.window = Window(time.monotonic())
         self.told: list[Any] = []

@@ -118,6 +118,7 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     settings = config.train
     training = build_training(config, world)
     module = training.module.double() if settings.precision == "fp64" else training.module
+    # The order matters: copies and costs see the whole model; checkpointing and compilation come before sharding.
     if world.mesh is None:
         module.to(world.device)  # otherwise sharding takes it there block by block: a device never holds all of it
     copies = {name: meta_copy(part) for name, part in training.parts.items()}
@@ -127,6 +128,7 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
         # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
         compile_parts(training.compiled, world, dynamic=None if config.data.row_length else False)
     shard(module.train(), world, settings, training.weights)
+    # After sharding: the optimizer's moments are shards like their weights.
     optimizer = build_optimizer(module, settings)
     average = AveragedWeights(module, settings.ema)
     state = config.folder / "state"
@@ -170,6 +172,7 @@ def run_until_done(run: Run, stop: Stop) -> bool:
     """Train until the last step. Returns False after a rewind: call it again."""
     settings = run.config.train
     progress = run.progress
+    # A resumed run has already skipped some: the allowed share is of the whole run.
     tally = SkipTally(run.config.data.max_bad, progress.read)
     tally.causes.update(progress.skipped)
     left_out = set(progress.left_out)
@@ -184,6 +187,7 @@ def run_until_done(run: Run, stop: Stop) -> bool:
         try:
             with run.world.name_missing_ranks():
                 row = train_step(run, batches, step)
+            # Only here: a step that was refused must not move the average.
             run.average.update(step)
         except BadStep as bad:
             if not handle_bad_step(run, step, bad):
@@ -224,6 +228,7 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
     floats = torch.float64 if settings.precision == "fp64" else None
     batches = [batch.to(world.device, floats) for batch in batches]
     parts: dict[str, Tensor] = {}
+    # Outside the loop below: a contrastive loss compares all micro-batches before the first one's backward pass.
     with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         batches = training.prepare(batches)
     for number, batch in enumerate(batches):
@@ -234,6 +239,7 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
         parts = {name: value + parts.get(name, 0) for name, value in losses.parts.items()}
     drop_gradients(training.idle(batches[0]))
     row = clip_and_sum(run, parts)
+    # Every rank sees the same sums, so all of them skip the step or none does.
     why = check_step(run, row)
     if why:
         run.optimizer.zero_grad(set_to_none=True)

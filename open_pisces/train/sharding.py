@@ -25,6 +25,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
     transformers and diffusers name them (``_no_split_modules``); our own encoder's are called ``Block``.
     """
+    # Our own encoder and text tower blocks; the libraries' are named by themselves.
     names = {"Block"}
     for part in module.modules():
         names |= set(getattr(part, "_no_split_modules", None) or ())
@@ -97,15 +98,18 @@ def shard(
         # may not: casting it would round noise levels and diffusion times. Autocast casts where it is computed with.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         root_policy = replace(policy, cast_forward_inputs=False)
+    # Rank 0 sends each block just before it is sharded: at most one block is whole on a device at a time.
     receive = partial(receive_weights, _owners(module), weights or {}, world)
     whole, spread = split_frozen(module, config.shard_frozen_above)
     for part in whole:
         receive(part)
+    # Small frozen parts stay whole on each rank: gathering them every step would cost more than the memory they take.
     kept = {p for part in whole for p in part.to(world.device).parameters()}
     for part in module.modules():
         if getattr(part, "keep_float32", False):
             receive(part)
             fully_shard(part, mesh=mesh)
+    # Inner blocks first: FSDP2 gives each group the parameters that no inner group has taken.
     inner = blocks(module)
     for part in [*inner, *spread, module]:
         receive(part)
@@ -138,6 +142,7 @@ def receive_weights(
             whole = weights.pop(parameter).to(world.device, parameter.dtype)
         else:
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        # Cast on the device, after the copy: half-precision weights cross the bus as they are stored.
         arrived = nn.Parameter(world.broadcast(whole.contiguous()), parameter.requires_grad)
         for owner, name in owners.pop(parameter):
             owner._parameters[name] = arrived

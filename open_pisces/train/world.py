@@ -69,6 +69,7 @@ class World:
         """
         if self.ranks == 1:
             return [values]
+        # float64: counts of tokens pass 2 ** 24, where float32 stops counting.
         mine = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.ranks)]
         with self.name_missing_ranks():
@@ -164,6 +165,7 @@ class World:
         most = int(max(sizes))
         read, skipped, real, places, *sums = (int(sum(column)) for column in columns)
         totals = dict(zip(given.totals, sums, strict=True))
+        # At least one: a rank without samples still has to run every collective.
         blanks = [load.blank() for _ in range(max(most, 1) - len(given.batches))]
         batches = replace(given, batches=[*given.batches, *blanks]).with_totals(totals)
         named = self.gather_objects(given.skipped) if skipped else []
@@ -209,6 +211,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
         return
     _check_ranks(config, ranks)
     device = _own_device(config.device)
+    # gloo beside NCCL: small host tensors, objects and the checkpoint's threads must not wait for the device's stream.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(seconds=config.train.timeout)
     meeting, rank = _meet(ranks, config.train.timeout)

@@ -36,6 +36,7 @@ class ContrastiveObjective(Objective):
         super().__init__(config, world)
         name = f"{config.contrastive.tower}_encoder"
         self.tokenizer = get_tokenizer(config)
+        # The tower may come frozen from another training's folder; here it learns.
         vision = get_parts([name], config, world)[name].requires_grad_(True)
         self.module = self.compiled = GenCLIP(vision, config.contrastive, len(self.tokenizer))
         self.parts = {name: vision}

@@ -69,6 +69,7 @@ class DecoderObjective(Objective):
         self.tokenizer = get_tokenizer(config)
         parts = get_parts(("generation_encoder", "bridge", "decoder"), config, world)
         encoder, bridge, decoder = parts.values()
+        # Before sharding and the optimizer look at what learns.
         encoder.requires_grad_(False)
         mixture = Mixture(config.data, config.seed)
         settings = config.train
@@ -95,6 +96,7 @@ class DecoderObjective(Objective):
         draws = [draw(self.config, drawn, "diffusion") for drawn in batch.draws]
         noise = torch.from_numpy(np.stack([d.standard_normal(decoder.latent_shape, np.float32) for d in draws]))
         times = torch.tensor([draw_time(d, decoder.is_flow, settings.time_shift) for d in draws])
+        # Drawn last from each sample's stream: noise and time do not depend on how often conditions are dropped.
         dropped = torch.tensor([d.random() < settings.drop_condition for d in draws])
         device = batch.pixels_BCHW.device
         return self.module(batch, noise.to(device), times.to(device), dropped.to(device))

@@ -60,6 +60,7 @@ class PiscesObjective(Objective):
             )
         self.module = Pisces(start, **parts, weights=config.loss)
         _freeze(self.module, config)
+        # The transformer alone: embedding, head and loss change shape with what is supervised.
         self.compiled = self.module.llm.get_decoder()
         # What learns is written; what is frozen only where the folder this training starts from does not hold it.
         frozen = config.train.freeze
