@@ -93,7 +93,10 @@ class RunFolder:
     """One evaluation's folder; see the head of this file."""
 
     def __init__(self, folder: Path, manifest: Manifest, items: list[Row]) -> None:
-        self.folder, self.manifest, self.items = folder, manifest, items
+        self.folder = folder
+        self.manifest = manifest
+        self.items = items
+        self._written: dict[str, list[Row]] = {}
 
     # -------------------------------------------------------------------------------------------- opening
 
@@ -150,7 +153,7 @@ class RunFolder:
 
     def batches(self, name: str, size: int) -> Iterator[list[Row]]:
         """Items in batches of ``size``, in order, without those batches whose rows in NAME.jsonl are all there."""
-        done = {row["key"] for row in _read(self.folder / f"{name}.jsonl")}
+        done = {row["key"] for row in self.written(name)}
         for start in range(0, len(self.items), size):
             batch = self.items[start : start + size]
             if not all(item["key"] in done for item in batch):
@@ -164,6 +167,17 @@ class RunFolder:
             file.write("".join(_line(row) for row in rows))
             file.flush()
             os.fsync(file.fileno())
+        self._written.pop(name, None)
+
+    def written(self, name: str) -> list[Row]:
+        """All rows of NAME.jsonl in the order of writing, none without the file; read once until rows are added.
+
+        Raises:
+            RunError: if a line is damaged.
+        """
+        if name not in self._written:
+            self._written[name] = _read(self.folder / f"{name}.jsonl")
+        return self._written[name]
 
     def rows(self, name: str) -> list[Row]:
         """The rows of NAME.jsonl, one for each item and in their order; the last one written of a key counts.
@@ -171,7 +185,7 @@ class RunFolder:
         Raises:
             RunError: if some are missing.
         """
-        found = {row["key"]: row for row in _read(self.folder / f"{name}.jsonl")}
+        found = {row["key"]: row for row in self.written(name)}
         missing = [item["key"] for item in self.items if item["key"] not in found]
         if missing:
             raise RunError(
@@ -182,12 +196,13 @@ class RunFolder:
 
     def has(self, name: str) -> bool:
         """Whether NAME.jsonl holds a row for every item."""
-        found = {row["key"] for row in _read(self.folder / f"{name}.jsonl")}
+        found = {row["key"] for row in self.written(name)}
         return all(item["key"] in found for item in self.items)
 
     def drop(self, name: str) -> None:
         """Forget the rows of NAME.jsonl, to make them anew."""
         (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
+        self._written.pop(name, None)
 
     def note(self, name: str, value: Row) -> None:
         """Keep something that belongs to the whole run and to no item, as NAME.json."""
