@@ -327,22 +327,26 @@ def _begun(file: Path) -> bool:
 
 def _refuse_another(folder: Path, found: Row, asked: Row) -> None:
     """Raise if two manifests differ in anything but where the model lies."""
-    a, b = _flat(found), _flat(asked)
-    parts = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    what = [f"{key[1]} = {_brief(a.get(key), b.get(key))}, now {_brief(b.get(key), a.get(key))}" for key in parts]
+    before = _flat(found)
+    now = _flat(asked)
+    what = []
+    for key in {**before, **now}:
+        old = before.get(key)
+        new = now.get(key)
+        if old != new:
+            what.append(f"{key[1]} = {_brief(old, new)}, now {_brief(new, old)}")
     if what:
         raise RunError(f"{folder} is a run of something else ({', '.join(what)}): name another folder, or delete it")
 
 
 def _flat(manifest: Row) -> dict[tuple[str, str], str]:
     """What decides a manifest: each value as JSON, by where it stands and its name."""
-    groups = {"": manifest, "versions": manifest["versions"], "settings": manifest["settings"]}
-    return {
-        (group, key): json.dumps(value, sort_keys=True, ensure_ascii=False)
-        for group, values in groups.items()
-        for key, value in values.items()
-        if group or key not in ("model", "versions", "settings")
-    }
+    plain = {key: value for key, value in manifest.items() if key not in ("model", "versions", "settings")}
+    flat = {}
+    for group, values in {"": plain, "versions": manifest["versions"], "settings": manifest["settings"]}.items():
+        for key, value in values.items():
+            flat[group, key] = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return flat
 
 
 def _brief(text: str | None, other: str | None) -> str:

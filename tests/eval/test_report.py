@@ -328,7 +328,7 @@ def blocks(text: str) -> list[list[list[str]]]:
 
 def test_tables_are_aligned_in_source_and_whole_when_rendered(written: tuple[dict[str, Any], str]) -> None:
     tables = [part.splitlines() for part in written[1].split("\n\n") if part.startswith("|")]
-    assert len(tables) == 6 + 4  # measures, five of the paper; categories and rules of two runs
+    assert len(tables) == 6 + 2  # measures, five of the paper; categories of two runs
     assert all(len({len(line) for line in table}) == 1 for table in tables)
     for table in blocks(written[1]):
         assert len({len(row) for row in table}) == 1 and set("".join(table[1])) == {"-", ":"}

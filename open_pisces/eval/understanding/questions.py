@@ -56,7 +56,8 @@ class Table:
     def texts(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The rows with only these columns."""
         if isinstance(self.rows, list):
-            yield from ({name: row.get(name) for name in names} for row in self.rows)
+            for row in self.rows:
+                yield {name: row.get(name) for name in names}
         else:
             yield from self.rows.select_columns(list(names))
 
@@ -67,8 +68,9 @@ class Table:
             QuestionsError: if one is missing or damaged.
         """
         cell = self.rows[row].get(column)
+        cells = cell if isinstance(cell, list) else [cell]
         try:
-            return [self._open(one) for one in (cell if isinstance(cell, list) else [cell]) if one is not None]
+            return [self._open(one) for one in cells if one is not None]
         except ImageError as error:
             raise QuestionsError(f"{self.where}, row {row}, column {column}: {error}") from None
 
@@ -85,8 +87,8 @@ class Asked:
     """Questions to ask, shortest prompts first, so that a batch wastes little."""
 
     items: list[Row]
-    """``key``, ``row``, ``prompt`` (as sent; in interleaved ones markers stand for pictures), ``pictures`` (how many),
-    ``gold``, ``options``, ``unit``, ``facts``."""
+    """``key``, ``row``, ``prompt`` (as sent; in interleaved ones markers stand for pictures), ``pictures`` (how
+    many markers; 0 stands for those of the row), ``gold``, ``options``, ``unit``, ``facts``."""
     pictures: Callable[[Row], list[Image]]
     """The pictures of an item, in the order of the prompt's markers."""
     where: str
@@ -109,26 +111,26 @@ def read_questions(benchmark: Benchmark, data: str | Path = HUB, limit: int | No
     table = open_table(benchmark, data, benchmark.subset)
     columns = _columns(benchmark)
     _need(table, columns if benchmark.join else [*columns, *benchmark.picture])
-    items = [
-        _item(benchmark, number, row, table)
-        for number, row in enumerate(table.texts(columns))
-        if all(str(row[column]) in map(str, kept) for column, kept in benchmark.where.items())
-    ]
+    where = {column: set(map(str, values)) for column, values in benchmark.where.items()}
+    items = []
+    for number, row in enumerate(table.texts(columns)):
+        if all(str(row[column]) in values for column, values in where.items()):
+            items.append(_item(benchmark, number, row, table))
     if not items:
         raise QuestionsError(f"{table.where}: no row has {benchmark.where or 'anything to ask'}")
     units = list(dict.fromkeys(item["unit"] for item in items))
     if limit is not None and limit < len(units):
         kept = {units[i * len(units) // limit] for i in range(limit)}
         items = [item for item in items if item["unit"] in kept]
+    # A picture takes more room than any prompt, so their number counts first.
     items.sort(key=lambda item: (item["pictures"] or 1, len(item["prompt"]), item["key"]))
     return Asked(items, _loader(benchmark, table, data), table.where, len(units))
 
 
 def _columns(benchmark: Benchmark) -> list[str]:
     """The text columns that a benchmark's rows are made of."""
-    templates = (benchmark.prompt, benchmark.lead.get("text", ""))
-    named = [name for text in templates for _, name, _, _ in Formatter().parse(text) if name]
-    named = [name for name in named if name not in _COMPUTED]
+    fields = Formatter().parse(benchmark.prompt + benchmark.lead.get("text", ""))
+    named = [name for _, name, _, _ in fields if name and name not in _COMPUTED]
     unit = [benchmark.unit[part] for part in ("column", "within") if part in benchmark.unit]
     named += [benchmark.question, *benchmark.options.get("columns", []), benchmark.gold["column"], *unit]
     named += [*benchmark.facts, *benchmark.where, *benchmark.suffix.get("by", [])]
@@ -153,7 +155,9 @@ def _item(benchmark: Benchmark, number: int, row: dict[str, Any], table: Table) 
     try:
         options = _options(benchmark, row)
         prompt = _prompt(benchmark, row, options)
-        item = {"key": f"{number:06d}", "row": number, "prompt": prompt, "pictures": _count(benchmark, prompt)}
+        item = {"key": f"{number:06d}", "row": number, "prompt": prompt, "pictures": 0}
+        if benchmark.interleaved:
+            item["pictures"] = len(MARKER.findall(prompt))
         item |= {"gold": _gold(benchmark, row), "options": options, "unit": _unit(benchmark, row, number)}
         return {**item, "facts": {name: _json(row[name]) for name in benchmark.facts}}
     except (ValueError, KeyError, TypeError, IndexError, SyntaxError) as error:
@@ -186,7 +190,8 @@ def _suffix(benchmark: Benchmark, row: dict[str, Any]) -> str:
 
 def _options(benchmark: Benchmark, row: dict[str, Any]) -> dict[str, str]:
     """Letter to text."""
-    form, columns = benchmark.options.get("form", ""), benchmark.options.get("columns", [])
+    form = benchmark.options.get("form", "")
+    columns = benchmark.options.get("columns", [])
     if not form:
         return {}
     if form == "columns":
@@ -204,10 +209,13 @@ def _options(benchmark: Benchmark, row: dict[str, Any]) -> dict[str, str]:
 
 def _gold(benchmark: Benchmark, row: dict[str, Any]) -> Any:
     """The right answer in the form that the rule takes."""
-    cell, form = row[benchmark.gold["column"]], benchmark.gold["form"]
+    cell = row[benchmark.gold["column"]]
+    form = benchmark.gold["form"]
     if form == "texts":
-        cells = cell if isinstance(cell, list) else [cell]
-        return [str(one["answer"] if isinstance(one, dict) else one) for one in cells]
+        texts = []
+        for one in cell if isinstance(cell, list) else [cell]:
+            texts.append(str(one["answer"] if isinstance(one, dict) else one))
+        return texts
     if form == "index":
         return _LETTERS[int(cell)]
     if form == "yes_no":
@@ -235,11 +243,6 @@ def _unit(benchmark: Benchmark, row: dict[str, Any], number: int) -> str:
     if unit.get("pairs"):  # rows are counted from 1
         value = (int(value) - 1) // 2
     return f"{row[unit['within']]}/{value}" if "within" in unit else str(value)
-
-
-def _count(benchmark: Benchmark, prompt: str) -> int:
-    """Pictures in a prompt, as far as it tells: for prompts without markers 0 stands for "those of the row"."""
-    return len(MARKER.findall(prompt)) if benchmark.interleaved else 0
 
 
 def _empty(cell: Any) -> bool:
@@ -273,7 +276,10 @@ def _loader(benchmark: Benchmark, table: Table, data: str | Path) -> Callable[[R
         columns = benchmark.picture
         if benchmark.interleaved:
             columns = [benchmark.picture[int(number) - 1] for number in MARKER.findall(item["prompt"])]
-        return [picture for column in columns for picture in table.pictures(item["row"], column)]
+        pictures = []
+        for column in columns:
+            pictures += table.pictures(item["row"], column)
+        return pictures
 
     return of_row
 
@@ -340,7 +346,10 @@ def _from_lines(path: Path) -> Table:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise QuestionsError(f"{path}, line {number}: not valid JSON ({error})") from None
-    return Table(str(path), list(dict.fromkeys(name for row in rows for name in row)), rows, path.parent)
+    columns: dict[str, None] = {}  # a set in the order of the file
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    return Table(str(path), list(columns), rows, path.parent)
 
 
 def _from_disk(folder: Path, split: str) -> Table:
