@@ -118,7 +118,9 @@ class RunFolder:
             found = cls.load(folder)
             _refuse_another(folder, asdict(found.manifest), asdict(manifest))
             return found
-        if folder.is_dir() and any(not _begun(file) for file in folder.iterdir()):
+        # A run that was ended before its manifest was written leaves its items, whole or half written.
+        begun = re.compile(r"items\.jsonl|\.\d+-(items\.jsonl|manifest\.json)")
+        if folder.is_dir() and not all(begun.fullmatch(file.name) for file in folder.iterdir()):
             raise RunError(f"{folder} holds something else: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "items.jsonl", "".join(_line(row) for row in rows))
@@ -155,6 +157,7 @@ class RunFolder:
         """Items in batches of ``size``, in order, without those batches whose rows in NAME.jsonl are all there."""
         done = {row["key"] for row in self.written(name)}
         for start in range(0, len(self.items), size):
+            # Again as a whole where a row is missing: padding and noise are a batch's, not an item's.
             batch = self.items[start : start + size]
             if not all(item["key"] in done for item in batch):
                 yield batch
@@ -241,7 +244,7 @@ class RunFolder:
                 image.save(folder / "samples" / name)
             sums = {name: _sha256(folder / "samples" / name) for name in files}
             rows.append({"key": key, "sha256": sums})
-        self.append("images", rows)
+        self.append("images", rows)  # after the files: a row says that its pictures are whole
         self.__dict__.pop("_sums", None)
 
     def images(self, key: str) -> list[Image]:
@@ -318,11 +321,6 @@ def _check_keys(folder: Path, rows: Sequence[Row]) -> None:
         return
     what = f"the key {twice[0]} comes {counts[twice[0]]} times" if twice else f"{bare} of {len(rows)} items have none"
     raise RunError(f"{folder}: a run needs items, each with its own `key`; {what if rows else 'found no items'}")
-
-
-def _begun(file: Path) -> bool:
-    """Whether ``file`` is what a run leaves that was ended before its manifest was written."""
-    return file.name == "items.jsonl" or re.fullmatch(r"\.\d+-(items\.jsonl|manifest\.json)", file.name) is not None
 
 
 def _refuse_another(folder: Path, found: Row, asked: Row) -> None:

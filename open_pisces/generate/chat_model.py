@@ -97,6 +97,7 @@ class ChatModel:
             import openai
         except ModuleNotFoundError:
             raise ChatModelError(f"{self.model}: needs the openai library: pip install 'open-pisces[eval]'") from None
+        # The client insists on a key of its own: what is sent is the header of each request.
         http = openai.DefaultHttpxClient(event_hooks={"response": [_refuse_without_text]})
         return openai.OpenAI(
             base_url=self.url, api_key="-", timeout=self.timeout, max_retries=self.tries - 1, http_client=http

@@ -327,6 +327,19 @@ def test_a_run_keeps_what_was_sent_and_said_and_scores_again_from_it(nano_folder
         run_one(Pupil(POPE), "pope", nano_folder, tmp_path, limit=2)
 
 
+def test_a_benchmark_is_an_evaluation_with_a_typed_score(nano_folder: Path, tmp_path: Path) -> None:
+    one = understanding.Understanding(Pupil(POPE), benchmarks()["pope"], limit=4, batch_size=3)
+    assert (one.task, one.stages, one.batch_size, one.device) == ("understanding/pope", ("answers",), 3, "cpu")
+    found = one.run(nano_folder, tmp_path / "pope")
+    assert found["folder"] == str(tmp_path / "pope") and found["seconds"] >= 0 and "4 of 6 units asked" in found["why"]
+    score = one.score(RunFolder.load(tmp_path / "pope"))
+    assert isinstance(score, understanding.BenchmarkScore) and score.name == "understanding/pope" and score.n == 4
+    assert all(found[key] == value for key, value in score.row().items())
+    assert score.score is not None and found["score"] == round(score.score, 4)
+    with pytest.raises(QuestionsError, match="has no folder pope"):
+        understanding.Understanding(Pupil(), benchmarks()["pope"], tmp_path / "none")
+
+
 def test_an_interrupted_run_goes_on_with_the_same_batches(nano_folder: Path, tmp_path: Path) -> None:
     whole = Pupil(POPE)
     expected = run_one(whole, "pope", nano_folder, tmp_path / "a", batch_size=2)

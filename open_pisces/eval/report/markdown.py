@@ -109,8 +109,13 @@ def _runs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         line, tables = _run(row)
         parts.append(f"**{row['model']}**, `{row['measure']}`, run `{row['run'][:8]}`: {line}")
         parts += [grid(header, cells, "l" + "r" * (len(header) - 1)) for header, cells in tables]
-    made = Counter(_versions(row) for row in rows)
-    lines = [f"{'All' if len(made) == 1 else f'{count} of these'} made under {text}." for text, count in made.items()]
+    made: Counter[str] = Counter()
+    for row in rows:
+        versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
+        made[f"{versions}; device {row['device']}, threads {row['threads']}"] += 1
+    lines = [f"{count} of these made under {text}." for text, count in made.items()]
+    if len(made) == 1:
+        lines = [f"All made under {text}." for text in made]
     return [*parts, _list(lines)]
 
 
@@ -125,20 +130,12 @@ def _run(row: Mapping[str, Any]) -> tuple[str, list[Table]]:
     short, tables = small_tables(known)
     said = ", ".join(f"{words(key)} {told(value)}" for key, value in short.items())
     left = {key: value for key, value in row["settings"].items() if row["told"].get(key, ...) != value}
-    settings = ", ".join(f"{words(key)} {_setting(key, value)}" for key, value in left.items())
+    for key in ("steps", "guidance_scale"):
+        if key in left and left[key] is None:
+            left[key] = "the model's own"
+    settings = ", ".join(f"{words(key)} {told(value)}" for key, value in left.items())
     parts = [bracketed(row) if "score" in row else NOT_RUN, said, settings and f"Settings: {settings}", *notes]
     return f"{'. '.join(part for part in parts if part).removesuffix('.')}.", tables
-
-
-def _setting(key: str, value: Any) -> str:
-    """A setting; what was left to the model is said."""
-    return "the model's own" if value is None and key in ("steps", "guidance_scale") else told(value)
-
-
-def _versions(row: Mapping[str, Any]) -> str:
-    """What a run was made with."""
-    names = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
-    return f"{names}; device {row['device']}, threads {row['threads']}"
 
 
 def _list(entries: Sequence[str]) -> str:

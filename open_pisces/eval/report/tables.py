@@ -104,6 +104,7 @@ def collect(paths: Sequence[str | Path]) -> tuple[list[Result], list[str]]:
     for path in paths:
         folders |= {folder.resolve(): folder for folder in run_folders(Path(path))}
     loaded = [run for run in map(RunFolder.load, folders.values()) if run.manifest.task != GALLERY]
+    # A run that was named has to have scores; one that was only found in a folder may be under way.
     done = [run for run in loaded if run.folder.resolve() in named or (run.folder / "scores.json").is_file()]
     names = _names(done)
     results = [Result(run, run.scores(run.manifest.model_hash), names[run.manifest.model_hash]) for run in done]
@@ -282,7 +283,7 @@ def measured(result: Result) -> Row:
     scores = result.scores
     found = figures(result)
     manifest = result.run.manifest
-    told = {name: scores[name] for name in _TOLD if name in scores and _says_something(scores[name])}
+    told = {name: scores[name] for name in _TOLD if _says_something(scores.get(name))}
     if told.get("rules") == asdict(Rules()):
         told["rules"] = "official"
     return {
@@ -305,7 +306,7 @@ def _measure(result: Result) -> str:
 
 
 def _says_something(value: Any) -> bool:
-    """Whether a value is worth a word: numbers are, what is empty or false is not."""
+    """Whether a value is worth a word: numbers are, 0 too; what is empty or false is not."""
     return bool(value) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 

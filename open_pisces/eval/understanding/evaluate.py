@@ -116,6 +116,7 @@ class Understanding(Evaluation):
         self.judge = judge
         self.asked = read_questions(benchmark, data, limit)
         self._settings: Row = {"benchmark": asdict(benchmark), "row": benchmark.hash, "data": str(data)}
+        # The batch size belongs to a run: padding changes the last bits of what a model computes.
         self._settings |= {"units": self.asked.units, "limit": limit, "batch_size": batch_size}
 
     @property
@@ -136,6 +137,7 @@ class Understanding(Evaluation):
         pictures = [self.asked.pictures(item) for item in batch]
         rows = []
         for item, shown, row in zip(batch, pictures, self._answers(batch, pictures), strict=True):
+            # What was shown, should the copy of the dataset change; 64 bits tell its pictures apart.
             sums = [hashlib.sha256(picture.tobytes()).hexdigest()[:16] for picture in shown]
             rows.append({"key": item["key"], "answer": row["answer"], "pictures": sums, **row})
         run.append(ANSWERS, rows)
@@ -248,6 +250,7 @@ def score_run(run: RunFolder, judge: ChatModel | None = None) -> BenchmarkScore:
     plain = totals.total(row.total, run.items, strict) if strict else Total(None, n=len(run.items))
     by, found = _by_judge(run, row, said, strict, judge)
     if by is None:
+        # The rules' reading would pass for the published score, which is a judge's.
         found = Total(None) if row.judge == "required" else plain
     unread = [place for place, one in enumerate(strict) if one.read is None]
     return BenchmarkScore(
@@ -306,6 +309,7 @@ def _baseline(row: Benchmark, items: Sequence[Row]) -> float | None:
     for item in items:
         golds.update(item["gold"] if isinstance(item["gold"], list) else [item["gold"]])
     scores = []
+    # Each constant takes a pass over all questions, and a rare answer could hardly win.
     for constant, _ in golds.most_common(CONSTANTS):
         scores.append(totals.score_only(row.total, items, _grades(row, items, [constant] * len(items))))
     return max((score for score in scores if score is not None), default=None)
@@ -382,6 +386,7 @@ def _judged(
             grades[item["key"]] = strict[number]
         elif item["key"] in verdicts:
             grades[item["key"]] = _grade_of(reads, item, verdicts[item["key"]])
+    # With half of a unit left out MMBench would be easier: all rotations have to be right.
     kept = _settled(items, grades) if row.total == "all_right" else [item for item in items if item["key"] in grades]
     if not kept:
         return Total(None, why="no answer could be judged")
@@ -392,7 +397,7 @@ def _grade_of(reads: str, item: Row, verdict: Any) -> Grade:
     """What a verdict makes of an answer."""
     if reads == "tenths":
         return Grade(float(verdict), str(verdict))
-    if reads == "verdict":  # who was shown no figure may say so
+    if reads == "verdict":  # as in the published code: who was shown no figure may say so
         return Grade(float(verdict == "correct" or (verdict == "unclear" and totals.without_figure(item))), verdict)
     if reads == "letter":
         return Grade(float(verdict == item["gold"]), verdict)

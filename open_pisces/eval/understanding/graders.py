@@ -97,7 +97,7 @@ def judge_answers(run: RunFolder, judge: ChatModel, kind: str, asked: Sequence[t
     known = {row["key"]: row["prompt"] for row in kept}
     prompts = [(question["key"], prompt_of(task["prompt"], question, answer)) for question, answer in asked]
     todo = [(key, prompt) for key, prompt in prompts if known.get(key) != digest(prompt)]
-    for start in range(0, len(todo), AT_ONCE):
+    for start in range(0, len(todo), AT_ONCE):  # kept part by part: a stop loses one part at most
         with ThreadPoolExecutor(AT_ONCE) as pool:
             rows = list(pool.map(lambda one: _judge(judge, task, *one), todo[start : start + AT_ONCE]))
         run.append(FILE, rows)

@@ -38,6 +38,7 @@ def tables() -> dict[str, Any]:
 def plain(answer: str) -> str:
     """The answer without markup, lead-in, later lines, quotes around it and final punctuation (lenient reading)."""
     text = _MARKUP.sub("", answer).strip()
+    # The last lead-in counts: a model that reasons aloud ends with its answer.
     lead = list(_LEAD.finditer(text))
     if lead and text[lead[-1].end() :].strip():
         text = text[lead[-1].end() :]
@@ -200,7 +201,7 @@ def mmmu_letter(answer: str, options: Options) -> str | None:
         found = [letter for letter in options if form.format(letter) in text]
         if found:
             return max(found, key=lambda letter: text.rfind(place.format(letter)))
-    if len(text.split()) <= 5:
+    if len(text.split()) <= 5:  # MMMU's own limit
         return None
     low = text.lower()
     found = [letter for letter, option in options.items() if option.lower() in low]

@@ -120,6 +120,7 @@ def read_questions(benchmark: Benchmark, data: str | Path = HUB, limit: int | No
         raise QuestionsError(f"{table.where}: no row has {benchmark.where or 'anything to ask'}")
     units = list(dict.fromkeys(item["unit"] for item in items))
     if limit is not None and limit < len(units):
+        # Evenly spread, because many sets are sorted by category.
         kept = {units[i * len(units) // limit] for i in range(limit)}
         items = [item for item in items if item["unit"] in kept]
     # A picture takes more room than any prompt, so their number counts first.
@@ -203,6 +204,7 @@ def _options(benchmark: Benchmark, row: dict[str, Any]) -> dict[str, str]:
         return {letter: option.strip() for letter, option in found}
     if form == "lettered":  # "(a) Open (b) Closed"
         return {letter.upper(): text.strip() for letter, text in re.findall(r"\(([a-j])\)\s*([^(]+)", cell)}
+    # MMMU stores its list of options as the text of a Python list.
     listed = ast.literal_eval(cell) if isinstance(cell, str) else cell
     return dict(zip(_LETTERS, map(str, listed if listed is not None else []), strict=False))
 
@@ -240,12 +242,13 @@ def _unit(benchmark: Benchmark, row: dict[str, Any], number: int) -> str:
     value = row[unit["column"]]
     if "modulo" in unit:
         value = int(value) % int(unit["modulo"])
-    if unit.get("pairs"):  # rows are counted from 1
+    if unit.get("pairs"):  # MMVP counts its rows from 1
         value = (int(value) - 1) // 2
     return f"{row[unit['within']]}/{value}" if "within" in unit else str(value)
 
 
 def _empty(cell: Any) -> bool:
+    # Tables that went through pandas hold NaN, which differs from itself, or its text, for an empty cell.
     return cell is None or cell != cell or str(cell).strip() in ("", "nan")
 
 
@@ -261,6 +264,7 @@ def _loader(benchmark: Benchmark, table: Table, data: str | Path) -> Callable[[R
     if benchmark.join:
         other = open_table(benchmark, data, benchmark.join["subset"])
         _need(other, [benchmark.join["id"], *benchmark.picture])
+        # GQA: one picture has many questions, so its pictures are a subset of their own.
         places = {row[benchmark.join["id"]]: n for n, row in enumerate(other.texts([benchmark.join["id"]]))}
         keys = [row[benchmark.join["key"]] for row in table.texts([benchmark.join["key"]])]
 
@@ -324,6 +328,7 @@ def _local(root: Path, benchmark: Benchmark, subset: str) -> Table:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _from_disk(folder, split)
     files = sorted(folder.rglob("*.parquet"))
+    # The hub writes SPLIT-00000-of-00003.parquet; a copy may also be a single file of any name.
     named = [str(file) for file in files if re.match(rf"{re.escape(split)}([-_.]|$)", file.name)]
     named = named or [str(file) for file in files if len(files) == 1]
     if not named:
@@ -365,6 +370,7 @@ def _table(dataset: Any, where: str) -> Table:
     """A table of a dataset, its pictures as the files they are."""
     import datasets
 
+    # Decoded only when asked about: reading a table of texts should not open 200,000 pictures.
     undecoded = datasets.Image(decode=False)
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):

@@ -68,7 +68,7 @@ def relaxed(answer: str, gold: str, tolerance: float = 0.05) -> float:
     """ChartQA: numbers within 5 % of the gold one; anything else, and a gold of zero, has to be the same text."""
     found = parsing.number_of(answer)
     target = parsing.number_of(gold)
-    if found is not None and target:
+    if found is not None and target:  # 5 % of zero would be no tolerance
         return float(abs(found - target) / abs(target) <= tolerance)
     return float(answer.lower() == gold.lower())
 
@@ -102,6 +102,7 @@ def _mmmu(question: Question, answer: str, lenient: bool) -> Grade:
         reading = parsing.lenient_mmmu_letter if lenient else parsing.mmmu_letter
         return _same(reading(answer, question["options"]), question["gold"])
     gold = str(question["gold"])
+    # Several right answers are stored as the text of a Python list.
     golds = [str(one) for one in ast.literal_eval(gold)] if gold.startswith("[") else [gold]
     return _worth(mmmu_open_right(parsing.plain(answer) if lenient else answer, golds), answer)
 
@@ -148,6 +149,7 @@ def _relaxed(question: Question, answer: str, lenient: bool) -> Grade:
 
 
 def _contained(question: Question, answer: str, lenient: bool) -> Grade:
+    # OCRBench's only dataset of handwritten formulas.
     formula = question["facts"]["dataset"] == "HME100k"
     return _worth(contained(parsing.plain(answer) if lenient else answer, question["gold"], formula), answer)
 

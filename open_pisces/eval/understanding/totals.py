@@ -182,6 +182,7 @@ def _mme(questions: Sequence[Question], grades: Sequence[Grade]) -> Parts:
     for unit in units.values():
         if len(unit) == 2:
             values = [one.value for _, one in unit]
+            # MME's accuracy of the two questions, plus "accuracy+", which is 1 only if both are right.
             groups.setdefault(unit[0][0]["facts"]["category"], []).append([sum(values) / 2 + min(values)])
     images = sum(len(values) for values in groups.values())
     why = [f"{len(units) - images} images left out: without their two questions"] if images < len(units) else []
