@@ -1,6 +1,6 @@
 """What one answer is worth by a benchmark's rule, from 0 to 1.
 
-Pure functions of a question and an answer; no model, no file. A question is a row of `eval.questions`: ``gold``,
+Pure functions of a question and an answer; no model, no file. A question is an item of `questions.Asked`: ``gold``,
 ``options`` (letter to text) and ``facts`` (columns that its rule asks for).
 """
 
