@@ -154,11 +154,11 @@ def gallery(args: argparse.Namespace) -> Result:
 def understanding(args: argparse.Namespace) -> Result:
     """The paper's understanding benchmarks."""
     from open_pisces.eval.understanding.evaluate import evaluate
-    from open_pisces.eval.understanding.graders import Judge
     from open_pisces.eval.understanding.questions import FIXTURES
+    from open_pisces.generate.chat_model import ChatModel
 
     model, generator = _generator(args)
-    judge = Judge(args.judge, **({"url": args.judge_url} if args.judge_url else {})) if args.judge else None
+    judge = ChatModel(args.judge, **({"url": args.judge_url} if args.judge_url else {})) if args.judge else None
     names = args.suite if len(args.benchmarks) == 0 else args.benchmarks
     how: dict[str, Any] = {"limit": args.limit, "batch_size": args.batch_size, "folder": args.out, "judge": judge}
     found = evaluate(generator, names, model=model, data=args.data or FIXTURES, **how)

@@ -116,7 +116,7 @@ class Evaluation(ABC):
         """Answer what a run still lacks, stage by stage, with a bar on standard error."""
         for stage in self.stages:
             left = list(run.batches(stage, self.batch_size))
-            for batch in track(left, stage, console=Console(stderr=True), disable=not left):
+            for batch in track(left, f"{self.task}: {stage}", console=Console(stderr=True), disable=not left):
                 self.answer(run, stage, batch)
 
 

@@ -38,7 +38,7 @@ def rescore(folder: str | Path, model: str | None = None, rules: Rules | None = 
         "geneval": lambda: geneval_runs.score(run, rules=rules),
     }
     if kind == "understanding":
-        return {**understanding.score(run), "folder": str(run.folder)}
+        return {**run.write_scores(understanding.score_run(run).row()), "folder": str(run.folder)}
     if run.manifest.task not in ways:
         raise RunError(
             f"{folder}: a run of {run.manifest.task} keeps its pictures only: give it the command that made it"
