@@ -71,7 +71,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def words_of(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A text field's value; "" for what is missing or no text."""
     return value.strip() if isinstance(value, str) else ""
 

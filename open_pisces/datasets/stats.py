@@ -6,21 +6,18 @@ copies needs: some 500 bytes a picture.
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image as Pillow
-from PIL.Image import Image
 
 from open_pisces.batch import Sample
 from open_pisces.data.shards import DamagedSample, ShardError, open_dataset
+from open_pisces.datasets.duplicates import CopyCounter
+from open_pisces.datasets.language import words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,12 +26,6 @@ TASKS = ("short", "detailed", "questions", "conversation", "several pictures")
 TEXTS = ("short", "detailed", "questions", "answers", "conversation")
 _COMMON = 8  # image sizes and kinds of questions that are listed one by one
 _TEXTS_AT_ONCE = 512  # given to the tokenizer
-
-# ---------------------------------------------------------------------------------------------- reading and words
-
-_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_PIECE = re.compile(f"[{_IDEOGRAPHS}]|[^\\s{_IDEOGRAPHS}]+")
-_EDGES = string.punctuation + "“”‘’«»…—–·¡¿。、，．！？：；（）「」『』"
 
 
 def checked(sample: Sample) -> Sample:
@@ -52,63 +43,6 @@ def checked(sample: Sample) -> Sample:
     if not all(isinstance(text, str) for text in texts):
         raise DamagedSample(f"sample {sample.key!r}: a caption, question or answer is no text: correct it", "text")
     return sample
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case: what spaces part, less punctuation; Han characters and kana one by one."""
-    pieces = (piece.strip(_EDGES) for piece in _PIECE.findall(text.casefold()))
-    return [piece for piece in pieces if any(map(str.isalnum, piece))]
-
-
-# ------------------------------------------------------------------------------------------- copies of pictures
-
-_SIDE = 32  # pixels of the grey square the hash is taken from
-_DEAD_ZONE = 8.0, 0.2  # a frequency counts as present above this amplitude, and above this share of all of them
-_SAME_COLOUR = 16  # of 255: JPEG at quality 60 moves a sixteenth of a 64-pixel picture by up to 13
-
-
-class Appearance(NamedTuple):
-    """What a picture looks like: copies of it, re-encoded or resized, differ little."""
-
-    hash: int
-    """64 bits, see `perceptual_hash`."""
-    colours: np.ndarray
-    """uint8 (48,): mean colours of a grid of 4 x 4 cells."""
-
-
-def appearance_of(image: Image) -> Appearance:
-    """The hash and the coarse colours of an RGB picture."""
-    cells = image.resize((4, 4), Pillow.Resampling.BOX)
-    return Appearance(perceptual_hash(image), np.asarray(cells, np.uint8).reshape(-1))
-
-
-def alike(colours: np.ndarray, others: np.ndarray) -> bool:
-    """Whether any of some rows of coarse colours is near these: what tells a red heart from a blue one."""
-    return bool((np.abs(others.astype(np.int16) - colours).max(-1, initial=0) <= _SAME_COLOUR).any())
-
-
-def perceptual_hash(image: Image) -> int:
-    """A 64-bit DCT hash: which of the 64 lowest frequencies of the picture, in grey at 32 x 32, are clearly positive.
-
-    The usual hash compares with the median; drawings have many frequencies near zero, whose bits then are noise. Here
-    they are 0 until they reach the dead zone's end. Colour is not in the hash: `alike` compares it apart.
-    """
-    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Pillow.Resampling.BILINEAR), np.float64)
-    cosines, lowest = _frequencies()
-    found = (cosines @ grey @ cosines.T)[lowest]
-    least, share = _DEAD_ZONE
-    bits = found > max(least, share * float(np.sqrt(np.mean(found**2))))
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-@cache
-def _frequencies() -> tuple[np.ndarray, tuple[list[int], list[int]]]:
-    """The orthonormal DCT-II as a matrix; rows and columns of the 64 lowest frequencies but the mean."""
-    place = np.arange(_SIDE)
-    matrix = np.cos(np.pi * (2 * place[None] + 1) * place[:, None] / (2 * _SIDE)) * np.sqrt(2 / _SIDE)
-    matrix[0] /= np.sqrt(2)
-    lowest = sorted(((i, j) for i in range(12) for j in range(12) if i + j), key=lambda at: (sum(at), at))[:64]
-    return matrix, ([row for row, _ in lowest], [column for _, column in lowest])
 
 
 # --------------------------------------------------------------------------------------------------------- counting
@@ -224,7 +158,8 @@ def measure(path: str | Path, tokenizer: Any = None, limit: int | None = None) -
     reader = open_dataset(path)
     shards = reader._shards
     tally = Tally(str(path), len(reader), len(shards), sum(shard["size"] for shard in shards), reader.licences)
-    tokens, copies = _Tokens(tokenizer), _Copies()
+    tokens = _Tokens(tokenizer)
+    copies = CopyCounter()
     tally.read = len(reader) if limit is None else min(limit, len(reader))
     for number in range(tally.read):
         index = number * len(reader) // tally.read
@@ -251,28 +186,6 @@ def texts_of(sample: Sample) -> Iterator[tuple[str, str]]:
         content = turn.get("content") if isinstance(turn, dict) else None
         parts = content if isinstance(content, list) else [content]
         yield from (("conversation", part) for part in parts if isinstance(part, str))
-
-
-class _Copies:
-    """Counts pictures that were there before: as the same file, or only looking the same."""
-
-    def __init__(self) -> None:
-        self.exact = self.near = 0
-        self._files: set[tuple[int, int]] = set()
-        self._colours: dict[int, np.ndarray] = {}
-
-    def add(self, files: list[tuple[int, int]], images: tuple[Image, ...]) -> None:
-        for file, image in zip(files, images, strict=True):
-            if file in self._files:
-                self.exact += 1
-                continue
-            self._files.add(file)
-            look = appearance_of(image)
-            others = self._colours.get(look.hash, np.zeros((0, 48), np.uint8))
-            if alike(look.colours, others):
-                self.near += 1
-            else:
-                self._colours[look.hash] = np.concatenate([others, look.colours[None]])
 
 
 class _Tokens:

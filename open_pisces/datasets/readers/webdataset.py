@@ -24,7 +24,7 @@ from open_pisces.datasets.records import (
     captions_in,
     choose_field,
     inputs,
-    words_of,
+    text_of,
 )
 
 CAPTION_FIELDS = ("caption", "short", "text", "short_caption", *LIST_FIELDS)
@@ -75,7 +75,7 @@ def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
             yield sample
             continue
         said = sample.fields.get(caption)
-        facts = {FACTS[n]: value for n, value in sample.fields.items() if n in FACTS and words_of(value)}
+        facts = {FACTS[n]: value for n, value in sample.fields.items() if n in FACTS and text_of(value)}
         try:
             captions = captions_in(
                 sample.key, said if options.caption_field else sample.text or said, sample.fields.get(detailed)
