@@ -6,7 +6,6 @@ prepared, and the precision. If any of these changes, it is another store; an ol
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from open_pisces.data.shards import DamagedSample, ShardReader, data_path
 from open_pisces.errors import PiscesError
+from open_pisces.files import sha256_of
 
 Kind = Literal["understanding", "generation"]
 KINDS: tuple[Kind, ...] = ("understanding", "generation")
@@ -48,7 +48,7 @@ def feature_key(
 
 def store_folder(key: Mapping[str, Any]) -> Path:
     """Where the store of a key lies: ``features/`` in the data folder."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    name = sha256_of(json.dumps(key, sort_keys=True).encode())[:20]
     return data_path("features") / name
 
 

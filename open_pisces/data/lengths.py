@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -17,6 +15,7 @@ from open_pisces.config import DataConfig, SourceConfig, Task
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import LengthError, Renderer, SampleError, sample_turns, wordings
 from open_pisces.data.shards import DamagedSample, ShardReader, data_path
+from open_pisces.files import sha256_of, whole_file
 
 COLUMNS = ("short", "detailed", "questions", "conversation", "asked", "turns", "pictures")
 """Tokens of the texts, then how many questions, turns and pictures a sample has."""
@@ -82,9 +81,8 @@ def token_table(reader: ShardReader, tokenizer: Any, samples: np.ndarray) -> np.
     table = np.concatenate([_count([_words(reader, i) for i in chunk], tokenizer) for chunk in chunks])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{os.getpid()}.{path.name}")
-        np.save(part, table, allow_pickle=False)
-        part.replace(path)
+        with whole_file(path) as part:
+            np.save(part, table, allow_pickle=False)
     except OSError:
         pass
     return table
@@ -94,8 +92,8 @@ def _name(reader: ShardReader, tokenizer: Any, samples: np.ndarray) -> str:
     """Changes with the dataset and with anything the tokenizer does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spelled = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    chosen = hashlib.sha256(samples.astype("<i8").tobytes()).hexdigest()
-    return hashlib.sha256(f"{reader.digest} {chosen} {spelled}".encode()).hexdigest()[:20]
+    chosen = sha256_of(samples.astype("<i8").tobytes())
+    return sha256_of(f"{reader.digest} {chosen} {spelled}".encode())[:20]
 
 
 def _words(reader: ShardReader, index: int) -> Sample:

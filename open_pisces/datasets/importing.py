@@ -9,7 +9,6 @@ Nothing that comes with a dataset is run or unpickled, and the names of pictures
 from __future__ import annotations
 
 import difflib
-import io
 import json
 import re
 from collections import Counter, defaultdict
@@ -24,7 +23,7 @@ from open_pisces.batch import Sample
 from open_pisces.data.images import ImageError, open_image
 from open_pisces.datasets.inline import picture_file
 from open_pisces.datasets.records import BadRecord, DatasetImportError, Options, Record, is_text, place
-from open_pisces.datasets.shard_writer import ShardWriter, kept_format
+from open_pisces.datasets.shard_writer import ShardWriter, kept_format, png_of
 
 ENOUGH = 100
 """Records after which the share of bad ones is judged while the import runs."""
@@ -241,8 +240,4 @@ def _checked(raw: bytes, min_side: int, max_aspect: float) -> bytes:
     short, long = sorted(image.size)
     if short < min_side or long > max_aspect * short:
         raise BadRecord("picture", "shape", f"{image.width} x {image.height}")
-    if kept_format(raw):
-        return raw
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return raw if kept_format(raw) else png_of(image)

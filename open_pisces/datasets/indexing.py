@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from open_pisces.data.shards import ShardError
-from open_pisces.datasets.shard_writer import IndexWriter, sha256_of
+from open_pisces.datasets.shard_writer import IndexWriter
+from open_pisces.files import sha256_of
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "gif")
 TEXTS = ("txt", "caption")
