@@ -33,10 +33,15 @@ def contact_sheet(images: Sequence[Image], captions: Sequence[str], columns: int
     font = ImageFont.load_default(size=height_of_text)
     line = math.ceil(height_of_text * 1.25)
     margin = max(4, cell // 16)
-    wrapped = [textwrap.wrap(caption, max(8, int(cell / (height_of_text * 0.56)))) for caption in captions]
+    # A letter of Pillow's default font is about 0.56 of its height wide.
+    letters = max(8, int(cell / (height_of_text * 0.56)))
+    wrapped = [textwrap.wrap(caption, letters) for caption in captions]
     columns = max(1, min(columns, len(images)))
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    heights = [cell + 2 * margin + line * max(len(wrapped[i]) for i in row) for row in rows]
+    heights = []
+    for row in rows:
+        most_lines = max(len(wrapped[i]) for i in row)
+        heights.append(cell + 2 * margin + line * most_lines)
     sheet = Pillow.new("RGB", (columns * (cell + margin) + margin, sum(heights) + margin), (244, 244, 244))
     draw = ImageDraw.Draw(sheet)
     top = margin

@@ -1,11 +1,11 @@
-"""Which samples of a dataset are worth training on: small named rules, each counting what it drops.
+"""Filters a dataset by named rules, and counts what each rule drops.
 
 A rule is a function of a sample and the rule's value: true keeps the sample. Rules are written ``name=value`` and apply
-in the order given; the first that drops a sample is the one counted. What a rule finds nothing to judge in, it keeps:
-a sample without captions passes the rules on captions (it may hold questions), one without pictures those on pictures.
+in the order given; the first that drops a sample is the one counted. A sample without captions passes the rules on
+captions (it may hold questions), one without pictures the rules on pictures.
 
-A rule that has to look into a picture which cannot be read makes the sample count as damaged; to count such samples
-under a name of their own, give ``missing_image`` first.
+A rule that needs a picture which cannot be read makes the sample count as damaged; to count such samples under a name
+of their own, give ``missing_image`` first.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ class RuleError(PiscesError):
 
 
 class Candidate:
-    """A sample under the rules: its words at once, its pictures only when a rule asks for them.
+    """A sample to be judged: its words are read at once, its pictures only when a rule needs them.
 
     Raises:
         DamagedSample: from every member, when what it needs cannot be read.
     """
 
     def __init__(self, reader: ShardReader, index: int) -> None:
-        self._reader, self._index = reader, index
+        self._reader = reader
+        self._index = index
         self.words: Sample = checked(reader.words(index))
 
     @property
@@ -110,7 +111,10 @@ def repetition(candidate: Candidate, most: float) -> bool:
 
 def language(candidate: Candidate, codes: tuple[str, ...]) -> bool:
     """Each caption may be in one of the languages (`in_language`)."""
-    return all(any(in_language(caption, code) for code in codes) for caption in candidate.captions)
+    for caption in candidate.captions:
+        if not any(in_language(caption, code) for code in codes):
+            return False
+    return True
 
 
 def duplicate(candidate: Candidate, seen: NearIndex) -> bool:
@@ -139,11 +143,13 @@ def licence(candidate: Candidate, allowed: frozenset[str]) -> bool:
 
 def _pictures_spoken_of(words: Sample) -> int:
     """Captions and questions speak of the first picture, turns of those they name."""
-    turns = [turn["content"] for turn in words.conversation if isinstance(turn, dict) and "content" in turn]
-    parts = [part for content in turns if isinstance(content, list) for part in content]
-    named = [part["image"] for part in parts if isinstance(part, dict) and isinstance(part.get("image"), int)]
-    described = words.short or words.detailed or words.questions
-    return max([index + 1 for index in named] + [1 if described else 0])
+    most = 1 if words.short or words.detailed or words.questions else 0
+    for turn in words.conversation:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and isinstance(part.get("image"), int):
+                most = max(most, part["image"] + 1)
+    return most
 
 
 # ------------------------------------------------------------------------------------------- rules as they are written
@@ -173,7 +179,8 @@ def _number(kind: type[int] | type[float], least: float, most: float = math.inf)
 
 def _bounds(text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
-    least, most = _number(int, 0)(low), _number(int, 0)(high)
+    least = _number(int, 0)(low)
+    most = _number(int, 0)(high)
     if least > most:
         raise ValueError(f"{least} is more than {most}")
     return least, most
@@ -276,13 +283,18 @@ def filter_dataset(
         RuleError: rules that `parse_rules` refuses, or that would keep nothing.
         ShardError: no dataset at ``source``, or ``out`` is or holds ``source``.
     """
-    parsed, reader = parse_rules(rules), open_dataset(source)
-    _check_apart(reader, Path(out))
-    dropped, damaged = Counter({rule.name: 0 for rule in parsed}), Counter[str]()
+    parsed = parse_rules(rules)
+    reader = open_dataset(source)
+    # Replacing ``out`` must not take the source away.
+    if isinstance(reader.folder, Path) and reader.folder.resolve().is_relative_to(Path(out).resolve()):
+        raise ShardError(f"{out} is, or holds, the dataset that is read ({reader.folder}): choose another folder")
+    dropped = Counter({rule.name: 0 for rule in parsed})
+    damaged = Counter[str]()
     with ShardWriter(out, samples_per_shard, reader.licences) as writer:
         for index in range(len(reader)):
             try:
                 candidate = Candidate(reader, index)
+                # Stops at the first rule that drops it: the later ones, which may decode pictures, are not asked.
                 verdict = next((rule.name for rule in parsed if not rule.keeps(candidate, rule.value)), None)
                 if verdict is None:
                     _keep(candidate, writer, parsed)
@@ -309,12 +321,6 @@ def _keep(candidate: Candidate, writer: ShardWriter, rules: list[Rule]) -> None:
     for seen in (rule.value for rule in rules if isinstance(rule.value, NearIndex)):
         for one in candidate.appearances:
             seen.add(one)
-
-
-def _check_apart(reader: ShardReader, out: Path) -> None:
-    """Replacing ``out`` must not take the source away."""
-    if isinstance(reader.folder, Path) and reader.folder.resolve().is_relative_to(out.resolve()):
-        raise ShardError(f"{out} is, or holds, the dataset that is read ({reader.folder}): choose another folder")
 
 
 def _nothing_left(reader: ShardReader, dropped: Counter[str], damaged: Counter[str]) -> str:

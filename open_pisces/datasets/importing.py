@@ -1,4 +1,4 @@
-"""Datasets of others into our shards: one loop that checks, counts and writes; how a format is read is in ``sources/``.
+"""Imports datasets of other formats into our shards: one loop that checks, counts and writes (``readers/`` parse).
 
 A reader is a generator of `Record` in the order of its source. What cannot be used is *yielded* as a `BadRecord`, not
 raised, because a generator that has raised is over; all others keep their order. Readers hold one record at a time.
@@ -34,7 +34,7 @@ _LONGEST_KEY = 150
 
 @dataclass(frozen=True)
 class Format:
-    """A name for `import_dataset`: the module of ``sources/`` that reads it, and the options it listens to."""
+    """A name for `import_dataset`: the module of ``readers/`` that reads it, and the options it takes."""
 
     module: str
     options: tuple[str, ...]
@@ -107,7 +107,8 @@ def import_dataset(
     options = Options(format, **fields, images=images, split=split)
     _check(options, limit, max_bad, min_side, max_aspect)
     name = place(source).name
-    tally, keys = _Tally(source, max_bad), _Keys()
+    tally = _Tally(source, max_bad)
+    keys = _Keys()
     licences = [{"package": name, "licence": licence, "attribution": source}] if licence else []
     with ShardWriter(out, samples_per_shard, licences) as writer:
         for record in islice(read_records(source, options), limit):
@@ -115,8 +116,8 @@ def import_dataset(
             tally.note(usable)
             if isinstance(record, Record) and not isinstance(usable, BadRecord):
                 words, pictures = usable
-                key, origin = keys.next(record.key, writer), record.source or name
-                writer.write(Sample(key, (), source=origin, **words), pictures)
+                key = keys.next(record.key, writer)
+                writer.write(Sample(key, (), source=record.source or name, **words), pictures)
         tally.judge()
         return {"format": format, "source": source, "folder": str(out), "written": len(writer), **tally.counts()}
 
@@ -149,7 +150,9 @@ class _Tally:
     """Counts what was read and skipped, and ends the import when too much was."""
 
     def __init__(self, source: str, max_bad: float) -> None:
-        self.source, self.max_bad, self.read = source, max_bad, 0
+        self.source = source
+        self.max_bad = max_bad
+        self.read = 0
         self.skipped = Counter[str]()
         self.offenders: dict[str, list[str]] = defaultdict(list)
         self.first = self.remedy = ""

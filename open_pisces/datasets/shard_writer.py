@@ -56,7 +56,7 @@ class IndexWriter:
         raw = {"samples": self._samples + self._row(len(self.shards)), "members": self._members, "keys": self._keys}
         tables = {name: np.frombuffer(bytes(raw[name]), dtype) for name, dtype in TABLES.items()}
         (folder / "index").mkdir(parents=True, exist_ok=True)
-        (folder / "index.json").unlink(missing_ok=True)
+        (folder / "index.json").unlink(missing_ok=True)  # tables that are half new have no index
         for name, table in tables.items():
             with whole_file(folder / "index" / f"{name}.npy") as part:  # a reader keeps the table that it has mapped
                 np.save(part, table, allow_pickle=False)

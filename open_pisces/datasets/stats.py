@@ -1,4 +1,4 @@
-"""What a dataset holds, in figures: lengths, sizes, tasks, copies, licences; as a dictionary, a table, and a picture.
+"""Statistics of a dataset: lengths, sizes, tasks, copies, licences; as a dictionary, a table and a histogram PNG.
 
 Counts are kept by value (length -> samples), so that memory does not grow with the dataset, except for what finding
 copies needs: some 500 bytes a picture.
@@ -34,12 +34,9 @@ def checked(sample: Sample) -> Sample:
     Raises:
         DamagedSample: if they are not.
     """
-    texts = [
-        sample.short,
-        *sample.more_captions,
-        sample.detailed,
-        *(text for q in sample.questions for text in (q.question, q.answer)),
-    ]
+    texts: list[Any] = [sample.short, *sample.more_captions, sample.detailed]
+    for asked in sample.questions:
+        texts += (asked.question, asked.answer)
     if not all(isinstance(text, str) for text in texts):
         raise DamagedSample(f"sample {sample.key!r}: a caption, question or answer is no text: correct it", "text")
     return sample
@@ -116,7 +113,8 @@ class Tally:
 
 def summary(counts: Counter[int]) -> dict[str, float]:
     """Count, total, mean and percentiles (the smallest value that so many per cent do not exceed); zeros for none."""
-    number, total = counts.total(), sum(value * count for value, count in counts.items())
+    number = counts.total()
+    total = sum(value * count for value, count in counts.items())
     values = sorted(counts) or [0]
     upto = np.cumsum([counts[value] for value in values])
     percents = {"min": 0, "p5": 5, "p50": 50, "p95": 95, "max": 100}
@@ -139,7 +137,7 @@ def stats(
     Returns:
         ``samples``, ``shards``, ``bytes`` of the whole dataset; of the ``read`` samples ``pictures``, ``sizes``,
         ``words``, ``tokens``, ``tasks`` and ``question_kinds`` (samples that hold them), ``duplicates`` (pictures:
-        ``exact`` have the size and CRC-32 of an earlier one, ``near`` only look like one: the same hash and colours),
+        ``exact`` have the size and CRC-32 of an earlier one, ``near`` only look like one: the same hash and colors),
         ``licences``, ``damaged``.
 
     Raises:
@@ -172,7 +170,8 @@ def measure(path: str | Path, tokenizer: Any = None, limit: int | None = None) -
         tokens.add(texts_of(sample))
         copies.add(reader.image_members(index), sample.images)
     tally.tokens = tokens.finish() if tokenizer is not None else None
-    tally.exact, tally.near = copies.exact, copies.near
+    tally.exact = copies.exact
+    tally.near = copies.near
     return tally
 
 
@@ -236,20 +235,25 @@ def describe(figures: dict[str, Any]) -> str:
         "damaged": figures["damaged"],
     }
     columns = ("count", "total", "mean", "p5", "p50", "p95", "max")
+    listed = [f"{name:<20}{_listed(value)}" for name, value in lines.items() if value or name == "damaged"]
     return "\n".join(
         [
             f"{figures['path']}: {figures['samples']:,} samples{read} in {shards}",
             "",
             " " * 20 + "".join(f"{name:>11}" for name in columns),
-            *(f"{name:<20}" + "".join(f"{_short(row[column]):>11}" for column in columns) for name, row in rows),
+            *(_row(name, [row[column] for column in columns]) for name, row in rows),
             "",
-            *(f"{name:<20}{_listed(value)}" for name, value in lines.items() if value or name == "damaged"),
+            *listed,
         ]
     )
 
 
-def _short(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+def _row(name: str, values: list[float]) -> str:
+    """A line of the table: whole numbers as they are, others with one decimal."""
+    line = f"{name:<20}"
+    for value in values:
+        line += f"{value:>11,}" if isinstance(value, int) else f"{value:>11,.1f}"
+    return line
 
 
 def _listed(value: Any) -> str:
@@ -260,7 +264,7 @@ def _listed(value: Any) -> str:
 
 # --------------------------------------------------------------------------------------------------------- picture
 
-_COLOURS = ("#3b6ea5", "#e08a3c", "#5a9e6f", "#a05195", "#8c8c8c")
+_COLORS = ("#3b6ea5", "#e08a3c", "#5a9e6f", "#a05195", "#8c8c8c")
 _BARS = 60  # of a histogram whose values do not get one each
 
 
@@ -300,17 +304,18 @@ def _spread(axes: Axes, named: dict[str, Counter[int]], title: str, unit: str, o
     _dress(axes, title, unit, of, "" if named else why_empty or f"no {of}")
     if not named:
         return
-    low, longest = min(map(min, named.values())), max(map(max, named.values()))
+    low = min(map(min, named.values()))
+    longest = max(map(max, named.values()))
     high = min(longest, 2 * max(int(summary(counts)["p95"]) for counts in named.values()))
     if high < longest:  # a few very long ones would press all others into one bar
         axes.set_xlabel(f"{unit} (the last bar: {high:,} to {longest:,})")
     step = -(-(high - low + 1) // _BARS)
     edges = np.arange(low, high + step + 1, step) - 0.5
-    for (name, counts), colour in zip(named.items(), _COLOURS, strict=False):
+    for (name, counts), color in zip(named.items(), _COLORS, strict=False):
         heights, _ = np.histogram([min(value, high) for value in counts], edges, weights=list(counts.values()))
         label = f"{name} (median {summary(counts)['p50']:,})"
-        axes.stairs(heights, edges, fill=True, alpha=0.35, color=colour)
-        axes.stairs(heights, edges, color=colour, linewidth=1.4, label=label)
+        axes.stairs(heights, edges, fill=True, alpha=0.35, color=color)
+        axes.stairs(heights, edges, color=color, linewidth=1.4, label=label)
     axes.legend(frameon=False)
 
 
@@ -331,7 +336,7 @@ def _bars(axes: Axes, rows: list[tuple[str, int]], title: str, of: str) -> None:
     _dress(axes, title, of, "", "" if rows else f"no {of}")
     if not rows:
         return
-    bars = axes.barh(range(len(rows)), [count for _, count in rows], color=_COLOURS[0], height=0.6)
+    bars = axes.barh(range(len(rows)), [count for _, count in rows], color=_COLORS[0], height=0.6)
     axes.bar_label(bars, labels=[f"{count:,}" for _, count in rows], padding=4)
     axes.set_ylim(max(5, len(rows)) - 0.5, -0.5)  # the first on top; a single bar does not fill the panel
     axes.set_xlim(0, 1.15 * max(1, *(count for _, count in rows)))

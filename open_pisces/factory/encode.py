@@ -66,7 +66,9 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
     Two runs that want the same store take turns; the second finds it there.
     """
     work = folder.with_name(f".{folder.name}.part")
-    rows, side, kind = int(picture_rows(reader)[-1]), encoder.image_size, encoder.kind
+    rows = int(picture_rows(reader)[-1])
+    side = encoder.image_size
+    kind = encoder.kind
     device = next(encoder.parameters()).device
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock")), torch.inference_mode():
@@ -80,7 +82,8 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
             end = min(at + batch_size, rows)
             pixels, good = zip(*_pictures(reader, at, end, cut, side), strict=True)
             found = encoder(torch.from_numpy(np.stack(pixels)).to(device)).float().cpu().numpy()
-            values[at:end], valid[at:end] = found.astype(key["dtype"]), good
+            values[at:end] = found.astype(key["dtype"])
+            valid[at:end] = good
             if number % FLUSH == 0:
                 _note(work, values, valid, end)
         _note(work, values, valid, rows)

@@ -79,7 +79,9 @@ def _captions(source: Place) -> tuple[dict[Any, list[str]], dict[Any, str]]:
     Raises:
         DatasetImportError: if annotations are there, but none is a caption.
     """
-    captions, licences, others = defaultdict[Any, list[str]](list), dict[Any, str](), set[str]()
+    captions: dict[Any, list[str]] = defaultdict(list)
+    licences: dict[Any, str] = {}
+    others: set[str] = set()
     for key, row in object_rows(source, ("annotations", "licenses")):
         if not isinstance(row, dict):
             continue

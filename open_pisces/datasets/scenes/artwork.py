@@ -33,7 +33,8 @@ CUTOUT = 96
 """Longer side of a stored cut-out, in pixels."""
 DRAWING = 52 / 64
 """Longer side of the drawing in an artwork picture, as a share of the picture."""
-_COMPONENTS, _FLAGS = 2, 9  # emojibase's groups: skin tones and hair, flags
+_COMPONENTS = 2  # emojibase's group of skin tones and hair
+_FLAGS = 9
 _RENDER = 160  # pixels a drawing is rendered at before it is trimmed and reduced
 
 
