@@ -79,7 +79,7 @@ class Cutouts:
         return sorted(names)
 
     def has(self, style: str, thing: Thing) -> bool:
-        """Whether the style draws the thing (older styles lack some colours of shapes)."""
+        """Whether the style draws the thing (older styles lack some colors of shapes)."""
         key = _key(style, thing)
         return key in self.pictures and key not in vocabulary().left_out
 
@@ -309,7 +309,7 @@ def _shake(middle: tuple[int, int], rng: np.random.Generator, most: int = 2) -> 
 
 
 def _facts(layout: Layout, boxes: list[list[int]]) -> dict[str, Any]:
-    """The ground truth kept beside the picture; colour is "" where a drawing has no single one."""
+    """The ground truth kept beside the picture; ``colour`` is "" where a drawing has no single one."""
     things = [layout.things[at % len(layout.things)] for at in range(len(boxes))]
     objects = [
         {"concept": thing.concept, "style": layout.style, "colour": thing.colour, "box": box, "size": layout.size,
