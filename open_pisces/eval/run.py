@@ -14,7 +14,6 @@ cut short is done again as a whole. So a run that was interrupted gives the same
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from PIL.Image import Image
 
 from open_pisces.data.images import ImageError, open_image
 from open_pisces.errors import PiscesError
+from open_pisces.files import sha256_of, write_whole
 from open_pisces.model.folder import read_card
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ class RunError(PiscesError):
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return sha256_of(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
 
 
 def model_hash(folder: str | Path) -> str:
@@ -242,7 +242,7 @@ class RunFolder:
             files = {f"{number:04d}.png": image for number, image in enumerate(images)}
             for name, image in files.items():
                 image.save(folder / "samples" / name)
-            sums = {name: _sha256(folder / "samples" / name) for name in files}
+            sums = {name: sha256_of(folder / "samples" / name) for name in files}
             rows.append({"key": key, "sha256": sums})
         self.append("images", rows)  # after the files: a row says that its pictures are whole
         self.__dict__.pop("_sums", None)
@@ -260,7 +260,7 @@ class RunFolder:
                 pictures.append(open_image(path))
             except ImageError as error:
                 raise RunError(f"{error}; or delete {self.folder}/images.jsonl and run the command again") from None
-            if _sha256(path) != expected:
+            if sha256_of(path) != expected:
                 raise RunError(f"{path} was changed after it was made: scores of it would be of another picture")
         return pictures
 
@@ -381,17 +381,3 @@ def _mend(path: Path) -> None:
     if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(content.rfind(b"\n") + 1)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    hidden = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        hidden.write_text(text, encoding="utf-8")
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

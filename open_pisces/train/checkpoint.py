@@ -13,12 +13,8 @@ its run (PyTorch's index is a pickle): what is shared is the model folder.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
-import socket
 import sys
 import warnings
 from collections import ChainMap
@@ -36,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from open_pisces.errors import PiscesError
+from open_pisces.files import LockHeldError, locked, sha256_of, sync, whole_file
 from open_pisces.train.optim import AveragedWeights
 from open_pisces.train.world import World
 
@@ -110,7 +107,7 @@ def faults(found: Found, part: int = 0, parts: int = 1) -> list[str]:
             wrong.append(f"{path}: missing")
         elif path.stat().st_size != expected["size"]:
             wrong.append(f"{path}: {path.stat().st_size} bytes instead of {expected['size']}")
-        elif _sha256(path) != expected["sha256"]:
+        elif sha256_of(path) != expected["sha256"]:
             wrong.append(f"{path}: differs from its checksum")
     return wrong
 
@@ -184,7 +181,10 @@ class Checkpoints:
         if world.is_first:
             state.mkdir(parents=True, exist_ok=True)
             for left in state.glob(".*"):  # of a process that died while it wrote
-                shutil.rmtree(left, ignore_errors=True)
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
 
     def save(
         self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], before: Callable[[], None] = lambda: None
@@ -247,7 +247,7 @@ class Checkpoints:
             own = list(fresh.glob(f"__{self.world.rank}_*"))
             if self.world.is_first:
                 own += fresh.glob(".metadata")
-            files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in own}
+            files = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in own}
         gathered = self.world.gather_objects((problem, files), self.world.saving)
         problem = next((told for told, _ in gathered if told), "")
         if not problem and self.world.is_first:
@@ -266,19 +266,22 @@ class Checkpoints:
     def _commit(
         self, fresh: Path, files: dict[str, Any], shapes: dict[str, list[int]], progress: dict[str, Any]
     ) -> None:
-        _write(fresh / "progress.json", json.dumps(progress))
         told = fresh / "progress.json"
-        files[told.name] = {"size": told.stat().st_size, "sha256": _sha256(told)}
+        told.write_text(json.dumps(progress))
+        sync(told)
+        files[told.name] = {"size": told.stat().st_size, "sha256": sha256_of(told)}
         manifest = {"format": FORMAT, "processes": self.world.ranks, "files": files, "tensors": shapes}
-        _write(fresh / "manifest.json", json.dumps(manifest))
-        _sync(fresh)
+        (fresh / "manifest.json").write_text(json.dumps(manifest))
+        sync(fresh / "manifest.json")
+        sync(fresh)
         place = self.state / fresh.name.removeprefix(".")
         if place.exists():  # a run that went back comes by again
             place.rename(self.state / f".old-{place.name}")
         fresh.rename(place)
-        _write(self.state / ".latest", place.name)
-        os.replace(self.state / ".latest", self.state / "latest")
-        _sync(self.state)
+        with whole_file(self.state / "latest") as hidden:
+            hidden.write_text(place.name)
+            sync(hidden)
+        sync(self.state)
         for old in sorted(self.state.glob("step-*"), reverse=True)[self.keep :]:
             old.rename(self.state / f".old-{old.name}")
         for old in self.state.glob(".old-*"):
@@ -293,30 +296,6 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make renames inside a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ one writer
-
-
 @contextmanager
 def own_folder(folder: Path, world: World) -> Iterator[None]:
     """Hold an exclusive `flock` on the run folder; it is released when the process ends, however that happens.
@@ -328,29 +307,13 @@ def own_folder(folder: Path, world: World) -> Iterator[None]:
         problem = ""
         if world.is_first:
             try:
-                held.enter_context(_lock(folder))
-            except (CheckpointError, OSError) as error:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder / ".lock", wait=False))
+            except LockHeldError as error:
+                problem = f"{folder}: {error.holder} is training into it: wait for it, or choose another out=FOLDER"
+            except OSError as error:
                 problem = str(error)
         problem = world.gather_objects(problem)[0]
         if problem:
             raise CheckpointError(problem)
-        yield
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise CheckpointError(
-                f"{folder}: {holder} is training into it: wait for it, or choose another out=FOLDER"
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         yield

@@ -21,9 +21,10 @@ from open_pisces.eval.drawing.gallery import model_names
 from open_pisces.eval.drawing.rules import Rules
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.report.markdown import HERE, NOT_RUN, to_markdown
-from open_pisces.eval.run import Row, RunError, RunFolder, digest, write_whole
+from open_pisces.eval.run import Row, RunError, RunFolder, digest
 from open_pisces.eval.understanding.benchmarks import benchmarks
 from open_pisces.eval.understanding.questions import FIXTURES
+from open_pisces.files import write_whole
 
 PICTURES = 4
 """GenEval's pictures of each prompt."""
