@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,9 @@ import yaml
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from PIL.Image import Image
-from rich.console import Console
-from rich.progress import track
 
 from open_pisces.data.images import save_whole
+from open_pisces.eval.evaluation import draw, missing
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import Manifest, Row, RunError, RunFolder, model_hash
 
@@ -32,12 +32,23 @@ KINDS = ("simple", "complex")
 SHEET = "sheet.png"
 """The name of a model's sheet in its run folder."""
 
-PICTURE, MARGIN, GAP, WORDS = 256, 24, 6, 300
-"""Pixels: a picture's side, between prompts, between pictures of one prompt, a prompt's width beside its pictures."""
+PICTURE = 256
+"""Pixels of a picture's side."""
+MARGIN = 24
+"""Pixels between prompts."""
+GAP = 6
+"""Pixels between pictures of one prompt."""
+WORDS = 300
+"""Pixels of a prompt's width beside its pictures."""
 COLUMNS = 4
 """Pictures in a row of a model's own sheet."""
-SMALL, MIDDLE, LARGE = 15, 18, 24
-INK, PALE, FRAME, PAPER = "#1a1a1a", "#5f6368", "#d0d0d0", "#fafafa"
+SMALL = 15
+MIDDLE = 18
+LARGE = 24
+INK = "#1a1a1a"
+PALE = "#5f6368"
+FRAME = "#d0d0d0"
+PAPER = "#fafafa"
 
 
 def prompt_sets() -> dict[str, dict[str, Any]]:
@@ -55,14 +66,14 @@ def items_of(prompt_set: str) -> list[Row]:
     sets = prompt_sets()
     if prompt_set not in sets:
         raise EvaluationError(f"no gallery is called {prompt_set!r}: choose {' or '.join(sets)}")
-    return [
-        {"key": f"{kind}-{number:02d}", "kind": kind, "prompt": prompt}
-        for kind in KINDS
-        for number, prompt in enumerate(sets[prompt_set][kind])
-    ]
+    items = []
+    for kind in KINDS:
+        for number, prompt in enumerate(sets[prompt_set][kind]):
+            items.append({"key": f"{kind}-{number:02d}", "kind": kind, "prompt": prompt})
+    return items
 
 
-def draw(
+def draw_gallery(
     generator: Generator,
     folder: str | Path | None,
     model: str | Path,
@@ -103,12 +114,8 @@ def draw(
     settings["version"] = prompt_sets()[prompt_set]["version"]
     manifest = Manifest(TASK, str(model), model_hash(model), settings, device=str(generator.device))
     run = RunFolder.open(folder, manifest, items)
-    left = list(run.batches("images", batch_size))
-    for batch in track(left, "drawing", console=Console(stderr=True), disable=not left):
-        drawn = generator.image(
-            [item["prompt"] for item in batch], n, settings["steps"], settings["guidance_scale"], seed
-        )
-        run.save_images({item["key"]: row for item, row in zip(batch, drawn, strict=True)})
+    for batch in missing(run, "images", batch_size):
+        draw(generator, run, batch)
     save_whole(sheet(run), run.folder / SHEET)
     return run
 
@@ -117,7 +124,7 @@ def compare(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     """Set the galleries of several models side by side: a row for each prompt, a column for each model.
 
     Args:
-        folders: run folders that `draw` has completed.
+        folders: run folders that `draw_gallery` has completed.
         out: the sheet's file.
 
     Returns:
@@ -159,13 +166,16 @@ def _check_same_prompts(first: RunFolder, run: RunFolder) -> None:
     """Raise if two galleries do not draw the same prompts."""
     if run.manifest.items == first.manifest.items:
         return
-    names = [
-        f"{r.manifest.settings.get('prompt_set')!r}, version {r.manifest.settings.get('version')}" for r in (first, run)
-    ]
     raise RunError(
-        f"{run.folder} drew other prompts ({names[1]}) than {first.folder} ({names[0]}): draw one of them anew, in a "
-        f"folder of its own"
+        f"{run.folder} drew other prompts ({_prompt_set(run)}) than {first.folder} ({_prompt_set(first)}): draw one of "
+        f"them anew, in a folder of its own"
     )
+
+
+def _prompt_set(run: RunFolder) -> str:
+    """Which prompts a gallery drew."""
+    settings = run.manifest.settings
+    return f"{settings.get('prompt_set')!r}, version {settings.get('version')}"
 
 
 # ------------------------------------------------------------------------------------------------------- their names
@@ -177,31 +187,45 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
     A training's result lies in ``model/``, which says nothing, so that part is left out: ``runs/tiny/stage3/model``
     is "stage3", or "tiny/stage3" beside ``runs/nano/stage3/model``.
     """
-    parts = {model: [p for p in PurePath(model).parts if p not in ("/", "..")] or ["model"] for model in models}
-    parts = {model: p[:-1] if len(p) > 1 and p[-1] == "model" else p for model, p in parts.items()}
+    parts = {model: _telling_parts(model) for model in models}
     names = {model: p[-1] for model, p in parts.items()}
-    for length in range(2, max((len(p) for p in parts.values()), default=0) + 1):
-        shared = [model for model, name in names.items() if list(names.values()).count(name) > 1]
-        names |= {model: "/".join(parts[model][-length:]) for model in shared}
+    longest = max((len(p) for p in parts.values()), default=0)
+    for length in range(2, longest + 1):
+        times = Counter(names.values())
+        for model, name in list(names.items()):
+            if times[name] > 1:
+                names[model] = "/".join(parts[model][-length:])
     return names
+
+
+def _telling_parts(model: str) -> list[str]:
+    """The parts of a model folder's path, without a ``model`` at the end."""
+    parts = [part for part in PurePath(model).parts if part not in ("/", "..")] or ["model"]
+    return parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
 
 
 def headings(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     """What the columns of a comparison are called: the model's name, and below it whatever else tells them apart."""
     every = [run.manifest for run in runs]
     names = model_names([manifest.model for manifest in every])
-    weights = {(names[manifest.model], manifest.model_hash) for manifest in every}
-    trained_on = {name for name, _ in weights if [other for other, _ in weights].count(name) > 1}
-    keys = [key for key in every[0].settings if len({str(manifest.settings.get(key)) for manifest in every}) > 1]
+    hashes: dict[str, set[str]] = {}  # of each name: a folder that was trained on has several
+    for manifest in every:
+        hashes.setdefault(names[manifest.model], set()).add(manifest.model_hash)
     heads = []
     for manifest in every:
         name = names[manifest.model]
-        told = [f"{_words(key)} {manifest.settings.get(key)}" for key in keys]
-        told += [f"weights {manifest.model_hash[:8]}"] if name in trained_on else []
+        told = [f"{_words(key)} {manifest.settings.get(key)}" for key in every[0].settings if _differs(key, every)]
+        if len(hashes[name]) > 1:
+            told.append(f"weights {manifest.model_hash[:8]}")
         heads.append((name, ", ".join(told)))
     if len(set(heads)) == len(heads):
         return heads
     return [(head[0], run.folder.name) for head, run in zip(heads, runs, strict=True)]  # drawn twice, or elsewhere
+
+
+def _differs(key: str, manifests: Sequence[Manifest]) -> bool:
+    """Whether a setting tells the runs apart."""
+    return len({str(manifest.settings.get(key)) for manifest in manifests}) > 1
 
 
 def _words(key: str) -> str:
@@ -215,7 +239,8 @@ def _words(key: str) -> str:
 def sheet(run: RunFolder) -> Image:
     """One model's gallery: each prompt under its pictures, the simple ones first."""
     settings = run.manifest.settings
-    wide, page = _width(run), _Page()
+    wide = _width(run)
+    page = _Page()
     columns = max(1, COLUMNS // settings["n"])
     told = ", ".join(f"{_words(key)} {settings[key]}" for key in ("guidance_scale", "steps", "seed"))
     page.down(page.write(model_names([run.manifest.model])[run.manifest.model], MARGIN, columns * wide, LARGE))
@@ -236,14 +261,17 @@ def sheet(run: RunFolder) -> Image:
 
 def side_by_side(runs: Sequence[RunFolder], heads: Sequence[tuple[str, str]]) -> Image:
     """Several models' galleries of the same prompts: the prompt, then a column for each model."""
-    wide, page = [_width(run) for run in runs], _Page()
+    wide = [_width(run) for run in runs]
+    page = _Page()
     lefts = [WORDS + 2 * MARGIN + sum(wide[:place]) + place * MARGIN for place in range(len(runs))]
     columns = list(zip(runs, heads, lefts, wide, strict=True))
     page.down(max(page.write(head[0], left, width, LARGE) for _, head, left, width in columns))
     page.down(max(page.write(head[1], left, width, ink=PALE) for _, head, left, width in columns))
     for kind in KINDS:
         page.title(f"{kind} prompts")
-        for item in (item for item in runs[0].items if item["kind"] == kind):
+        for item in runs[0].items:
+            if item["kind"] != kind:
+                continue
             for run, _, left, _ in columns:
                 page.show(run.images(item["key"]), left)
             page.down(max(page.write(item["prompt"], MARGIN, WORDS, MIDDLE), PICTURE) + MARGIN)
@@ -260,7 +288,8 @@ class _Page:
     """A sheet that is written downwards; it becomes as large as what was put on it."""
 
     def __init__(self) -> None:
-        self.top, self.right = MARGIN, 0
+        self.top = MARGIN
+        self.right = 0
         self._lines: list[tuple[tuple[int, int], str, int, str]] = []
         self._pictures: list[tuple[tuple[int, int], Image]] = []
 
@@ -275,7 +304,8 @@ class _Page:
 
     def write(self, text: str, left: int, width: int, size: int = SMALL, ink: str = INK) -> int:
         """Write ``text`` wrapped to ``width`` pixels; the height it takes."""
-        font, step = ImageFont.load_default(size), round(size * 1.35)
+        font = ImageFont.load_default(size)
+        step = round(size * 1.35)
         lines = _wrapped(text, font, width)
         for number, line in enumerate(lines):
             self._lines.append(((left, self.top + number * step), line, size, ink))
