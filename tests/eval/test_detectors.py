@@ -15,8 +15,8 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from open_pisces.eval.drawing import judged_run as geneval_runs
 from open_pisces.eval.drawing.detection import Detection, DetectorError
+from open_pisces.eval.drawing.judged_run import detect, items_of, rows_name, score_run
 from open_pisces.eval.drawing.mask2former import (
     GREY,
     ColourReader,
@@ -28,7 +28,8 @@ from open_pisces.eval.drawing.mask2former import (
     mask_box,
     prepare,
 )
-from open_pisces.eval.drawing.prompts import PromptSetError, generate, tables
+from open_pisces.eval.drawing.official_layout import GenEvalOfFolder
+from open_pisces.eval.drawing.prompts import PromptSetError, generate, tables, to_row
 from open_pisces.eval.run import Manifest, RunFolder
 
 # COCO's 80 classes as COCO spells them, and where darknet, and with it the published Mask2Former, spells otherwise.
@@ -294,17 +295,19 @@ def test_the_network_is_transformers_own(folders: tuple[Path, Path], tmp_path: P
 def test_it_judges_a_run(detector: Mask2FormerClip, tmp_path: Path) -> None:
     prompts = generate(detector.classes, detector.colours, 2, coloured=detector.classes)
     manifest = Manifest("geneval", "m", "m", {"n": 2, "batch_size": 5})
-    run = RunFolder.open(tmp_path / "run", manifest, geneval_runs.items_of(prompts))
-    run.save_images({p.key: [noise(40, 40, k), noise(40, 40, k + 50)] for k, p in enumerate(prompts)})
-    rows = run.rows(geneval_runs.detect(detector, run))
-    found = geneval_runs.score(run)
-    assert found["n"] == 24 and found["detector"] == detector.name and 0 <= found["score"] <= 1
+    run = RunFolder.open(tmp_path / "run", manifest, items_of(prompts))
+    pictures = [[noise(40, 40, k), noise(40, 40, k + 50)] for k in range(len(prompts))]
+    detect(detector, run, run.items, pictures)
+    rows = run.rows(rows_name(detector.name))
+    found = score_run(run)
+    assert found.n == 24 and found.detector == detector.name and 0 <= (found.score or 0) <= 1
     assert rows[0]["threshold"] == 0.3 and len(rows[0]["pictures"]) == 2
     assert {"class", "box", "score", "colours"} == set(rows[0]["pictures"][0][0])
+    (tmp_path / "cat/00000/samples").mkdir(parents=True)
+    noise(8, 8, 0).save(tmp_path / "cat/00000/samples/0000.png")
+    (tmp_path / "cat/00000/metadata.jsonl").write_text(json.dumps(to_row(generate(["cat"], [], 1)[0])))
     with pytest.raises(PromptSetError, match="does not know the class 'cat'"):
-        geneval_runs.detect(
-            detector, RunFolder.open(tmp_path / "b", manifest, geneval_runs.items_of(generate(["cat"], [], 1)))
-        )
+        GenEvalOfFolder(tmp_path / "cat", [detector], n=1).run("m", tmp_path / "b")
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
