@@ -198,7 +198,8 @@ def _write_geneval(run: RunFolder, work: Path, target: Path) -> None:
     for number, item in enumerate(run.items):
         folder = work / f"{number:05d}"
         (folder / "samples").mkdir(parents=True)
-        line = json.dumps({name: value for name, value in item.items() if name != "key"}, ensure_ascii=False)
+        row = {name: value for name, value in item.items() if name != "key"}  # the official lines have none
+        line = json.dumps(row, ensure_ascii=False)
         (folder / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
         for place, picture in enumerate(run.images(item["key"])):
             picture.save(folder / "samples" / f"{place:04d}.png")

@@ -187,7 +187,10 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
     A training's result lies in ``model/``, which says nothing, so that part is left out: ``runs/tiny/stage3/model``
     is "stage3", or "tiny/stage3" beside ``runs/nano/stage3/model``.
     """
-    parts = {model: _telling_parts(model) for model in models}
+    parts: dict[str, list[str]] = {}
+    for model in models:
+        own = [part for part in PurePath(model).parts if part not in ("/", "..")] or ["model"]
+        parts[model] = own[:-1] if len(own) > 1 and own[-1] == "model" else own
     names = {model: p[-1] for model, p in parts.items()}
     longest = max((len(p) for p in parts.values()), default=0)
     for length in range(2, longest + 1):
@@ -198,12 +201,6 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _telling_parts(model: str) -> list[str]:
-    """The parts of a model folder's path, without a ``model`` at the end."""
-    parts = [part for part in PurePath(model).parts if part not in ("/", "..")] or ["model"]
-    return parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
-
-
 def headings(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     """What the columns of a comparison are called: the model's name, and below it whatever else tells them apart."""
     every = [run.manifest for run in runs]
@@ -211,21 +208,21 @@ def headings(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     hashes: dict[str, set[str]] = {}  # of each name: a folder that was trained on has several
     for manifest in every:
         hashes.setdefault(names[manifest.model], set()).add(manifest.model_hash)
+    keys = []
+    for key in every[0].settings:
+        values = {str(manifest.settings.get(key)) for manifest in every}
+        if len(values) > 1:
+            keys.append(key)
     heads = []
     for manifest in every:
         name = names[manifest.model]
-        told = [f"{_words(key)} {manifest.settings.get(key)}" for key in every[0].settings if _differs(key, every)]
+        told = [f"{_words(key)} {manifest.settings.get(key)}" for key in keys]
         if len(hashes[name]) > 1:
             told.append(f"weights {manifest.model_hash[:8]}")
         heads.append((name, ", ".join(told)))
     if len(set(heads)) == len(heads):
         return heads
     return [(head[0], run.folder.name) for head, run in zip(heads, runs, strict=True)]  # drawn twice, or elsewhere
-
-
-def _differs(key: str, manifests: Sequence[Manifest]) -> bool:
-    """Whether a setting tells the runs apart."""
-    return len({str(manifest.settings.get(key)) for manifest in manifests}) > 1
 
 
 def _words(key: str) -> str:

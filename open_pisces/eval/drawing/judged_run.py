@@ -271,15 +271,14 @@ def read_findings(run: RunFolder, detector: str = "", rules: Rules | None = None
     found = []
     verdicts = []
     for prompt, row in zip(prompts, rows, strict=True):
-        pictures = [_unpacked(picture) for picture in row["pictures"]]
+        pictures = []
+        for picture in row["pictures"]:
+            pictures.append(
+                [Detection(one["class"], tuple(one["box"]), one["score"], one["colours"]) for one in picture]
+            )
         found.append(pictures)
         verdicts.append([verdict_of(prompt, picture, rules) for picture in pictures])
     return Findings(name, rules, prompts, found, verdicts)
-
-
-def _unpacked(rows: Sequence[Row]) -> list[Detection]:
-    """The detections of a picture's rows."""
-    return [Detection(row["class"], tuple(row["box"]), row["score"], row["colours"]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -316,5 +315,7 @@ def score_findings(findings: Findings) -> GenEvalScore:
             if not verdict.correct and len(group) < _SHOWN:
                 group.append(WrongPicture(prompt.key, prompt.prompt, number, list(verdict.reasons)))
     scores = summarize([prompt.tag for prompt in findings.prompts], findings.correct)
-    examples = [row for group in wrong.values() for row in group]
+    examples: list[WrongPicture] = []
+    for group in wrong.values():
+        examples += group
     return GenEvalScore(**vars(scores), detector=findings.detector, rules=findings.rules, examples=examples)

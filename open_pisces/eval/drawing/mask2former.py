@@ -104,7 +104,9 @@ class Mask2FormerClip:
         self.reader = ColourReader(clip, self.device)
         self.colours = self.reader.colours
         self.name = name or f"transformers Mask2Former ({Path(detector).name}) + CLIP ({Path(clip).name})"
-        self.floor, self.batch_size, self.sides = floor, batch_size, sides
+        self.floor = floor
+        self.batch_size = batch_size
+        self.sides = sides
 
     @torch.inference_mode()
     def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
@@ -114,9 +116,10 @@ class Mask2FormerClip:
             DetectorError: if a colour is asked of a class that it does not know.
         """
         images = [image.convert("RGB") for image in images]
-        unknown = [name for wanted in coloured for name in wanted if name not in self.classes]
-        if unknown:
-            raise DetectorError(f"{self.name} does not know the class {unknown[0]!r}: it knows {len(self.classes)}")
+        for wanted in coloured:
+            for name in wanted:
+                if name not in self.classes:
+                    raise DetectorError(f"{self.name} does not know the class {name!r}: it knows {len(self.classes)}")
         prepared = [prepare(image, *self.sides) for image in images]
         groups: dict[tuple[int, ...], list[int]] = {}  # one padded size at a time: no picture changes its neighbours
         for number, (pixels, _) in enumerate(prepared):
@@ -146,12 +149,11 @@ class Mask2FormerClip:
         self, images: Sequence[Image], found: list[list[Detection]], coloured: Sequence[Mapping[str, int]]
     ) -> list[list[Detection]]:
         """The detections with colours where they are wanted; all crops of all pictures go through CLIP together."""
-        asked = [
-            (picture, place)
-            for picture, (detections, wanted) in enumerate(zip(found, coloured, strict=True))
-            for name, count in wanted.items()
-            for place in [p for p, detection in enumerate(detections) if detection.name == name][:count]
-        ]
+        asked: list[tuple[int, int]] = []  # picture, and place among its detections
+        for picture, (detections, wanted) in enumerate(zip(found, coloured, strict=True)):
+            for name, count in wanted.items():
+                places = [place for place, detection in enumerate(detections) if detection.name == name]
+                asked += [(picture, place) for place in places[:count]]
         crops = [cut_out(images[picture], found[picture][place]) for picture, place in asked]
         colours = self.reader.probabilities(crops, [found[picture][place].name for picture, place in asked])
         for (picture, place), probabilities in zip(asked, colours, strict=True):
@@ -166,7 +168,10 @@ def class_names(labels: Mapping[int, str]) -> tuple[str, ...]:
     Args:
         labels: name of each output, as ``config.id2label`` has them.
     """
-    spellings = {other: name for name, others in tables()["classes"].items() for other in (name, *others)}
+    spellings = {}
+    for name, others in tables()["classes"].items():
+        for other in (name, *others):
+            spellings[other] = name
     names = [labels[number] for number in sorted(labels)]
     return tuple(spellings.get(name.lower().replace("_", " "), name) for name in names)
 
@@ -181,7 +186,8 @@ def prepare(image: Image, short: int, long: int) -> tuple[np.ndarray, tuple[int,
     width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
     pixels = np.asarray(image.resize((width, height), Pillow.Resampling.BILINEAR), dtype=np.float32) / 255
     pixels = (pixels - np.array(IMAGENET_DEFAULT_MEAN, np.float32)) / np.array(IMAGENET_DEFAULT_STD, np.float32)
-    right, below = -width % _MULTIPLE, -height % _MULTIPLE
+    right = -width % _MULTIPLE
+    below = -height % _MULTIPLE
     return np.pad(pixels, ((0, below), (0, right), (0, 0))).transpose(2, 0, 1), (height, width)
 
 
@@ -228,7 +234,8 @@ def instances(
 
 def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of what is True in ``mask`` (H, W), which must hold something; the ends lie outside."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    rows = np.flatnonzero(mask.any(axis=1))
     return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
 
 
@@ -255,7 +262,8 @@ class ColourReader:
 
     def __init__(self, folder: str | Path, device: torch.device, colours: Sequence[str] | None = None) -> None:
         self.clip = _load(CLIPModel, folder, "CLIP").to(device)
-        self.device, self.colours = device, tuple(colours or tables()["colours"])
+        self.device = device
+        self.colours = tuple(colours or tables()["colours"])
         self.tokenizer = _tokenizer(folder, self.colours)
         self.directions = lru_cache(maxsize=None)(self._directions)
 

@@ -61,10 +61,11 @@ class GenEvalOfFolder(JudgedPictures):
 
     def hash_of(self, model: str | Path) -> str:
         """In place of the model's: the hash of all pictures."""
-        every = [file for group in self.files.values() for file in group]
-        return digest(
-            {str(file.relative_to(self.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in every}
-        )
+        sums = {}
+        for files in self.files.values():
+            for file in files:
+                sums[str(file.relative_to(self.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
+        return digest(sums)
 
     def prompts(self) -> Sequence[Prompt]:
         """Those that are in the folder."""

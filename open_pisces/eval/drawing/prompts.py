@@ -235,7 +235,9 @@ class _Words:
 
     def sizes(self, tag: str) -> tuple[int, ...]:
         """How many choices each of a category's draws has."""
-        things, colours, coloured = len(self.classes), len(self.colours), len(self.coloured)
+        things = len(self.classes)
+        colours = len(self.colours)
+        coloured = len(self.coloured)
         return {
             "single_object": (things,),
             "two_object": (things, things - 1),
@@ -259,7 +261,9 @@ class _Words:
             colour = self.colours[rest[0]]
             return Prompt("", tag, article(f"{colour} {a}"), (Wanted(a, 1, colour),))
         if tag == "color_attr":
-            b, one, two = self.coloured[_other(first, rest[0])], rest[1], _other(rest[1], rest[2])
+            b = self.coloured[_other(first, rest[0])]
+            one = rest[1]
+            two = _other(rest[1], rest[2])
             things = (Wanted(a, 1, self.colours[one]), Wanted(b, 1, self.colours[two]))
             return Prompt("", tag, " and ".join(article(f"{thing.colour} {thing.name}") for thing in things), things)
         b = self.classes[_other(first, rest[0])]
@@ -314,7 +318,9 @@ def generate(
     if unknown := [name for name in coloured if name not in classes]:
         raise PromptSetError(f"{unknown[0]!r} is to be coloured, but is not one of the {len(classes)} classes")
     words = _Words(tuple(classes), tuple(colours), tuple(coloured), plurals or {})
-    made = [prompt for tag in CATEGORIES for prompt in _made(words, tag, per_category, seed)]
+    made: list[Prompt] = []
+    for tag in CATEGORIES:
+        made += _made(words, tag, per_category, seed)
     return [
         replace(prompt, key=f"{number:05d}-{prompt.tag}", prompt=template.replace("{}", prompt.prompt))
         for number, prompt in enumerate(made)

@@ -292,6 +292,13 @@ def score_run(run: RunFolder, names: Sequence[str] = ()) -> DiagnosisScore:
     for name in settings["pictures"]:
         if name.startswith("guidance"):
             guidance[name.split()[1]] = _score(tags, columns[name]).score
+    agreement = {}
+    other_scores = {}
+    for name, other in zip(names[1:], others, strict=True):
+        # True pictures are left out: on those both are nearly always right.
+        same = [columns[source] == other[source] for source in columns if source != "true"]
+        agreement[name] = round(float(np.mean(same)), 4)
+        other_scores[name] = {source: _score(tags, other[source]).score for source in SOURCES}
     rows = run.rows("vectors")
     return DiagnosisScore(
         name=Diagnosis.task,
@@ -315,8 +322,8 @@ def score_run(run: RunFolder, names: Sequence[str] = ()) -> DiagnosisScore:
         probe={name: probe_score(rows, name) for name in ("true", "forced", "free")},
         null_distance=run.noted("model")["null_distance"],
         judges={name: measured(name) for name in names},
-        agreement={name: _agreement(columns, other) for name, other in zip(names[1:], others, strict=True)},
-        others={name: _scores(tags, other) for name, other in zip(names[1:], others, strict=True)},
+        agreement=agreement,
+        others=other_scores,
         sentence=sentence(losses, lost.score),
     )
 
@@ -334,23 +341,12 @@ def _score(tags: Sequence[str], hits: np.ndarray) -> SourceScore:
     return SourceScore(found.score, found.low, found.high, found.n, categories)
 
 
-def _scores(tags: Sequence[str], columns: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-    """The scores of all sources."""
-    return {name: _score(tags, columns[name]).score for name in SOURCES}
-
-
 def _difference(tags: Sequence[str], before: np.ndarray, after: np.ndarray) -> Interval:
     """How much is lost between two sources, caption by caption, with its interval."""
     lost: dict[str, list[float]] = {}
     for tag, difference in zip(tags, before - after, strict=True):
         lost.setdefault(tag, []).append(difference)
     return rounded(macro_interval(lost))
-
-
-def _agreement(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
-    """Share of drawn pictures (not the true ones) on which two detectors' verdicts are the same."""
-    same = [one[name] == other[name] for name in one if name != "true"]
-    return round(float(np.mean(same)), 4)
 
 
 def _diversity(run: RunFolder, columns: Mapping[str, np.ndarray]) -> Diversity:

@@ -97,15 +97,15 @@ def _categories(sample: Sample) -> list[str]:
 def _row(part: str, sample: Sample, question: Question | None = None, category: str = "") -> dict[str, Any]:
     facts = sample.facts or {}
     shapes = {thing.concept for thing in vocabulary().shapes}
-    things = tuple(
-        Thing(thing["concept"], thing["colour"], thing["concept"] in shapes, tuple(thing["box"]))
-        for thing in facts["objects"]
-    )
+    things = []
+    for thing in facts["objects"]:
+        is_shape = thing["concept"] in shapes
+        things.append(Thing(thing["concept"], thing["colour"], is_shape, tuple(thing["box"])))
     scene = FrozenScene(
         key=sample.key,
         style=facts["objects"][0]["style"],
         ground=vocabulary().backgrounds[facts["background"]],
-        things=things,
+        things=tuple(things),
         layout=facts["layout"],
         relation=facts.get("relation", ""),
         short=sample.short,

@@ -26,7 +26,7 @@ from open_pisces.eval.intervals import EvaluationError, mean_interval
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.frozen import FrozenScene
 from open_pisces.eval.scenes.judge import COLOURS, JUDGES, SceneJudge, classes, load_network, overlap
-from open_pisces.eval.scenes.judge_training import Pictures, compose, train, wear
+from open_pisces.eval.scenes.judge_training import compose, train, wear
 
 THRESHOLDS = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
 LABELLED = JUDGES / "labelled"
@@ -44,8 +44,11 @@ _AT_ONCE = 100
 def found_in(judge: SceneJudge, images: Sequence[Image], threshold: float | None = None) -> list[list[Detection]]:
     """What a judge finds above its threshold, in batches."""
     least = judge.threshold if threshold is None else threshold
-    every = [d for start in range(0, len(images), _AT_ONCE) for d in judge.detect(images[start : start + _AT_ONCE])]
-    return [[one for one in detections if one.score > least] for detections in every]
+    found = []
+    for start in range(0, len(images), _AT_ONCE):
+        for detections in judge.detect(images[start : start + _AT_ONCE]):
+            found.append([one for one in detections if one.score > least])
+    return found
 
 
 def calibrate(judge: SceneJudge, cutouts: Cutouts, seed: int, count: int) -> float:
@@ -53,21 +56,18 @@ def calibrate(judge: SceneJudge, cutouts: Cutouts, seed: int, count: int) -> flo
     made = compose(cutouts, count, seed)
     worn = wear(torch.from_numpy(made.pixels_NHWC).permute(0, 3, 1, 2).float() / 255, stream(seed, "judge", "check"))
     every = found_in(judge, [to_pil(pixels) for pixels in worn.numpy()], 0.0)
-    truth = [_names(made, i) for i in range(count)]
-    right = {
-        threshold: sum(
-            Counter(d.name for d in found if d.score > threshold) == names
-            for found, names in zip(every, truth, strict=True)
-        )
-        for threshold in THRESHOLDS
-    }
+    right = dict.fromkeys(THRESHOLDS, 0)
+    for class_K, found in zip(made.class_NK, every, strict=True):
+        truth = Counter(classes()[int(c)] for c in class_K if c >= 0)
+        for threshold in THRESHOLDS:
+            right[threshold] += _names(found, threshold) == truth
     best = [threshold for threshold in THRESHOLDS if right[threshold] == max(right.values())]
-    return best[len(best) // 2]
+    return best[len(best) // 2]  # the middle: as far as can be from being worse
 
 
-def _names(made: Pictures, i: int) -> Counter[str]:
-    """How many of each class are in a composed picture."""
-    return Counter(classes()[int(c)] for c in made.class_NK[i] if c >= 0)
+def _names(detections: Sequence[Detection], threshold: float = 0.0) -> Counter[str]:
+    """How often each class was found above a threshold."""
+    return Counter(one.name for one in detections if one.score > threshold)
 
 
 def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence[Image]) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence
     hits: dict[str, list[bool]] = {name: [] for name in ("class", "count", "position", "colour")}
     for scene, found in zip(scenes, found_in(judge, images), strict=True):
         truth = Counter(thing.concept for thing in scene.things)
-        hits["count"].append(Counter(d.name for d in found) == truth)
+        hits["count"].append(_names(found) == truth)
         matched: list[Detection | None] = []
         for thing in scene.things:
             near = [d for d in found if d.name == thing.concept and overlap(d.box, thing.box) >= 0.5]
@@ -138,7 +138,8 @@ def on_labelled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[
     for row, found in zip(rows, found_in(judge, images), strict=True):
         seen = [thing for thing in row["things"] if thing[0] != "?"]
         free = len(row["things"]) - len(seen)
-        wanted, got = Counter(thing[0] for thing in seen), Counter(d.name for d in found)
+        wanted = Counter(thing[0] for thing in seen)
+        got = _names(found)
         extra = got - wanted
         hits["things"].append(not wanted - got and extra.total() <= free)
         left = list(found)
@@ -149,7 +150,8 @@ def on_labelled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[
                 best = next((d for d in near if place_of(d) == place), near[0])
                 left.remove(best)
                 hits["place"].append(place_of(best) == place)
-                hits["colour"] += [best.colour == colour] if colour in COLOURS else []
+                if colour in COLOURS:
+                    hits["colour"].append(best.colour == colour)
     return {name: {**mean_interval(values).rounded(), "n": len(values)} for name, values in hits.items() if values}
 
 
@@ -163,8 +165,8 @@ def place_of(detection: Detection) -> str:
 
 def agreement(judges: Sequence[SceneJudge], images: Sequence[Image]) -> float:
     """Share of pictures in which two judges find the same things as often."""
-    one, other = ([Counter(d.name for d in found) for found in found_in(judge, images)] for judge in judges)
-    return float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
+    one, other = (found_in(judge, images) for judge in judges)
+    return float(np.mean([_names(a) == _names(b) for a, b in zip(one, other, strict=True)]))
 
 
 # ------------------------------------------------------------------------------------------------------ the card

@@ -22,14 +22,28 @@ from torch import Tensor, nn
 from open_pisces.data.draws import stream
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import SIZE, Thing, vocabulary
-from open_pisces.eval.scenes.judge import COLOURS, GRID, NETWORKS, STRIDE, TwoStage, boxes, classes, cut
+from open_pisces.eval.scenes.judge import (
+    COLOURS,
+    GRID,
+    NETWORKS,
+    STRIDE,
+    TwoStage,
+    at_cells,
+    boxes,
+    classes,
+    cut,
+    peaks,
+)
 
 MOST_OBJECTS = 5
 SIDES = (14, 48)
 """Longer side of an object in pixels; fewer objects may be larger."""
-CHIMERAS, BLOTS, CLOSE = 0.08, 0.15, 0.3
-"""Shares: of objects that are half of one and half of another, of pictures with a blot, of pictures whose objects may
-touch."""
+CHIMERAS = 0.08
+"""Share of objects that are half of one and half of another."""
+BLOTS = 0.15
+"""Share of pictures with a blot."""
+CLOSE = 0.3
+"""Share of pictures whose objects may touch."""
 
 
 class Pictures(NamedTuple):
@@ -83,7 +97,8 @@ def _picture(cutouts: Cutouts, rng: np.random.Generator) -> tuple[Image, list[Pl
     side = int(rng.integers(SIDES[0], most))
     for _ in range(number):
         if not together:
-            (style, thing), side = _any(cutouts, rng), int(rng.integers(SIDES[0], most))
+            style, thing = _any(cutouts, rng)
+            side = int(rng.integers(SIDES[0], most))
         drawing = cutouts.fitted(*(first if together else (style, thing)), side)
         chimera = rng.random() < CHIMERAS
         if chimera:
@@ -100,7 +115,8 @@ def _picture(cutouts: Cutouts, rng: np.random.Generator) -> tuple[Image, list[Pl
 
 def _any(cutouts: Cutouts, rng: np.random.Generator) -> tuple[str, Thing]:
     """A thing in a style that draws it; the shapes' many colours count as a fifth."""
-    styles, words = sorted(cutouts.words), vocabulary()
+    styles = sorted(cutouts.words)
+    words = vocabulary()
     while True:
         style = styles[int(rng.integers(len(styles)))]
         some = words.shapes if rng.random() < 0.25 else words.objects
@@ -159,7 +175,8 @@ def wear(pixels_BCHW: Tensor, rng: np.random.Generator) -> Tensor:
     grain, lighter or darker colours: what small decoders do to pictures, but none of theirs, so that a judge favours no
     model.
     """
-    B, side = len(pixels_BCHW), pixels_BCHW.shape[-1]
+    B = len(pixels_BCHW)
+    side = pixels_BCHW.shape[-1]
 
     def some(*shape: int) -> Tensor:
         return torch.from_numpy(rng.standard_normal((B, *shape), np.float32))
@@ -204,8 +221,8 @@ class Wanted(NamedTuple):
 def wanted(box_BK4: Tensor, class_BK: Tensor) -> Wanted:
     """Targets on the grid: a hill around each middle; the cells near the top of a hill learn its object's box."""
     cells = (torch.arange(GRID) + 0.5) * STRIDE
-    x, y = (box_BK4[..., 0] + box_BK4[..., 2]) / 2, (box_BK4[..., 1] + box_BK4[..., 3]) / 2
-    width, height = box_BK4[..., 2] - box_BK4[..., 0], box_BK4[..., 3] - box_BK4[..., 1]
+    x, y = ((box_BK4[..., :2] + box_BK4[..., 2:]) / 2).unbind(-1)
+    width, height = (box_BK4[..., 2:] - box_BK4[..., :2]).unbind(-1)
     spread = (torch.minimum(width, height) / 6).clamp_min(2.0)[..., None, None]
     apart = (cells[None, None, None] - x[..., None, None]) ** 2 + (cells[None, None, :, None] - y[..., None, None]) ** 2
     hill = torch.exp(-apart / (2 * spread**2)) * (class_BK >= 0)[..., None, None]
@@ -223,7 +240,8 @@ def wanted(box_BK4: Tensor, class_BK: Tensor) -> Wanted:
 
 def found_loss(maps: dict[str, Tensor], want: Wanted) -> Tensor:
     """CenterNet's focal loss of the middles, and the absolute error of the boxes, weighted by the hills."""
-    logit, heat = maps["middle"][:, 0], want.heat_BHW
+    logit = maps["middle"][:, 0]
+    heat = want.heat_BHW
     chance = logit.sigmoid()
     top = heat == 1
     hit = (1 - chance) ** 2 * F.logsigmoid(logit)
@@ -243,7 +261,8 @@ def _named_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) ->
 
 def one_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, colour: Tensor) -> Tensor:
     """Everything at the cells where it should be found."""
-    maps, want = network.maps(pixels), wanted(box, class_)  # type: ignore[operator]
+    maps = network.maps(pixels)  # type: ignore[operator]
+    want = wanted(box, class_)
     index = want.index_BHW.clamp_min(0).flatten(1)
     total = found_loss(maps, want)
     for name, truth in (("classes", class_), ("colours", colour)):
@@ -255,7 +274,8 @@ def one_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tens
 def two_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, colour: Tensor) -> Tensor:
     """The boxes; then names of shaken true boxes, and of places where nothing (whole) is."""
     assert isinstance(network, TwoStage)
-    maps, want = network.maps(pixels), wanted(box, class_)
+    maps = network.maps(pixels)
+    want = wanted(box, class_)
     picture, place = torch.nonzero(class_ >= 0, as_tuple=True)
     true = box[picture, place]
     side = (true[:, 2:] - true[:, :2]).repeat(1, 2)
@@ -272,10 +292,8 @@ def two_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tens
 @torch.no_grad()
 def _empty(maps: dict[str, Tensor], box: Tensor, class_: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes that the first stage proposes where no object is: its surest wrong one in each picture, if it has any."""
-    from open_pisces.eval.scenes.judge import _at, peaks
-
     score, cell = peaks(maps["middle"].sigmoid())
-    proposed = boxes(_at(maps["box"], cell), cell)
+    proposed = boxes(at_cells(maps["box"], cell), cell)
     middle = (proposed[..., :2] + proposed[..., 2:]) / 2
     inside = (middle[:, :, None] > box[:, None, :, :2]) & (middle[:, :, None] < box[:, None, :, 2:])
     on_one = (inside.all(-1) & (class_ >= 0)[:, None]).any(-1)
@@ -310,12 +328,15 @@ def train(
     torch.manual_seed(seed)
     network = NETWORKS[kind]()
     made = compose(cutouts, pictures, seed)
+    # Not train.optim's: that decays no biases and begins its cosine after the warm-up, so the judges in the package
+    # could not be made again.
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     warm = max(1, steps // 20)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / warm) * (0.5 + 0.5 * np.cos(np.pi * s / steps))
     )
-    start, mean = time.time(), 0.0
+    start = time.time()
+    mean = 0.0
     for step, indices in enumerate(_walk(pictures, batch_size, steps, seed)):
         rng = stream(seed, "judge", "wear", step)
         pixels = torch.from_numpy(made.pixels_NHWC[indices]).permute(0, 3, 1, 2).float() / 255

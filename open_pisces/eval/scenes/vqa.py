@@ -220,6 +220,12 @@ def score_answers(
     baselines = {"constant": _macro_mean(constant), "blank": _macro_mean(blank)}
     better = constant if baselines["constant"] >= baselines["blank"] else blank
     overall = rounded(macro_interval(own))
+    types = {}
+    for kind, hits in own.items():
+        means = [round(float(one.mean()), 4) for one in (hits, constant[kind], blank[kind])]
+        types[kind] = TypeScore(means[0], means[1], means[2], len(hits))
+    pairs = zip(questions, answers, strict=True)
+    wrong = [(asked.question, asked.answer, answer) for asked, answer in pairs if not matches(asked, answer)]
     return SceneQuestionsScore(
         name=SceneQuestions.task,
         score=overall.score,
@@ -229,24 +235,12 @@ def score_answers(
         baseline=round(max(baselines.values()), 4),
         baselines={name: round(value, 4) for name, value in baselines.items()},
         margin=rounded(macro_interval({kind: hits - better[kind] for kind, hits in own.items()})),
-        types={kind: _type_score(hits, constant[kind], blank[kind]) for kind, hits in own.items()},
-        examples=_wrong(questions, answers)[:_SHOWN],
+        types=types,
+        examples=wrong[:_SHOWN],
         scenes=scenes,
         split=split,
         pictures_differ=pictures_differ,
     )
-
-
-def _type_score(own: np.ndarray, constant: np.ndarray, blank: np.ndarray) -> TypeScore:
-    """The accuracies of one type, from its questions' hits."""
-    means = [round(float(hits.mean()), 4) for hits in (own, constant, blank)]
-    return TypeScore(means[0], means[1], means[2], len(own))
-
-
-def _wrong(questions: Sequence[Question], answers: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Question, true answer and the model's, where they differ."""
-    pairs = zip(questions, answers, strict=True)
-    return [(asked.question, asked.answer, answer) for asked, answer in pairs if not matches(asked, answer)]
 
 
 def best_constants(questions: Sequence[Question]) -> list[str]:
