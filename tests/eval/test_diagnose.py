@@ -24,7 +24,7 @@ from open_pisces.eval.scenes import diagnose_vectors as v
 from open_pisces.eval.scenes import drawing
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.frozen import FrozenScene
-from open_pisces.eval.scenes.judge import COLOURS, classes
+from open_pisces.eval.scenes.judge import COLORS, classes
 from open_pisces.generate.generator import Generator
 
 
@@ -43,13 +43,13 @@ def cutouts() -> Cutouts:
 class Knows:
     """A judge that has seen some pictures before and says what is in them; of others it says nothing."""
 
-    classes, colours, threshold, counting_threshold = classes(), COLOURS, 0.3, 0.3
+    classes, colors, threshold, counting_threshold = classes(), COLORS, 0.3, 0.3
 
     def __init__(self, name: str, scenes: Sequence[FrozenScene], images: Sequence[Image]) -> None:
         self.name, self.looked = name, 0
         self.truth = {image.tobytes(): scene for scene, image in zip(scenes, images, strict=True)}
 
-    def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
         """The truth of known pictures."""
         self.looked += len(images)
         known = [self.truth.get(image.convert("RGB").tobytes()) for image in images]

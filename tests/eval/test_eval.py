@@ -301,7 +301,7 @@ def test_a_constant_model_scores_its_baseline(cutouts: Cutouts, nano_folder: Pat
     found = asked.run(nano_folder, tmp_path / "run")
     assert 0 < found["score"] == found["baseline"] == found["baselines"]["constant"] == found["baselines"]["blank"]
     assert found["margin"] == {"score": 0, "low": 0, "high": 0}
-    assert len(model.seen) == 120 and all(image.getcolors() == [(64 * 64, scenes.GREY)] for image in model.seen[60:])
+    assert len(model.seen) == 120 and all(image.getcolors() == [(64 * 64, scenes.GRAY)] for image in model.seen[60:])
     assert all(len(image.getcolors() or ()) > 1 for image in model.seen[:60])
 
 

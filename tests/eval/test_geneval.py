@@ -68,8 +68,8 @@ def square(x: float, y: float, width: float = 10, height: float = 10) -> Box:
     return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
 
-def seen(name: str, score: float = 0.95, colour: str = "", box: Box = (10, 10, 30, 30)) -> Detection:
-    return Detection(name, box, score, {colour: 1.0} if colour else {})
+def seen(name: str, score: float = 0.95, color: str = "", box: Box = (10, 10, 30, 30)) -> Detection:
+    return Detection(name, box, score, {color: 1.0} if color else {})
 
 
 def asks(tag: str, *include: Wanted, exclude: tuple[Unwanted, ...] = ()) -> Prompt:
@@ -123,7 +123,7 @@ CONFIDENCES = [
 @pytest.mark.parametrize(("score", "above", "above_counting"), CONFIDENCES)
 def test_confidence(tag: str, score: float, above: bool, above_counting: bool) -> None:
     prompt, things = ASKED[tag]
-    found = [seen(name, score, colour, square(x, 10)) for name, colour, x in things]
+    found = [seen(name, score, color, square(x, 10)) for name, color, x in things]
     assert right(prompt, *found) is (above_counting if tag == "counting" else above)
 
 
@@ -139,7 +139,7 @@ def test_an_empty_picture_shows_nothing(tag: str) -> None:
 @pytest.mark.parametrize("tag", CATEGORIES)
 def test_every_object_has_to_be_there(tag: str) -> None:
     prompt, things = ASKED[tag]
-    found = [seen(name, 0.95, colour, square(x, 10)) for name, colour, x in things]
+    found = [seen(name, 0.95, color, square(x, 10)) for name, color, x in things]
     for missing in range(len(found)):
         assert not right(prompt, *found[:missing], *found[missing + 1 :])
     wrong = [replace(detection, name="cow") for detection in found]
@@ -292,7 +292,7 @@ def test_several_objects(include: tuple[Wanted, ...], cats: int, dogs: int, expe
     ],
 )
 def test_colour_of_the_most_confident(count: int, cats: list[tuple[float, str]], expected: bool) -> None:
-    found = [seen("cat", score, colour) for score, colour in cats]
+    found = [seen("cat", score, color) for score, color in cats]
     assert right(asks("colors", Wanted("cat", count, "red")), *found) is expected
 
 
@@ -325,8 +325,8 @@ def test_the_likeliest_colour_counts_and_among_equals_the_first() -> None:
     ],
 )
 def test_each_object_its_own_colour(cats: list[str], dogs: list[str], expected: bool) -> None:
-    found = [seen("cat", 0.9 - k / 10, colour) for k, colour in enumerate(cats)]
-    found += [seen("dog", 0.9 - k / 10, colour) for k, colour in enumerate(dogs)]
+    found = [seen("cat", 0.9 - k / 10, color) for k, color in enumerate(cats)]
+    found += [seen("dog", 0.9 - k / 10, color) for k, color in enumerate(dogs)]
     assert right(asks("color_attr", RED_CAT, BLUE_DOG), *found) is expected
 
 
@@ -662,17 +662,17 @@ def test_a_detector_has_to_know_classes_and_colours() -> None:
 
 
 CLASSES = ("cat", "owl", "fish", "bus", "person", "butterfly", "apple")
-COLOURS = ("red", "orange", "blue")
+COLORS = ("red", "orange", "blue")
 
 
 def test_generated_prompts_have_the_official_form() -> None:
-    prompts = generate(CLASSES, COLOURS, 12, seed=3, plurals={"fish": "fish"})
+    prompts = generate(CLASSES, COLORS, 12, seed=3, plurals={"fish": "fish"})
     counts = Counter(prompt.tag for prompt in prompts)
     assert counts == {**dict.fromkeys(CATEGORIES, 12), "single_object": 7} and list(counts) == list(CATEGORIES)
     assert len({prompt.prompt for prompt in prompts}) == len(prompts) == 67  # none twice
     assert [prompt.key for prompt in prompts][:2] == ["00000-single_object", "00001-single_object"]
     assert all(from_row(to_row(p), n) == p for n, p in enumerate(prompts))  # as valid as a file's
-    check_known(prompts, CLASSES, COLOURS, "judge")
+    check_known(prompts, CLASSES, COLORS, "judge")
     texts = [prompt.prompt.removeprefix("a photo of ") for prompt in prompts]
     for prompt, text in zip(prompts, texts, strict=True):
         a, b = prompt.include[0], prompt.include[-1]
@@ -682,15 +682,15 @@ def test_generated_prompts_have_the_official_form() -> None:
                 "single_object": f"{an(a.name)}",
                 "two_object": f"{an(a.name)} and {an(b.name)}",
                 "counting": f"{['two', 'three', 'four'][a.count - 2]} {PLURALS[a.name]}",
-                "colors": f"{an(f'{a.colour} {a.name}')}",
+                "colors": f"{an(f'{a.color} {a.name}')}",
                 "position": f"{an(b.name)} {(b.position or ('', 0))[0]} {an(a.name)}",
-                "color_attr": f"{an(f'{a.colour} {a.name}')} and {an(f'{b.colour} {b.name}')}",
+                "color_attr": f"{an(f'{a.color} {a.name}')} and {an(f'{b.color} {b.name}')}",
             }[prompt.tag]
         )
         assert prompt.tag != "counting" or prompt.exclude == (Unwanted(a.name, a.count + 1),)
-        assert not a.colour or "person" not in (a.name, b.name)
+        assert not a.color or "person" not in (a.name, b.name)
         assert prompt.tag in ("single_object", "counting", "colors") or a.name != b.name
-        assert prompt.tag != "color_attr" or a.colour != b.colour
+        assert prompt.tag != "color_attr" or a.color != b.color
     assert {prompt.include[0].count for prompt in prompts if prompt.tag == "counting"} == {2, 3, 4}
 
 
@@ -703,16 +703,16 @@ def an(words: str) -> str:
 
 
 def test_generation_is_repeatable_and_fills_what_it_can() -> None:
-    assert generate(CLASSES, COLOURS, 5, 1) == generate(CLASSES, COLOURS, 5, 1) != generate(CLASSES, COLOURS, 5, 2)
+    assert generate(CLASSES, COLORS, 5, 1) == generate(CLASSES, COLORS, 5, 1) != generate(CLASSES, COLORS, 5, 2)
     few = Counter(prompt.tag for prompt in generate(("cat", "dog"), ("red", "blue"), 50))
     # 2; ordered pairs 2; 2 x 3 numbers; 2 x 2 colours; 2 x 4 relations; 2 pairs x 2 pairs of colours
     assert few == dict(zip(CATEGORIES, (2, 2, 6, 4, 8, 4), strict=True))
     assert {p.tag for p in generate(("cat", "dog"), (), 9)} == set(CATEGORIES) - {"colors", "color_attr"}
     assert {p.tag for p in generate(("cat",), ("red",), 9)} == {"single_object", "counting", "colors"}
-    other = generate(CLASSES, COLOURS, 5, 1, "{} on white", coloured=["bus"])
+    other = generate(CLASSES, COLORS, 5, 1, "{} on white", colored=["bus"])
     assert {p.include[0].name for p in other if p.tag == "colors"} == {"bus"}
     assert all(p.prompt.endswith(" on white") for p in other) and "color_attr" not in {p.tag for p in other}
-    same = [p for p in generate(CLASSES, COLOURS, 5, 1) if p.tag == "position"]
+    same = [p for p in generate(CLASSES, COLORS, 5, 1) if p.tag == "position"]
     assert [p.include for p in other if p.tag == "position"] == [p.include for p in same]
 
 
@@ -724,13 +724,13 @@ def test_generation_is_repeatable_and_fills_what_it_can() -> None:
         ({"per_category": 0}, "per_category = 0"),
         ({"classes": ("cat", "cat")}, "class is empty or comes twice"),
         ({"classes": ("cat", " ")}, "class is empty or comes twice"),
-        ({"colours": ("red", "red")}, "colour is empty or comes twice"),
-        ({"coloured": ["dog"]}, "'dog' is to be coloured"),
+        ({"colors": ("red", "red")}, "colour is empty or comes twice"),
+        ({"colored": ["dog"]}, "'dog' is to be coloured"),
     ],
 )
 def test_a_vocabulary_that_cannot_be_used(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(PromptSetError, match=says):
-        generate(**{"classes": CLASSES, "colours": COLOURS, **fields})
+        generate(**{"classes": CLASSES, "colors": COLORS, **fields})
 
 
 @pytest.mark.parametrize(
@@ -812,7 +812,7 @@ def perfect(prompt: Prompt) -> list[Detection]:
             relation, target = wanted.position
             x, y = (at + 60 * step for at, step in zip(places[target], STEPS[relation], strict=True))
         places.append((x, y))
-        found += [seen(wanted.name, 0.95, wanted.colour, square(x, y))] * wanted.count
+        found += [seen(wanted.name, 0.95, wanted.color, square(x, y))] * wanted.count
     return found
 
 
@@ -841,32 +841,32 @@ class Artist:
 class Reader:
     """A detector that reads what `Artist` wrote, and gives colours only where they are asked for."""
 
-    classes, colours = ("cat", "dog", "cow", "bus"), ("red", "blue")
+    classes, colors = ("cat", "dog", "cow", "bus"), ("red", "blue")
     threshold, counting_threshold = 0.3, 0.9
 
     def __init__(self, prompts: Sequence[Prompt], name: str = "Reader 1.0", fails_after: int = 99) -> None:
         self.prompts, self.name, self.fails_after = prompts, name, fails_after
         self.shown: list[int] = []
 
-    def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
         if len(self.shown) == self.fails_after:
             raise KeyboardInterrupt
         self.shown.append(len(images))
-        return [self.one(image, wanted) for image, wanted in zip(images, coloured, strict=True)]
+        return [self.one(image, wanted) for image, wanted in zip(images, colored, strict=True)]
 
-    def one(self, image: Image, coloured: Mapping[str, int]) -> list[Detection]:
+    def one(self, image: Image, colored: Mapping[str, int]) -> list[Detection]:
         index, _, is_right = image.getpixel((0, 0))  # type: ignore[misc]
-        found, left = [], dict(coloured)
+        found, left = [], dict(colored)
         for detection in perfect(self.prompts[index]) if is_right else []:
             left[detection.name] = left.get(detection.name, 0) - 1
-            colours = (detection.colours or {"red": 1.0}) if left[detection.name] >= 0 else {}
-            found.append(replace(detection, colours=colours))
+            colors = (detection.colors or {"red": 1.0}) if left[detection.name] >= 0 else {}
+            found.append(replace(detection, colors=colors))
         return found
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return generate(Reader.classes, Reader.colours, 3, seed=7)
+    return generate(Reader.classes, Reader.colors, 3, seed=7)
 
 
 @dataclass
@@ -971,9 +971,9 @@ def test_detectors_are_asked_for_no_more_colours_than_rules_look_at(tmp_path: Pa
     asked: list[Mapping[str, int]] = []
 
     class Spy(Reader):
-        def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
-            asked.extend(coloured)
-            return super().detect(images, coloured)
+        def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+            asked.extend(colored)
+            return super().detect(images, colored)
 
     evaluated(own, tmp_path / "run", Artist(own, "x"), Spy(own), n=1)
     run = RunFolder.load(tmp_path / "run")
@@ -1016,7 +1016,7 @@ def test_a_real_generator(nano_folder: Path, tmp_path: Path) -> None:
     from open_pisces.generate.generator import Generator
 
     class Blind(Reader):
-        def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+        def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
             assert len({image.tobytes() for image in images}) > 1
             return [[] for _ in images]
 

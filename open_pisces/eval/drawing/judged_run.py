@@ -66,7 +66,7 @@ class JudgedPictures(Evaluation):
         """
         prompts = self.prompts()
         for detector in self.detectors:
-            check_known(prompts, detector.classes, detector.colours, detector.name)
+            check_known(prompts, detector.classes, detector.colors, detector.name)
         return items_of(prompts)
 
     @property
@@ -189,7 +189,7 @@ def _colored(prompt: Prompt, rules: Rules) -> dict[str, int]:
     """Of how many detections of each class the rules may ask the color."""
     asked: dict[str, int] = {}
     for wanted in prompt.include:
-        if wanted.colour:
+        if wanted.color:
             # Where overlapping detections are dropped, any of those that count may move up.
             count = wanted.count if rules.max_overlap >= 1 else rules.max_objects
             asked[wanted.name] = max(count, asked.get(wanted.name, 0))
@@ -201,7 +201,7 @@ def _packed(detections: Sequence[Detection]) -> list[Row]:
     rows = []
     for one in detections:
         box = [float(edge) for edge in one.box]
-        rows.append({"class": one.name, "box": box, "score": float(one.score), "colours": dict(one.colours)})
+        rows.append({"class": one.name, "box": box, "score": float(one.score), "colours": dict(one.colors)})
     return rows
 
 

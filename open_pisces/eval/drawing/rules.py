@@ -5,10 +5,10 @@ Rules (arXiv 2310.11513; ``evaluation/evaluate_images.py`` of djghosh13/geneval)
 - detections of a class count above a confidence of 0.3, of counting prompts above 0.9, the 16 most confident at most;
 - every object of ``include`` has to be found ``count`` times or more, none of ``exclude`` as often as it says: "two
   cats" includes 2 and excludes 3;
-- only the ``count`` most confident detections of a class enter the tests of colour and position, and all must pass;
-- position: centre to centre, less a dead zone of 0.1 x (sum of the widths, of the heights), divided by the distance
-  of the centres; a component beyond +-0.5 is a relation, so a diagonal may have two and a small offset none. Every
-  one of A has to stand in the relation to every one of B. Where B was not found, or not in its colour, A fails too;
+- only the ``count`` most confident detections of a class enter the tests of color and position, and all must pass;
+- position: center to center, less a dead zone of 0.1 x (sum of the widths, of the heights), divided by the distance
+  of the centers; a component beyond +-0.5 is a relation, so a diagonal may have two and a small offset none. Every
+  one of A has to stand in the relation to every one of B. Where B was not found, or not in its color, A fails too;
 - objects are looked for one by one: the same detection may serve two of them.
 
 Scores: a category's is the share of its pictures that are correct, the overall one the mean of the categories. The
@@ -69,7 +69,7 @@ def verdict_of(prompt: Prompt, detections: Sequence[Detection], rules: Rules) ->
     """Apply the rules to what was found in one picture of ``prompt``.
 
     Raises:
-        EvaluationError: if a colour is to be judged that the detector was not asked for.
+        EvaluationError: if a color is to be judged that the detector was not asked for.
     """
     kept = keep(detections, rules, prompt.tag)
     groups: list[list[Detection] | None] = []  # what was matched, for the positions of later objects
@@ -123,11 +123,11 @@ def _failure(wanted: Wanted, found: list[Detection], groups: list[list[Detection
     """Why an object of ``include`` is not matched by the detections ``found``; "" if it is."""
     if len(found) < wanted.count:
         return f"expected {wanted.name} >= {wanted.count}, found {len(found)}"
-    if wanted.colour:
-        colours = [_colour(detection) for detection in found]
-        if colours.count(wanted.colour) < wanted.count:
-            seen = ", ".join(f"{colours.count(colour)} {colour}" for colour in dict.fromkeys(colours))
-            return f"expected {wanted.colour} {wanted.name} >= {wanted.count}, found {seen}"
+    if wanted.color:
+        colors = [_color(detection) for detection in found]
+        if colors.count(wanted.color) < wanted.count:
+            seen = ", ".join(f"{colors.count(color)} {color}" for color in dict.fromkeys(colors))
+            return f"expected {wanted.color} {wanted.name} >= {wanted.count}, found {seen}"
     if wanted.position is None:
         return ""
     relation, target = wanted.position
@@ -142,14 +142,14 @@ def _failure(wanted: Wanted, found: list[Detection], groups: list[list[Detection
     return ""
 
 
-def _colour(detection: Detection) -> str:
-    """Its likeliest colour."""
-    if not detection.colours:
+def _color(detection: Detection) -> str:
+    """Its likeliest color."""
+    if not detection.colors:
         raise EvaluationError(
             f"the colour of {detection.name} at {detection.box} is to be judged, but the detector was not asked for "
             f"it: detect again with these rules"
         )
-    return detection.colour
+    return detection.color
 
 
 def relations(a: Box, b: Box, dead_zone: float = 0.1) -> tuple[str, ...]:

@@ -42,9 +42,9 @@ class Thing:
 
     concept: str
     colour: str
-    """Its one colour, "" if it has several."""
+    """Its one color, "" if it has several."""
     is_shape: bool
-    """Whether captions name its colour."""
+    """Whether captions name its color."""
     box: Box
     """Left, top, right, bottom in pixels; right and bottom lie outside."""
 
@@ -92,10 +92,10 @@ class FrozenScene:
         Two objects come with a relation here, for the scenes' captions have no other way to say them; the category
         "two_object" does not look at it.
         """
-        colour = {thing.concept: thing.colour for thing in self.things}
-        names = list(colour)
-        coloured = self.category in ("colors", "color_attr")
-        wanted = [Wanted(name, colour=colour[name] if coloured else "") for name in names]
+        color = {thing.concept: thing.colour for thing in self.things}
+        names = list(color)
+        colored = self.category in ("colors", "color_attr")
+        wanted = [Wanted(name, color=color[name] if colored else "") for name in names]
         unwanted: tuple[Unwanted, ...] = ()
         if self.category == "counting":
             wanted = [Wanted(names[0], len(self.things))]

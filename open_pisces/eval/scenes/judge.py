@@ -1,12 +1,12 @@
 """The judge for scenes: two small detectors of the 48 concepts, of different kinds, and what they were measured at.
 
 ``OneStage`` looks once at the whole picture: for each cell of a 16 x 16 grid whether an object's middle lies there, its
-box, class and colour (after CenterNet, Zhou et al. 2019, arXiv 1904.07850). ``TwoStage`` first finds boxes, then cuts
+box, class and color (after CenterNet, Zhou et al. 2019, arXiv 1904.07850). ``TwoStage`` first finds boxes, then cuts
 each out of the picture, scales it to one size and names it (after R-CNN, Girshick et al. 2014, arXiv 1311.2524). They
 share no weights, were trained on different draws, and err differently: where they disagree a score is in doubt.
 
 Both know pictures of 64 x 64 pixels on a plain ground and nothing else. How often they are right on real scenes and on
-drawn pictures that a person labelled stands in their card (`card`), which every score that they give carries along.
+drawn pictures that a person labeled stands in their card (`card`), which every score that they give carries along.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from open_pisces.data.images import generation_pixels
 from open_pisces.datasets.scenes.layout import SIZE, vocabulary
 from open_pisces.eval.drawing.detection import Detection, DetectorError
 
-COLOURS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLORS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 """GenEval's ten, which are also the scenes' nine and pink."""
 JUDGES = Path(__file__).parent / "judges"
 STRIDE = 4
@@ -59,7 +59,7 @@ class Found(NamedTuple):
     """Left, top, right, bottom in pixels."""
     classes_BKV: Tensor
     """Probabilities over `classes`."""
-    colours_BKV: Tensor
+    colors_BKV: Tensor
     """Probabilities over `COLOURS`."""
 
 
@@ -104,11 +104,11 @@ class OneStage(nn.Module):
         self.middle = nn.Conv2d(width, 1, 1)
         self.box = nn.Conv2d(width, 4, 1)
         self.classes = nn.Conv2d(width, len(classes()), 1)
-        self.colours = nn.Conv2d(width, len(COLOURS), 1)
+        self.colours = nn.Conv2d(width, len(COLORS), 1)
         _expect_little(self.middle)
 
     def maps(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        """Logits of middles (B, 1, 16, 16), boxes (B, 4, ...), classes (B, 48, ...) and colours (B, 10, ...)."""
+        """Logits of middles (B, 1, 16, 16), boxes (B, 4, ...), classes (B, 48, ...) and colors (B, 10, ...)."""
         x = self.trunk(pixels_BCHW * 2 - 1)
         return {name: getattr(self, name)(x).float() for name in ("middle", "box", "classes", "colours")}
 
@@ -137,7 +137,7 @@ class TwoStage(nn.Module):
         self.naming = nn.Sequential(*layers, nn.Flatten())
         flat = naming[-1] * (CROP // 2 ** len(naming)) ** 2
         self.nothing_or_class = nn.Linear(flat, 1 + len(classes()))
-        self.colours = nn.Linear(flat, len(COLOURS))
+        self.colours = nn.Linear(flat, len(COLORS))
 
     def maps(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
         """Logits of middles (B, 1, 16, 16) and boxes (B, 4, 16, 16)."""
@@ -145,7 +145,7 @@ class TwoStage(nn.Module):
         return {name: getattr(self, name)(x).float() for name in ("middle", "box")}
 
     def name(self, crops_KCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (K, 1 + 48) of nothing and the classes, and (K, 10) of the colours, for cuts (K, 3, 24, 24)."""
+        """Logits (K, 1 + 48) of nothing and the classes, and (K, 10) of the colors, for cuts (K, 3, 24, 24)."""
         x = self.naming(crops_KCHW * 2 - 1)
         return self.nothing_or_class(x).float(), self.colours(x).float()
 
@@ -156,10 +156,10 @@ class TwoStage(nn.Module):
         box_BK4 = boxes(at_cells(maps["box"], cell_BK), cell_BK)
         B, K = score_BK.shape
         picture_K = torch.arange(B, device=pixels_BCHW.device).repeat_interleave(K)
-        named, colours = self.name(cut(pixels_BCHW, box_BK4.flatten(0, 1), picture_K))
+        named, colors = self.name(cut(pixels_BCHW, box_BK4.flatten(0, 1), picture_K))
         something = 1 - named.softmax(-1)[:, :1].view(B, K)
         of_classes = named[:, 1:].softmax(-1).view(B, K, -1)
-        return Found(score_BK * something, box_BK4, of_classes, colours.softmax(-1).view(B, K, -1))
+        return Found(score_BK * something, box_BK4, of_classes, colors.softmax(-1).view(B, K, -1))
 
 
 def _expect_little(middle: nn.Conv2d) -> None:
@@ -169,7 +169,7 @@ def _expect_little(middle: nn.Conv2d) -> None:
 
 
 def peaks(middle_B1HW: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence and cell ``(B, K)`` of the places that stand above their eight neighbours, the surest first."""
+    """Confidence and cell ``(B, K)`` of the places that stand above their eight neighbors, the surest first."""
     highest = F.max_pool2d(middle_B1HW, 3, 1, 1)
     alone = torch.where(middle_B1HW == highest, middle_B1HW, 0.0)
     top = alone.flatten(1).topk(MOST, dim=1)
@@ -231,7 +231,7 @@ class SceneJudge:
         self.network = network.eval()
         self.name = f"scene judge ({kind})"
         self.classes = classes()
-        self.colours = COLOURS
+        self.colors = COLORS
         self.threshold = self.counting_threshold = threshold
 
     @classmethod
@@ -249,10 +249,10 @@ class SceneJudge:
         save_file(tensors, Path(folder) / f"{self.kind}.safetensors")
 
     @torch.inference_mode()
-    def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]] = ()) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]] = ()) -> list[list[Detection]]:
         """Everything found in pictures, brought to 64 x 64 pixels first; boxes are in the picture's own pixels.
 
-        Colours are given for every object, asked for or not.
+        Colors are given for every object, asked for or not.
         """
         if not images:
             return []
@@ -264,7 +264,7 @@ class SceneJudge:
 
 def _detections(found: Found, image: Image) -> list[Detection]:
     """One picture's objects above `FLOOR`; of boxes that overlap only the surest."""
-    score_K, box_K4, classes_KV, colours_KV = (part.numpy() for part in found)
+    score_K, box_K4, classes_KV, colors_KV = (part.numpy() for part in found)
     score_K = score_K * classes_KV.max(-1)
     # Back from the square that was cut out of the middle to the picture's own pixels.
     scale = min(image.size) / SIZE
@@ -275,8 +275,8 @@ def _detections(found: Found, image: Image) -> list[Detection]:
         box = (left, top, right, bottom)
         if score_K[k] < FLOOR or any(overlap(other.box, box) > SAME for other in kept):
             continue
-        colours = {name: round(float(p), 4) for name, p in zip(COLOURS, colours_KV[k], strict=True)}
-        kept.append(Detection(classes()[int(np.argmax(classes_KV[k]))], box, float(score_K[k]), colours))
+        colors = {name: round(float(p), 4) for name, p in zip(COLORS, colors_KV[k], strict=True)}
+        kept.append(Detection(classes()[int(np.argmax(classes_KV[k]))], box, float(score_K[k]), colors))
     return kept
 
 
@@ -289,7 +289,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def card(folder: str | Path = JUDGES) -> dict[str, Any]:
-    """What is known of the judges: threshold, training, accuracy on real scenes and on labelled drawings."""
+    """What is known of the judges: threshold, training, accuracy on real scenes and on labeled drawings."""
     path = Path(folder) / "card.json"
     if not path.is_file():
         raise DetectorError(f"no judges at {folder}: train them with `pisces eval judge --train {folder}`")

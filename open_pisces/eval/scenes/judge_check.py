@@ -1,4 +1,4 @@
-"""How good the judges are: on real scenes, whose truth is exact, and on drawn pictures that a person labelled.
+"""How good the judges are: on real scenes, whose truth is exact, and on drawn pictures that a person labeled.
 
 A judge's threshold is chosen before, on worn pictures of its own kind (`calibrate`), never on what is measured here.
 """
@@ -25,11 +25,11 @@ from open_pisces.eval.drawing.rules import relations
 from open_pisces.eval.intervals import EvaluationError, mean_interval
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.frozen import FrozenScene
-from open_pisces.eval.scenes.judge import COLOURS, JUDGES, SceneJudge, classes, load_network, overlap
+from open_pisces.eval.scenes.judge import COLORS, JUDGES, SceneJudge, classes, load_network, overlap
 from open_pisces.eval.scenes.judge_training import compose, train, wear
 
 THRESHOLDS = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
-LABELLED = JUDGES / "labelled"
+LABELED = JUDGES / "labelled"
 """Drawn pictures and what a person saw in them: ``pictures.png``, a sheet without gaps, and ``labels.json``."""
 PLAN = {"one-stage": (1, 3200), "two-stage": (2, 5000)}
 """Seed and steps of the judges in the package."""
@@ -76,7 +76,7 @@ def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence
     ``class``: share of objects in whose place (overlap at least a half) one of their class was found. ``count``:
     share of scenes in which each class was found as often as it is there, and no other. ``position``: share of pairs
     whose found objects stand in the true relation, by GenEval's rule, and in no opposite one. ``colour``: share of
-    objects of one colour that were found and given that colour. Each with its interval and ``n``.
+    objects of one color that were found and given that color. Each with its interval and ``n``.
     """
     hits: dict[str, list[bool]] = {name: [] for name in ("class", "count", "position", "colour")}
     for scene, found in zip(scenes, found_in(judge, images), strict=True):
@@ -87,8 +87,8 @@ def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence
             near = [d for d in found if d.name == thing.concept and overlap(d.box, thing.box) >= 0.5]
             matched.append(near[0] if near else None)
             hits["class"].append(bool(near))
-            if thing.colour in COLOURS:
-                hits["colour"].append(bool(near) and near[0].colour == thing.colour)
+            if thing.colour in COLORS:
+                hits["colour"].append(bool(near) and near[0].color == thing.colour)
         if scene.layout == "pair":
             first, second = matched
             true = first is not None and second is not None and relations(first.box, second.box) == (scene.relation,)
@@ -99,8 +99,8 @@ def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence
 # -------------------------------------------------------------------------------------------- what a person saw
 
 
-def labelled(folder: Path = LABELLED) -> tuple[list[Image], list[dict[str, Any]]]:
-    """Drawn pictures, and for each its caption and what a person saw: ``things`` as [concept, colour or "", place].
+def labeled(folder: Path = LABELED) -> tuple[list[Image], list[dict[str, Any]]]:
+    """Drawn pictures, and for each its caption and what a person saw: ``things`` as [concept, color or "", place].
 
     A place is one of nine, such as "top left" or "centre"; what could not be told is "?" and is not asked about.
 
@@ -127,7 +127,7 @@ def write_sheet(images: Sequence[Image], path: Path, columns: int = 10) -> None:
     sheet.save(path, optimize=True)
 
 
-def on_labelled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def on_labeled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Agreement with a person on drawn pictures.
 
     ``things``: share of pictures in which judge and person name the same things as often. ``class``: share of the
@@ -143,15 +143,15 @@ def on_labelled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[
         extra = got - wanted
         hits["things"].append(not wanted - got and extra.total() <= free)
         left = list(found)
-        for concept, colour, place in seen:
+        for concept, color, place in seen:
             near = [d for d in left if d.name == concept]
             hits["class"].append(bool(near))
             if near:
                 best = next((d for d in near if place_of(d) == place), near[0])
                 left.remove(best)
                 hits["place"].append(place_of(best) == place)
-                if colour in COLOURS:
-                    hits["colour"].append(best.colour == colour)
+                if color in COLORS:
+                    hits["colour"].append(best.color == color)
     return {name: {**mean_interval(values).rounded(), "n": len(values)} for name, values in hits.items() if values}
 
 
@@ -207,17 +207,17 @@ def write_card(
         parameters = sum(p.numel() for p in judge.network.parameters())
         trained = {"seed": seed, "steps": steps, "pictures": pictures, "parameters": parameters}
         card[judge.kind] = {"threshold": judge.threshold, "trained": trained, **measure(judge, cutouts)}
-    images, _ = labelled()
+    images, _ = labeled()
     card["agreement on labelled pictures"] = round(agreement(judges, images), 4)
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     return card
 
 
 def measure(judge: SceneJudge, cutouts: Cutouts) -> dict[str, Any]:
-    """A judge on frozen scenes (`MEASURED`) and on labelled drawings."""
+    """A judge on frozen scenes (`MEASURED`) and on labeled drawings."""
     found: dict[str, Any] = {}
     for split, count in MEASURED.items():
         scenes = frozen_scenes.questions(count, split)
         images, _ = frozen_scenes.pictures(scenes, cutouts)
         found[f"real scenes, {split}"] = on_scenes(judge, scenes, images)
-    return {**found, "labelled drawings": on_labelled(judge, *labelled())}
+    return {**found, "labelled drawings": on_labeled(judge, *labeled())}

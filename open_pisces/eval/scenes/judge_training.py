@@ -2,7 +2,7 @@
 
 Their pictures are wilder than the scenes that models train on: none to five things of any style and size anywhere on
 any ground, shapes that are half one thing and half another, and blots, which are nothing; then worn by blur, noise and
-shifted colours, as drawings are. So a judge does not learn which scenes are likely, and does not take a blot for a cat.
+shifted colors, as drawings are. So a judge does not learn which scenes are likely, and does not take a blot for a cat.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from open_pisces.data.draws import stream
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import SIZE, Thing, vocabulary
 from open_pisces.eval.scenes.judge import (
-    COLOURS,
+    COLORS,
     GRID,
     NETWORKS,
     STRIDE,
@@ -52,8 +52,8 @@ class Pictures(NamedTuple):
     pixels_NHWC: np.ndarray
     box_NK4: np.ndarray
     class_NK: np.ndarray
-    colour_NK: np.ndarray
-    """-1 where a drawing has no single colour."""
+    color_NK: np.ndarray
+    """-1 where a drawing has no single color."""
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -73,7 +73,7 @@ def compose(cutouts: Cutouts, count: int, seed: int) -> Pictures:
         for k, (thing, box) in enumerate(objects):
             kept.box_NK4[i, k] = box
             kept.class_NK[i, k] = classes().index(thing.concept)
-            kept.colour_NK[i, k] = COLOURS.index(thing.colour) if thing.colour in COLOURS else -1
+            kept.color_NK[i, k] = COLORS.index(thing.colour) if thing.colour in COLORS else -1
     return kept
 
 
@@ -114,7 +114,7 @@ def _picture(cutouts: Cutouts, rng: np.random.Generator) -> tuple[Image, list[Pl
 
 
 def _any(cutouts: Cutouts, rng: np.random.Generator) -> tuple[str, Thing]:
-    """A thing in a style that draws it; the shapes' many colours count as a fifth."""
+    """A thing in a style that draws it; the shapes' many colors count as a fifth."""
     styles = sorted(cutouts.words)
     words = vocabulary()
     while True:
@@ -153,7 +153,7 @@ def _halves(one: Image, other: Image, rng: np.random.Generator) -> Image:
 
 
 def _blot(picture: Image, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draw a blot of two colours, neither round nor square, and say where it is."""
+    """Draw a blot of two colors, neither round nor square, and say where it is."""
     side = int(rng.integers(10, 34))
     left, top = (int(rng.integers(0, SIZE - side)) for _ in range(2))
     layer = Pillow.new("RGB", (side, side), tuple(int(c) for c in rng.integers(0, 256, 3)))
@@ -172,7 +172,7 @@ def wear(pixels_BCHW: Tensor, rng: np.random.Generator) -> Tensor:
     """A batch as imperfect decoders might have drawn it; a quarter of the pictures stay as they are.
 
     Lines bent by up to about two pixels, edges blurred (half of the pictures down to every other pixel), blotches and
-    grain, lighter or darker colours: what small decoders do to pictures, but none of theirs, so that a judge favours no
+    grain, lighter or darker colors: what small decoders do to pictures, but none of theirs, so that a judge favours no
     model.
     """
     B = len(pixels_BCHW)
@@ -259,19 +259,19 @@ def _named_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) ->
     return (loss * weight).sum() / weight.sum().clamp_min(1)
 
 
-def one_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, colour: Tensor) -> Tensor:
+def one_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, color: Tensor) -> Tensor:
     """Everything at the cells where it should be found."""
     maps = network.maps(pixels)  # type: ignore[operator]
     want = wanted(box, class_)
     index = want.index_BHW.clamp_min(0).flatten(1)
     total = found_loss(maps, want)
-    for name, truth in (("classes", class_), ("colours", colour)):
+    for name, truth in (("classes", class_), ("colours", color)):
         target = torch.where(want.index_BHW >= 0, truth.gather(1, index).view_as(want.index_BHW), -1)
         total = total + _named_loss(maps[name], target, want.heat_BHW)
     return total
 
 
-def two_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, colour: Tensor) -> Tensor:
+def two_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, color: Tensor) -> Tensor:
     """The boxes; then names of shaken true boxes, and of places where nothing (whole) is."""
     assert isinstance(network, TwoStage)
     maps = network.maps(pixels)
@@ -282,11 +282,11 @@ def two_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tens
     shaken = true + side * 0.06 * torch.randn_like(true)
     empty_picture, empty = _empty(maps, box, class_)
     crops = cut(pixels, torch.cat([shaken, empty]), torch.cat([picture, empty_picture]))
-    named, colours = network.name(crops)
+    named, colors = network.name(crops)
     none = torch.zeros(len(empty), dtype=torch.long)
     names = torch.cat([class_[picture, place] + 1, none])
-    hues = torch.cat([colour[picture, place], none - 1])
-    return found_loss(maps, want) + _named_loss(named, names) + _named_loss(colours, hues)
+    hues = torch.cat([color[picture, place], none - 1])
+    return found_loss(maps, want) + _named_loss(named, names) + _named_loss(colors, hues)
 
 
 @torch.no_grad()

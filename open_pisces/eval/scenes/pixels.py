@@ -67,7 +67,7 @@ def third(place: float) -> int:
 def color_shares(pixels: np.ndarray) -> dict[str, float]:
     """Weighted count of each color present in ``pixels`` (3, K), the largest first.
 
-    Colourless pixels weigh half: outlines, shadows and highlights are black, gray and white whatever the object is.
+    Colorless pixels weigh half: outlines, shadows and highlights are black, gray and white whatever the object is.
     """
     classes = color_classes(pixels)
     shares = np.bincount(classes, minlength=len(COLORS)).astype(float)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 COLUMNS = ("left", "centre", "right")
 ROWS = ("top", "middle", "bottom")
 MARGIN = 0.03
-"""Scenes whose box centre is this close to a border between thirds are not asked: their centroid may lie beyond it."""
+"""Scenes whose box center is this close to a border between thirds are not asked: their centroid may lie beyond it."""
 PSNR_CAP = 60.0
 """Decibels given to equal pictures: about what rounding to 8 bits costs."""
 _SEARCHED = 100  # scenes looked through for each one wanted before giving up

@@ -4,7 +4,7 @@ Scenes are frozen (`open_pisces.eval.scenes.frozen`) or composed at evaluation t
 was in a training set: see `fresh_scenes` for why. Each scene gives one question, each of the six types the same number
 of questions, and the score is the mean of the types' accuracies. What it has to beat is the better of two:
 ``constant``, the best fixed answer per type, chosen on the very answers it is scored on (no other constant is better),
-and ``blank``, the same model asked the same questions over a picture of plain mid-grey.
+and ``blank``, the same model asked the same questions over a picture of plain mid-gray.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ NEVER_ASKED = {"pairs": ("how_many",)}
 """Types without an open answer in a split: held-out pairs are always one thing and another."""
 SEEDS_FROM = 2**62
 """Evaluation composes its scenes with seeds from here on; datasets are built with smaller ones."""
-GREY = (128, 128, 128)
-"""The blank picture: mid-grey is as far from a light ground as from a dark one, so it suggests no object."""
+GRAY = (128, 128, 128)
+"""The blank picture: mid-gray is as far from a light ground as from a dark one, so it suggests no object."""
 _SEARCHED = 100  # scenes looked through for each question before giving up
 _SHOWN = 20
 
@@ -50,7 +50,7 @@ def fresh_scenes(split: Split, seed: int, cutouts: Cutouts | None = None) -> Ite
 
     A scene is a function of (composer's seed, split, index). The composer's seed here is derived from ``seed`` under
     the purpose ``"eval"`` and lies at or above `SEEDS_FROM`, where no dataset's seed lies, so the draws behind a
-    scene (objects, sizes, places, colours) are independent of those behind any training scene.
+    scene (objects, sizes, places, colors) are independent of those behind any training scene.
 
     Raises:
         EvaluationError: if there are no cut-outs, or no such split.
@@ -157,7 +157,7 @@ class SceneQuestions(Evaluation):
         images = [self._asked[0][int(item["key"])][0] for item in batch]
         questions = [item["question"] for item in batch]
         answers = self.generator.text([[image] for image in images], questions)
-        blanks = self.generator.text([[Pillow.new("RGB", image.size, GREY)] for image in images], questions)
+        blanks = self.generator.text([[Pillow.new("RGB", image.size, GRAY)] for image in images], questions)
         rows = []
         for item, answer, blank in zip(batch, answers, blanks, strict=True):
             rows.append({"key": item["key"], "answer": answer, "blank": blank})
