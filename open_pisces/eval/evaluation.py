@@ -69,8 +69,9 @@ def rounded(interval: Interval, digits: int = 4) -> Interval:
 
 def missing(run: RunFolder, stage: str, size: int) -> Iterable[list[Row]]:
     """The batches of ``size`` items whose rows of a stage are not there yet, with a bar on standard error."""
+    # A list: the bar wants to know how many there are.
     left = list(run.batches(stage, size))
-    return track(left, stage, console=Console(stderr=True), disable=not left)
+    return track(left, f"{run.manifest.task}: {stage}", console=Console(stderr=True), disable=not left)
 
 
 def draw(generator: Generator, run: RunFolder, batch: Sequence[Row], seed: int | None = None) -> None:
@@ -150,11 +151,13 @@ class Evaluation(ABC):
         start = time.time()
         run = self.open(model, folder)
         self.complete(run)
+        # From the rows, although they were just made: a run and its rescoring cannot differ then.
         scores = run.write_scores(self.score(run).row())
         return {**scores, "seconds": round(time.time() - start, 1), "folder": str(run.folder)}
 
     def open(self, model: str | Path, folder: str | Path | None = None) -> RunFolder:
         """The run folder of this evaluation, begun or found."""
+        # Items first: what cannot be asked is refused before a folder is made.
         items = self.items()
         manifest = Manifest(self.task, str(model), self.hash_of(model), self.settings, device=self.device)
         return RunFolder.open(folder, manifest, items)
@@ -192,6 +195,7 @@ def rescore(folder: str | Path, model: str | None = None, **options: Any) -> Row
     if home is None:
         raise RunError(f"{folder}: a run of {run.manifest.task} has pictures and no score")
     given = {name: value for name, value in options.items() if value is not None}
+    # Imported here: to score a run of one task the networks of the others need not be loaded.
     score_run = import_module(home).score_run
     unknown = [name for name in given if name not in signature(score_run).parameters]
     if unknown:

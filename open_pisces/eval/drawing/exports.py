@@ -88,6 +88,7 @@ def _wise_items(path: Path) -> list[Row]:
     rows = []
     for file in files:
         rows += json.loads(file.read_text("utf-8"))
+    # WISE spreads its prompts over files by subject; its scorer goes by number.
     rows.sort(key=lambda row: int(row["prompt_id"]))
     return [{"key": f"{row['prompt_id']:04d}", "prompt": row["Prompt"], "id": row["prompt_id"]} for row in rows]
 
@@ -164,6 +165,7 @@ def export(run: RunFolder, layout: str, target: str | Path, part: bool = False) 
     _check_numbers(run, layout, part)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise EvaluationError(f"{target} holds something: name a new folder")
+    # Beside the target: os.replace cannot cross file systems.
     work = target.with_name(f".{os.getpid()}-{target.name}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -190,6 +192,7 @@ def _check_numbers(run: RunFolder, layout: str, part: bool) -> None:
     wanted = asked.get("prompts", prompts)
     if prompts > wanted or (prompts < wanted and not part):
         raise EvaluationError(f"{run.folder}: {prompts} prompts, {layout} has {wanted}: draw all of them and no others")
+    # More are no fault: the first ones are taken.
     if pictures < asked["pictures"]:
         raise EvaluationError(f"{run.folder}: {pictures} pictures of each prompt, {layout} takes {asked['pictures']}")
 
@@ -206,6 +209,7 @@ def _write_geneval(run: RunFolder, work: Path, target: Path) -> None:
 
 
 def _write_geneval2(run: RunFolder, work: Path, target: Path) -> None:
+    # Its images.json maps prompts to pictures, so one of two equal prompts would be lost.
     repeated = [prompt for prompt, times in Counter(item["prompt"] for item in run.items).items() if times > 1]
     if repeated:
         raise EvaluationError(f"{run.folder}: {repeated[0]!r} comes twice, and geneval2 knows pictures by prompt")

@@ -63,6 +63,7 @@ def items_of(prompt_set: str) -> list[Row]:
     Raises:
         EvaluationError: if there is no such set.
     """
+    # All prompts of a set, in the order of the file: nothing is picked.
     sets = prompt_sets()
     if prompt_set not in sets:
         raise EvaluationError(f"no gallery is called {prompt_set!r}: choose {' or '.join(sets)}")
@@ -111,11 +112,13 @@ def draw_gallery(
         "batch_size": batch_size,
     }
     items = items_of(prompt_set)
+    # Two versions of a set are two runs, even where the prompts' keys are the same.
     settings["version"] = prompt_sets()[prompt_set]["version"]
     manifest = Manifest(TASK, str(model), model_hash(model), settings, device=str(generator.device))
     run = RunFolder.open(folder, manifest, items)
     for batch in missing(run, "images", batch_size):
         draw(generator, run, batch)
+    # Also after a run that was complete: the sheet may have been deleted.
     save_whole(sheet(run), run.folder / SHEET)
     return run
 
@@ -193,6 +196,7 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
         parts[model] = own[:-1] if len(own) > 1 and own[-1] == "model" else own
     names = {model: p[-1] for model, p in parts.items()}
     longest = max((len(p) for p in parts.values()), default=0)
+    # Longer endings only for those that are still alike.
     for length in range(2, longest + 1):
         times = Counter(names.values())
         for model, name in list(names.items()):
@@ -334,6 +338,7 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
+        # A word without spaces may be wider than its column, as in languages without them.
         while font.getlength(lines[-1]) > width:
             fits = max(1, bisect_right(range(1, len(lines[-1])), width, key=lambda n: font.getlength(lines[-1][:n])))
             lines = [*lines[:-1], lines[-1][:fits], lines[-1][fits:]]
@@ -344,6 +349,7 @@ def fitted(picture: Image, side: int) -> Image:
     """``picture`` as large as fits into a square of ``side`` pixels, in the middle of a white one."""
     scale = side / max(picture.size)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    # White, the ground of most pictures here, so that the margin does not look like a part of them.
     square = Pillow.new("RGB", (side, side), "white")
     resized = picture.convert("RGB").resize(size, Pillow.Resampling.LANCZOS if scale < 1 else Pillow.Resampling.BICUBIC)
     square.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))

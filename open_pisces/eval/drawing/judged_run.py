@@ -176,11 +176,13 @@ def detect(
     for item, shown in zip(batch, pictures, strict=True):
         images += shown
         colored += [_colored(from_row(item), rules)] * len(shown)
+    # One call for all pictures of a batch: a detector is fastest on many.
     found = iter(detector.detect(images, colored))
     thresholds = {"threshold": detector.threshold, "counting_threshold": detector.counting_threshold}
     rows = []
     for item, shown in zip(batch, pictures, strict=True):
         packed = [_packed(next(found)) for _ in shown]
+        # Name and thresholds stand in every row: a file that two detectors wrote into is noticed.
         rows.append({"key": item["key"], "pictures": packed, "detector": detector.name, **thresholds})
     run.append(rows_name(detector.name), rows)
 
@@ -200,6 +202,7 @@ def _packed(detections: Sequence[Detection]) -> list[Row]:
     """Detections as they stand in a row, without their masks."""
     rows = []
     for one in detections:
+        # Plain numbers: JSON knows none of numpy's. Masks are left out, for no rule looks at them.
         box = [float(edge) for edge in one.box]
         rows.append({"class": one.name, "box": box, "score": float(one.score), "colours": dict(one.colors)})
     return rows
@@ -261,6 +264,7 @@ def read_findings(run: RunFolder, detector: str = "", rules: Rules | None = None
         raise RunError(f"{run.folder}/{names[0]}.jsonl holds rows of {both}: delete it and detect again")
     name, *thresholds = kinds[0]
     rules = rules or Rules(*thresholds)
+    # A detector keeps nothing it is not sure enough of, so looser rules would count too little and not say so.
     lowest = min(rules.threshold, rules.counting_threshold)
     if lowest < min(thresholds):
         raise EvaluationError(
@@ -312,6 +316,7 @@ def score_findings(findings: Findings) -> GenEvalScore:
     for prompt, verdicts in zip(findings.prompts, findings.verdicts, strict=True):
         group = wrong.setdefault(prompt.tag, [])
         for number, verdict in enumerate(verdicts):
+            # The first ones, not the worst or the best: nothing is picked.
             if not verdict.correct and len(group) < _SHOWN:
                 group.append(WrongPicture(prompt.key, prompt.prompt, number, list(verdict.reasons)))
     scores = summarize([prompt.tag for prompt in findings.prompts], findings.correct)

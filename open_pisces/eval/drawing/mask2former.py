@@ -158,6 +158,7 @@ class Mask2FormerClip:
         colors = self.reader.probabilities(crops, [found[picture][place].name for picture, place in asked])
         for (picture, place), probabilities in zip(asked, colors, strict=True):
             old = found[picture][place]
+            # Detections are frozen, so one with its colors takes the place of the old one.
             found[picture][place] = Detection(old.name, old.box, old.score, probabilities, old.mask)
         return found
 
@@ -182,6 +183,7 @@ def prepare(image: Image, short: int, long: int) -> tuple[np.ndarray, tuple[int,
     Returns:
         ``float32 (3, H, W)``, H and W multiples of 32, and the part of it that is picture, from the upper left.
     """
+    # mmcv's rescale: the largest size within both bounds, sides rounded half up.
     scale = min(long / max(image.size), short / min(image.size))
     width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
     pixels = np.asarray(image.resize((width, height), Pillow.Resampling.BILINEAR), dtype=np.float32) / 255
@@ -265,6 +267,7 @@ class ColorReader:
         self.device = device
         self.colors = tuple(colors or tables()["colours"])
         self.tokenizer = _tokenizer(folder, self.colors)
+        # Thirty texts a class: written out once, not for every crop.
         self.directions = lru_cache(maxsize=None)(self._directions)
 
     @torch.inference_mode()

@@ -61,6 +61,7 @@ class GenEvalOfFolder(JudgedPictures):
 
     def hash_of(self, model: str | Path) -> str:
         """In place of the model's: the hash of all pictures."""
+        # Names and contents: a picture that is changed or moved makes another run.
         sums = {}
         for files in self.files.values():
             for file in files:
@@ -89,6 +90,7 @@ def _official_layout(path: Path, n: int) -> tuple[dict[str, list[Path]], list[Pr
     prompts = []
     for folder in sorted(folders, key=lambda folder: (int(folder.name), folder.name)):
         prompt = _metadata(folder)
+        # By the folder's number: the same prompt may come twice.
         prompt = replace(prompt, key=f"{folder.name}-{prompt.tag}")
         prompts.append(prompt)
         files[prompt.key] = _samples(folder / "samples", n)
@@ -108,6 +110,7 @@ def _metadata(folder: Path) -> Prompt:
 
 def _samples(folder: Path, n: int) -> list[Path]:
     """The pictures of a prompt in the order of their numbers."""
+    # Any number of digits: samplers write 0.png as well as 0000.png.
     files = [file for file in folder.glob("*") if re.fullmatch(r"\d+\.png", file.name)]
     if len(files) != n:
         others = sorted(file.name for file in folder.glob("*") if file not in files)

@@ -146,6 +146,7 @@ def from_row(row: Any, number: int = 0) -> Prompt:
     include = tuple(_wanted(_fields(thing, ("class", "count"), ("color", "position"))) for thing in row["include"])
     exclude = [_fields(thing, ("class", "count"), ()) for thing in row.get("exclude", ())]
     unwanted = tuple(Unwanted(thing["class"], thing["count"]) for thing in exclude)
+    # Runs keep keys of their own; the official file has none.
     key = row.get("key", f"{number:05d}-{row['tag']}")
     return Prompt(key, row["tag"], row["prompt"], include, unwanted)
 
@@ -331,6 +332,7 @@ def _made(words: _Words, tag: str, per_category: int, seed: int) -> Iterator[Pro
     """Prompts of one category, drawn without repetition from all that there are."""
     sizes = words.sizes(tag)
     possible = math.prod(sizes) if min(sizes) > 0 else 0
+    # Without repetition, and from a stream of its own: another category or size changes nothing here.
     chosen = stream(seed, "eval", "geneval", tag).choice(possible, min(per_category, possible), replace=False)
     for draws in zip(*np.unravel_index(chosen, sizes), strict=True) if possible else ():
         yield words.prompt(tag, tuple(int(draw) for draw in draws))

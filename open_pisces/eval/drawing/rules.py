@@ -75,8 +75,10 @@ def verdict_of(prompt: Prompt, detections: Sequence[Detection], rules: Rules) ->
     groups: list[list[Detection] | None] = []  # what was matched, for the positions of later objects
     reasons = []
     for wanted in prompt.include:
+        # Those behind the first `count` are not looked at, even if they would be right (official).
         found = kept.get(wanted.name, [])[: wanted.count]
         failure = _failure(wanted, found, groups, rules)
+        # None: nothing can stand in a relation to what was not found.
         groups.append(None if failure else found)
         if failure:
             reasons.append(failure)
@@ -89,6 +91,7 @@ def verdict_of(prompt: Prompt, detections: Sequence[Detection], rules: Rules) ->
 
 def keep(detections: Sequence[Detection], rules: Rules, tag: str) -> dict[str, list[Detection]]:
     """The detections that count in a category, by class, in falling order of confidence."""
+    # In 32 bits, as the official code: 0.3 as a network gives it, 0.30000001, does not pass 0.3.
     threshold = np.float32(rules.counting_threshold if tag == "counting" else rules.threshold)
     kept: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):  # stable: equals stay in the order given
@@ -101,6 +104,7 @@ def _apart(found: list[Detection], max_overlap: float) -> list[Detection]:
     """Drop those that overlap a more confident one too much."""
     if max_overlap >= 1:
         return found
+    # Greedy, the surest first, as in every detector's non-maximum suppression.
     apart: list[Detection] = []
     for detection in found:
         if all(pixel_overlap(other.box, detection.box) < max_overlap for other in apart):
@@ -158,8 +162,10 @@ def relations(a: Box, b: Box, dead_zone: float = 0.1) -> tuple[str, ...]:
     sizes = np.abs(corners[:, 1] - corners[:, 0])
     offset = corners[0].mean(axis=0) - corners[1].mean(axis=0)
     beyond = np.maximum(np.abs(offset) - np.float32(dead_zone) * sizes.sum(axis=0), 0) * np.sign(offset)
+    # The official bound on rounding: inside the dead zone both ways there is no relation.
     if np.all(np.abs(beyond) < 1e-3):
         return ()
+    # By the distance of the centers, not of what is left of it: small offsets stay below a half.
     x, y = beyond / np.linalg.norm(offset)
     sides = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return tuple(name for name, holds in sides.items() if holds)

@@ -134,6 +134,7 @@ class Diagnosis(JudgedPictures):
 
     def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
         """Keep the rows or pictures of a batch."""
+        # Vectors are those of all captions, so a batch is found by its places.
         keys = {item["key"] for item in batch}
         places = [place for place, item in enumerate(run.items) if item["key"] in keys]
         if stage == "vectors":
@@ -159,6 +160,7 @@ class Diagnosis(JudgedPictures):
     def complete(self, run: RunFolder) -> None:
         """As every evaluation, and note how far the empty caption is off."""
         super().complete(run)
+        # Of the model as a whole: it belongs to no caption.
         run.note("model", {"null_distance": self.generator.null_distance()})
 
     def score(self, run: RunFolder) -> DiagnosisScore:
@@ -178,6 +180,7 @@ class Diagnosis(JudgedPictures):
 def picture_names(generator: Generator) -> list[str]:
     """What is drawn of every caption, in order."""
     usual = generator.pisces.settings.decoder.guidance_scale
+    # The usual scale is drawn already, as `free`.
     sweep = [f"guidance {scale:g}" for scale in GUIDANCE if scale != usual]
     return [*SOURCES, "noise", "detailed", *(f"seed {j}" for j in range(1, SEEDS)), *sweep]
 
@@ -283,6 +286,7 @@ def score_run(run: RunFolder, names: Sequence[str] = ()) -> DiagnosisScore:
     tags = [item["tag"] for item in run.items]
     columns, *others = [_columns(run, name) for name in names]
     sources = {name: _score(tags, columns[name]) for name in SOURCES}
+    # What is missing of true pictures is the judge's fault, held against a perfect score.
     losses = {"true": _difference(tags, np.ones(len(tags)), columns["true"])}
     for before, after in zip(SOURCES, SOURCES[1:], strict=False):
         losses[after] = _difference(tags, columns[before], columns[after])
@@ -359,6 +363,7 @@ def _diversity(run: RunFolder, columns: Mapping[str, np.ndarray]) -> Diversity:
         pixels.append([np.asarray(images[j].convert("RGB"), dtype=np.float32) / 255 for j in places])
     by_seed = np.array(pixels).swapaxes(0, 1)
     within = [np.abs(a - b).mean() for a, b in combinations(by_seed, 2)]
+    # Against the next caption only: one comparison for each is enough for a mean.
     between = np.abs(by_seed[0] - np.roll(by_seed[0], 1, axis=0)).mean()
     hits = np.stack([columns[name] for name in names])
     return Diversity(
@@ -371,6 +376,7 @@ def _diversity(run: RunFolder, columns: Mapping[str, np.ndarray]) -> Diversity:
 
 def sentence(losses: Mapping[str, Interval], noise: float) -> str:
     """Where the next gain lies, by the largest loss; ``noise`` is what noise of the errors' size loses."""
+    # PLACES leaves out the judge's own loss: nothing can be won there by training.
     place = max(PLACES, key=lambda name: losses[name].score)
     loss = losses[place]
     where, advice = PLACES[place]

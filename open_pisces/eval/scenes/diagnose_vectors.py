@@ -58,6 +58,7 @@ class Probe:
         x = (x - self.mean) / self.std
         numbers = torch.tensor([self.names.index(name) for name in names])
         y = torch.nn.functional.one_hot(numbers, len(self.names)).double()
+        # In the dual form: as large as there are pictures, however many features a model has.
         inner = x @ x.T + strength * x.shape[1] / 100 * torch.eye(len(x), dtype=torch.float64)
         self.weight = x.T @ torch.linalg.solve(inner, y - 1 / len(self.names))
 
@@ -68,6 +69,7 @@ class Probe:
 
     @staticmethod
     def _seen(vectors_BME: Tensor) -> Tensor:
+        # In 64 bits: the system has as many rows as pictures and is solved once.
         x = vectors_BME.double().cpu()
         return torch.cat([x.flatten(1), x.mean(1), x.amax(1)], 1)
 
@@ -102,6 +104,7 @@ def vector_rows(items: Sequence[Row], vectors: dict[str, Tensor], probe: Probe) 
             "norm": own.norm(dim=-1),
             "variance": (own - own.mean(0)).pow(2).mean(-1),
         }
+        # 1e-9: pictures may be equal, and equal ones share the better rank.
         rank = (apart < apart.diagonal()[:, None] - 1e-9).sum(1)
         read = probe(own)
         for i, item in enumerate(items):

@@ -148,6 +148,7 @@ def score_run(run: RunFolder, names: Sequence[str] = ()) -> SceneDrawingScore:
 def _beside(other: Findings, first: Findings) -> OtherJudge:
     """Another judge's scores, and how often it agrees with the first."""
     scores = score_findings(other)
+    # Picture by picture: equal scores may hide that two judges disagree on half of them.
     same = np.array(other.correct) == np.array(first.correct)
     categories = {tag: row.score for tag, row in scores.categories.items()}
     return OtherJudge(scores.score, scores.low, scores.high, categories, round(float(np.mean(same)), 4))
@@ -161,6 +162,7 @@ def _baseline(findings: Findings) -> float | None:
     tags = []
     correct = []
     for tag, places in groups.items():
+        # A caption alone in its category would be held against itself.
         if len(places) == 1:
             continue
         for place, other in zip(places, [*places[1:], places[0]], strict=True):

@@ -82,6 +82,7 @@ class FrozenScene:
             if key not in cutouts.pictures:
                 raise EvaluationError(f"the artwork lacks {' '.join(key).strip()}: `pisces data build artwork`")
             left, top, right, bottom = thing.box
+            # The longer side decides: drawings keep their shape.
             drawing = fit(cutouts.pictures[key], max(right - left, bottom - top))
             picture.paste(drawing, (left, top), drawing)
         return picture

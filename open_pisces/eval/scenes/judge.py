@@ -72,6 +72,7 @@ class Block(nn.Module):
     def __init__(self, width: int, wider: int = 2) -> None:
         super().__init__()
         self.across = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        # Not BatchNorm: what is found in a picture must not depend on its batch.
         self.norm = nn.GroupNorm(1, width)
         self.up = nn.Conv2d(width, wider * width, 1)
         self.down = nn.Conv2d(wider * width, width, 1)
@@ -86,6 +87,7 @@ class Trunk(nn.Sequential):
 
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__(
+            # 64 x 64 is small: pixels are folded into channels, not thrown away by a stride.
             nn.PixelUnshuffle(2),
             nn.Conv2d(12, width // 2, 3, padding=1),
             nn.GELU(),
@@ -157,6 +159,7 @@ class TwoStage(nn.Module):
         B, K = score_BK.shape
         picture_K = torch.arange(B, device=pixels_BCHW.device).repeat_interleave(K)
         named, colors = self.name(cut(pixels_BCHW, box_BK4.flatten(0, 1), picture_K))
+        # The second stage may overrule the first: blots look like objects until they are named.
         something = 1 - named.softmax(-1)[:, :1].view(B, K)
         of_classes = named[:, 1:].softmax(-1).view(B, K, -1)
         return Found(score_BK * something, box_BK4, of_classes, colors.softmax(-1).view(B, K, -1))
@@ -171,6 +174,7 @@ def _expect_little(middle: nn.Conv2d) -> None:
 def peaks(middle_B1HW: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence and cell ``(B, K)`` of the places that stand above their eight neighbors, the surest first."""
     highest = F.max_pool2d(middle_B1HW, 3, 1, 1)
+    # CenterNet's stand-in for non-maximum suppression.
     alone = torch.where(middle_B1HW == highest, middle_B1HW, 0.0)
     top = alone.flatten(1).topk(MOST, dim=1)
     return top.values, top.indices
@@ -180,6 +184,7 @@ def boxes(raw_BK4: Tensor, cell_BK: Tensor) -> Tensor:
     """Boxes (B, K, 4) in pixels from the network's offsets of the middle (in cells) and logarithms of the sides."""
     x = (cell_BK % GRID + 0.5 + raw_BK4[..., 0]) * STRIDE
     y = (cell_BK // GRID + 0.5 + raw_BK4[..., 1]) * STRIDE
+    # Clamped: an untrained network would overflow.
     width, height = (SIZE / 2 * raw_BK4[..., 2:].clamp(-3, 1).exp()).unbind(-1)
     return torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], -1).clamp(0, SIZE)
 
@@ -245,6 +250,7 @@ class SceneJudge:
 
     def save(self, folder: str | Path) -> None:
         """Write the weights, in bfloat16."""
+        # Half the size in the package; the card is measured on these weights, not on those of training.
         tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, Path(folder) / f"{self.kind}.safetensors")
 

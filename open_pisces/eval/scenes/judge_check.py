@@ -84,6 +84,7 @@ def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence
         hits["count"].append(_names(found) == truth)
         matched: list[Detection | None] = []
         for thing in scene.things:
+            # A half: what counts as the same box in Pascal VOC.
             near = [d for d in found if d.name == thing.concept and overlap(d.box, thing.box) >= 0.5]
             matched.append(near[0] if near else None)
             hits["class"].append(bool(near))
@@ -147,6 +148,7 @@ def on_labeled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[s
             near = [d for d in left if d.name == concept]
             hits["class"].append(bool(near))
             if near:
+                # Of several of one kind the one in the same place, so that the others are left for their own places.
                 best = next((d for d in near if place_of(d) == place), near[0])
                 left.remove(best)
                 hits["place"].append(place_of(best) == place)

@@ -85,8 +85,10 @@ def _picture(cutouts: Cutouts, rng: np.random.Generator) -> tuple[Image, list[Pl
     grounds = list(vocabulary().backgrounds.values())
     ground = np.array(grounds[int(rng.integers(len(grounds)))]) + rng.integers(-12, 13, 3)
     picture = Pillow.new("RGB", (SIZE, SIZE), tuple(int(c) for c in ground.clip(0, 255)))
+    # Mostly one to four, as captions ask; some none, so that nothing can be answered with nothing.
     number = int(rng.choice(MOST_OBJECTS + 1, p=(0.04, 0.34, 0.24, 0.16, 0.16, 0.06)))
     together = rng.random() < 0.5  # several of one kind, as counts are
+    # Drawings of small models touch; scenes never do.
     gap = -4 if rng.random() < CLOSE else 1
     taken: list[tuple[int, int, int, int]] = []
     objects: list[Placed] = []
@@ -244,6 +246,7 @@ def found_loss(maps: dict[str, Tensor], want: Wanted) -> Tensor:
     heat = want.heat_BHW
     chance = logit.sigmoid()
     top = heat == 1
+    # CenterNet's exponents: alpha = 2, beta = 4.
     hit = (1 - chance) ** 2 * F.logsigmoid(logit)
     miss = (1 - heat) ** 4 * chance**2 * F.logsigmoid(-logit)
     focal = -torch.where(top, hit, miss).sum() / top.sum().clamp_min(1)
@@ -254,6 +257,7 @@ def found_loss(maps: dict[str, Tensor], want: Wanted) -> Tensor:
 
 def _named_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean cross-entropy where there is a target."""
+    # Smoothed a little, so that confidences stay below 1 and can be told apart by a threshold.
     loss = F.cross_entropy(logits, target, ignore_index=-1, reduction="none", label_smoothing=0.02)
     weight = (target >= 0).float() * (1.0 if weight is None else weight)
     return (loss * weight).sum() / weight.sum().clamp_min(1)
@@ -279,6 +283,7 @@ def two_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tens
     picture, place = torch.nonzero(class_ >= 0, as_tuple=True)
     true = box[picture, place]
     side = (true[:, 2:] - true[:, :2]).repeat(1, 2)
+    # The first stage's boxes are off by about this much.
     shaken = true + side * 0.06 * torch.randn_like(true)
     empty_picture, empty = _empty(maps, box, class_)
     crops = cut(pixels, torch.cat([shaken, empty]), torch.cat([picture, empty_picture]))

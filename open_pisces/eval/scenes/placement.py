@@ -112,8 +112,10 @@ class Placement(Evaluation):
         """Keep true pictures, each with its reconstruction; every batch starts from noise of its own."""
         first = int(batch[0]["key"])
         true = [sample.images[0] for sample in self._chosen[0][first : first + len(batch)]]
+        # By the place of the batch: two batches must not start from the same noise.
         seed = (self.seed or 0) + first
         drawn = self.generator.reconstruct(true, steps=self.steps, guidance_scale=self.guidance_scale, seed=seed)
+        # The true picture is kept too: scores can be made again without the artwork.
         run.save_images({item["key"]: pair for item, *pair in zip(batch, true, drawn, strict=True)})
 
     def complete(self, run: RunFolder) -> None:
@@ -186,6 +188,7 @@ def frozen_objects(limit: int, split: Split, cutouts: Cutouts | None = None) -> 
             f"limit = {limit}: the frozen scenes hold {len(every)} single objects of split {split!r}; ask for "
             f"{len(COLUMNS)} to {len(every)}, or give a seed for fresh scenes"
         )
+    # Frozen scenes come in any order of thirds; the first of each third are taken.
     left = [limit // 3 + (column < limit % 3) for column in range(3)]
     samples = []
     images, differ = frozen_scenes.pictures(every, load_cutouts() if cutouts is None else cutouts)
@@ -320,6 +323,7 @@ def _wrong_pairings(wanted: Sequence[Look], seen: Sequence[Look]) -> float:
     right = [(one.column, one.first_color) for one in wanted]
     found = [(one.column, one.first_color) for one in seen]
     counts = Counter(one for one in found if one[1])  # an empty picture agrees in nothing
+    # Counted, not compared pair by pair: right pairings are taken off again.
     own = sum(bool(b[1]) and a == b for a, b in zip(right, found, strict=True))
     agree = sum(counts[one] for one in right) - own
     return agree / max(1, len(right) * (len(right) - 1))

@@ -55,6 +55,7 @@ def fresh_scenes(split: Split, seed: int, cutouts: Cutouts | None = None) -> Ite
     Raises:
         EvaluationError: if there are no cut-outs, or no such split.
     """
+    # Not the seed itself: a dataset of the same seed would hold the same scenes.
     own = int(stream(seed, "eval", "scenes").integers(SEEDS_FROM, 2**63 - 1))
     composer = Composer(load_cutouts() if cutouts is None else cutouts, split, seed=own)
     return (composer.scene(index) for index in count())
@@ -76,6 +77,7 @@ def balanced_scenes(
     wanted = {kind: limit // len(kinds) + (place < limit % len(kinds)) for place, kind in enumerate(kinds)}
     found: list[tuple[Sample, Question]] = []
     for index, sample in enumerate(islice(scenes, _SEARCHED * limit)):
+        # In turn, not wherever one is found: the answers of a type stay spread as the composer spreads them.
         kind = kinds[index % len(kinds)]
         questions = [question for question in sample.questions if question.kind == kind]
         if not questions or not wanted[kind]:
@@ -156,6 +158,7 @@ class SceneQuestions(Evaluation):
         """What the model says to a batch of questions, over their pictures and over blank ones."""
         images = [self._asked[0][int(item["key"])][0] for item in batch]
         questions = [item["question"] for item in batch]
+        # Both times the same questions in the same batches: only the pictures differ.
         answers = self.generator.text([[image] for image in images], questions)
         blanks = self.generator.text([[Pillow.new("RGB", image.size, GRAY)] for image in images], questions)
         rows = []
@@ -218,6 +221,7 @@ def score_answers(
     constant = _hits(questions, best_constants(questions))
     blank = _hits(questions, blanks)
     baselines = {"constant": _macro_mean(constant), "blank": _macro_mean(blank)}
+    # Question by question, not as a difference of two scores: both saw the same questions.
     better = constant if baselines["constant"] >= baselines["blank"] else blank
     overall = rounded(macro_interval(own))
     types = {}
