@@ -224,7 +224,7 @@ BLANK = Pillow.new("RGB", (64, 64))
 
 
 @pytest.mark.parametrize(
-    ("found", "class_", "count", "position", "colour"),
+    ("found", "class_", "count", "position", "color"),
     [
         ([one("heart", LEFT, "red"), one("circle", RIGHT, "blue")], 1, 1, 1, 1),
         ([one("circle", RIGHT, "blue"), one("heart", LEFT, "red")], 1, 1, 1, 1),  # the order means nothing
