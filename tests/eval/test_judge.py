@@ -129,11 +129,11 @@ def test_a_cut_holds_its_box_scaled_and_unbent() -> None:
 
 
 def test_overlapping_boxes_are_one_object_and_the_surest_stays() -> None:
-    score = torch.tensor([0.9, 0.6, 0.5] + [0.01] * (judges.MOST - 3)).numpy()
+    score = torch.tensor([0.9, 0.6, 0.5] + [0.01] * (judges.MOST - 3))
     box = torch.tensor([[0.0, 0, 20, 20], [2, 0, 22, 20], [30, 30, 50, 50]] + [[0.0, 0, 5, 5]] * (judges.MOST - 3))
-    names = torch.nn.functional.one_hot(torch.arange(judges.MOST) % 48, 48).float().numpy()
-    colors = torch.nn.functional.one_hot(torch.arange(judges.MOST) % 10, 10).float().numpy()
-    found = judges._detections(judges.Found(score, box.numpy(), names, colors), Pillow.new("RGB", (64, 64)))  # type: ignore[arg-type]
+    names = torch.nn.functional.one_hot(torch.arange(judges.MOST) % 48, 48).float()
+    colors = torch.nn.functional.one_hot(torch.arange(judges.MOST) % 10, 10).float()
+    found = judges._detections(judges.Found(score, box, names, colors), Pillow.new("RGB", (64, 64)))
     assert [(d.name, d.color, round(d.score, 2)) for d in found] == [
         (judges.classes()[0], "red", 0.9),
         (judges.classes()[2], "yellow", 0.5),
@@ -141,10 +141,10 @@ def test_overlapping_boxes_are_one_object_and_the_surest_stays() -> None:
 
 
 def test_boxes_come_back_in_the_pictures_own_pixels() -> None:
-    score = np.array([0.9] + [0.0] * (judges.MOST - 1))
-    box = np.tile(np.array([[16.0, 8, 32, 24]]), (judges.MOST, 1))
-    names, colors = np.eye(judges.MOST, 48), np.eye(judges.MOST, 10)
-    (found,) = judges._detections(judges.Found(score, box, names, colors), Pillow.new("RGB", (256, 128)))  # type: ignore[arg-type]
+    score = torch.tensor([0.9] + [0.0] * (judges.MOST - 1))
+    box = torch.tensor([[16.0, 8, 32, 24]]).repeat(judges.MOST, 1)
+    names, colors = torch.eye(judges.MOST, 48), torch.eye(judges.MOST, 10)
+    (found,) = judges._detections(judges.Found(score, box, names, colors), Pillow.new("RGB", (256, 128)))
     assert found.box == (64 + 32, 16, 64 + 64, 48)  # short side 128: twice as large, cropped by 64 on the left
 
 
