@@ -85,14 +85,13 @@ def geneval(args: argparse.Namespace) -> Result:
 
 def fid(args: argparse.Namespace) -> Result:
     """Frechet distance of drawings of captions from real pictures."""
-    from open_pisces.eval.distances.fid import evaluate_fid
+    from open_pisces.eval.distances.fid import FidEvaluation
 
     model, generator = _generator(args)
-    how: dict[str, Any] = {name: getattr(args, name) for name in ("limit", "side", "steps", "guidance_scale", "seed")}
-    network = _network(args)
-    return _scored(
-        args, evaluate_fid(generator, network, args.captions, args.real, model, args.out, biased=args.biased, **how)
-    )
+    names = ("limit", "side", "steps", "guidance_scale", "seed", "biased")
+    how: dict[str, Any] = {name: getattr(args, name) for name in names}
+    asked = FidEvaluation(generator, _network(args), args.captions, args.real, **how)
+    return _scored(args, asked.run(model, args.out))
 
 
 def statistics(args: argparse.Namespace) -> Result:
@@ -112,25 +111,24 @@ def statistics(args: argparse.Namespace) -> Result:
 def reconstruction(args: argparse.Namespace) -> Result:
     """How far the decoder's reconstructions are from the true pictures."""
     from open_pisces.eval.distances.features import pictures_of
-    from open_pisces.eval.distances.reconstruction import reconstruction as measure
+    from open_pisces.eval.distances.reconstruction import ReconstructionEvaluation
 
-    _, painter = _painter(args)
-    images = [image for source in pictures_of(args.images)[: args.limit] for image in source.open()]
-    return _scored(
-        args,
-        measure(painter, images, _network(args), args.steps, args.guidance_scale, args.seed, biased=args.biased),
-    )
+    model, painter = _painter(args)
+    images = []
+    for source in pictures_of(args.images)[: args.limit]:
+        images += source.open()
+    how: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "guidance_scale", "seed", "biased")}
+    asked = ReconstructionEvaluation(painter, images, _network(args), **how)
+    return _scored(args, asked.run(model, args.out))
 
 
 def clip(args: argparse.Namespace) -> Result:
     """CLIP score of a run's pictures and its prompts."""
-    from open_pisces.eval.distances.features import clip_score
+    from open_pisces.eval.distances.clip import clip_score_of_run
     from open_pisces.eval.run import RunFolder
 
     quiet()
-    run = RunFolder.load(args.folder)
-    captions = [item["prompt"] for item in run.items for _ in run.images(item["key"])]
-    return _scored(args, clip_score(run, captions, args.clip, device=args.device))
+    return _scored(args, clip_score_of_run(RunFolder.load(args.folder), args.clip, args.device).row())
 
 
 def gallery(args: argparse.Namespace) -> Result:
@@ -383,6 +381,7 @@ def _add_distances(commands: Any) -> None:
     rebuilt.add_argument("--images", type=Path, required=True, help="folder of pictures")
     rebuilt.add_argument("--limit", type=at_least(2), default=30_000, help="pictures (default: 30000)")
     _add_drawing(rebuilt, None, 0)
+    rebuilt.add_argument("--out", type=Path, help=OUT)
     for one in (command, rebuilt, kept):
         text = "FID's Inception as a local file (default: EfficientNet-Lite0, which is no FID and is not called so)"
         one.add_argument("--inception", type=Path, metavar="FILE", help=text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from open_pisces.eval.distances import fid, reconstruction
 from open_pisces.eval.drawing import judged_run as geneval_runs
 from open_pisces.eval.drawing.rules import Rules
 from open_pisces.eval.run import Row, RunError, RunFolder
@@ -35,6 +36,8 @@ def rescore(folder: str | Path, model: str | None = None, rules: Rules | None = 
         "scenes/drawing": lambda: drawing.score_run(run, _detectors(run)),
         "decoder/placement": lambda: placement.score_run(run),
         "diagnose": lambda: diagnose.score_run(run, _detectors(run)),
+        "fid": lambda: fid.score_run(run).row(),
+        "decoder/reconstruction": lambda: reconstruction.score_run(run).row(),
         "geneval": lambda: geneval_runs.score(run, rules=rules),
     }
     if kind == "understanding":

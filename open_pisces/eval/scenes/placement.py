@@ -29,6 +29,7 @@ from open_pisces.data.draws import stream
 from open_pisces.data.images import contact_sheet, generation_pixels, to_pil
 from open_pisces.datasets.scenes.composer import Cutouts, load_cutouts
 from open_pisces.datasets.scenes.layout import Split
+from open_pisces.eval.distances.pixel_errors import psnr
 from open_pisces.eval.intervals import EvaluationError, mean_interval
 from open_pisces.eval.run import Manifest, RunFolder, model_hash
 from open_pisces.eval.scenes import frozen as frozen_scenes
@@ -51,8 +52,6 @@ LEAD = 2.0
 """How many times the second colour's share the first one's must be for a colour to be dominant."""
 MARGIN = 0.03
 """Scenes whose box centre is this close to a border between thirds are not asked: their centroid may lie beyond it."""
-PSNR_CAP = 60.0
-"""Decibels given to equal pictures: about what rounding to 8 bits costs."""
 _SEARCHED = 100  # scenes looked through for each one wanted before giving up
 _SHOWN = 64  # scenes on a sheet
 _HUES = ((17, "red"), (37, "orange"), (63, "yellow"), (175, "green"), (250, "blue"), (300, "purple"), (345, "pink"))
@@ -307,10 +306,10 @@ def compare(samples: Sequence[Sample], drawn: Sequence[Image], seed: int = 0) ->
 
 def _errors(true: Sequence[np.ndarray], drawn: Sequence[Image], seed: int) -> dict[str, Any]:
     """Mean absolute error (pixels in [0, 1]) and peak signal-to-noise ratio (dB) of all pictures."""
-    errors = [(a - _pixels(b)).astype(np.float64) for a, b in zip(true, drawn, strict=True)]
+    pairs = [(a, _pixels(b)) for a, b in zip(true, drawn, strict=True)]
     return {
-        "mae": mean_interval([np.abs(error).mean() for error in errors], seed=seed).rounded(),
-        "psnr": mean_interval([_decibels(error) for error in errors], seed=seed).rounded(2),
+        "mae": mean_interval([np.abs((a - b).astype(np.float64)).mean() for a, b in pairs], seed=seed).rounded(),
+        "psnr": mean_interval([psnr(a, b) for a, b in pairs], seed=seed).rounded(2),
     }
 
 
@@ -355,11 +354,6 @@ def _wrong_pairings(wanted: Sequence[Look], seen: Sequence[Look]) -> float:
     agree = (right[:, None] == found[None]).all(axis=-1)
     n = len(wanted)
     return float((agree.sum() - np.trace(agree)) / max(1, n * (n - 1)))
-
-
-def _decibels(error: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of an ``error`` in [0, 1] units, at most `PSNR_CAP`."""
-    return float(-10 * np.log10(max((error**2).mean(), 10 ** (-PSNR_CAP / 10))))
 
 
 def _degraded(pixels: np.ndarray, seed: int, index: int) -> np.ndarray:
