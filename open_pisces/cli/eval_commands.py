@@ -76,13 +76,11 @@ def geneval(args: argparse.Namespace) -> Result:
 
 def fid(args: argparse.Namespace) -> Result:
     """Frechet distance of drawings of captions from real pictures."""
-    from open_pisces.eval.distances.fid import evaluate_fid
+    from open_pisces.eval.distances.fid import FidEvaluation
 
-    generator = load_generator(args)
-    network = _network(args)
     how = _given(args, "limit", "side", "biased", *SAMPLER)
-    found = evaluate_fid(generator, network, args.captions, args.real, model_folder(args), args.out, **how)
-    return _scored(args, found)
+    asked = FidEvaluation(load_generator(args), _network(args), args.captions, args.real, **how)
+    return _scored(args, asked.run(model_folder(args), args.out))
 
 
 def statistics(args: argparse.Namespace) -> Result:
@@ -102,26 +100,23 @@ def statistics(args: argparse.Namespace) -> Result:
 def reconstruction(args: argparse.Namespace) -> Result:
     """How far the decoder's reconstructions are from the true pictures."""
     from open_pisces.eval.distances.features import pictures_of
-    from open_pisces.eval.distances.reconstruction import reconstruction as measure
+    from open_pisces.eval.distances.reconstruction import ReconstructionEvaluation
 
     painter = _painter(args)
     images = []
     for source in pictures_of(args.images)[: args.limit]:
         images += source.open()
-    return _scored(args, measure(painter, images, _network(args), **_given(args, "biased", *SAMPLER)))
+    asked = ReconstructionEvaluation(painter, images, _network(args), **_given(args, "biased", *SAMPLER))
+    return _scored(args, asked.run(model_folder(args), args.out))
 
 
 def clip(args: argparse.Namespace) -> Result:
     """CLIP score of a run's pictures and its prompts."""
-    from open_pisces.eval.distances.features import clip_score
+    from open_pisces.eval.distances.clip import clip_score_of_run
     from open_pisces.eval.run import RunFolder
 
     quiet()
-    run = RunFolder.load(args.folder)
-    captions: list[str] = []
-    for item in run.items:
-        captions += [item["prompt"]] * len(run.images(item["key"]))
-    return _scored(args, clip_score(run, captions, args.clip, device=args.device))
+    return _scored(args, clip_score_of_run(RunFolder.load(args.folder), args.clip, args.device).row())
 
 
 def gallery(args: argparse.Namespace) -> Result:

@@ -99,6 +99,7 @@ def _add_distances(commands: Any) -> None:
     rebuilt.add_argument("--images", type=Path, required=True, help="folder of pictures")
     rebuilt.add_argument("--limit", type=at_least(2), default=30_000, help="pictures (default: 30000)")
     add_drawing_options(rebuilt, None, 0)
+    rebuilt.add_argument("--out", type=Path, help=OUT)
     for one in (command, rebuilt, kept):
         text = "FID's Inception as a local file (default: EfficientNet-Lite0, which is no FID and is not called so)"
         one.add_argument("--inception", type=Path, metavar="FILE", help=text)

@@ -15,6 +15,7 @@ from open_pisces.batch import Question, Sample
 from open_pisces.datasets.scenes.composer import Composer, Cutouts
 from open_pisces.datasets.scenes.layout import vocabulary
 from open_pisces.datasets.scenes.texts import words
+from open_pisces.eval.distances.pixel_errors import PSNR_CAP
 from open_pisces.eval.intervals import macro_interval, mean_interval
 from open_pisces.eval.scenes import pixels as ruler
 from open_pisces.eval.scenes import placement
@@ -114,7 +115,7 @@ def test_true_pictures_score_one_and_worn_ones_too() -> None:
     found = placement.compare(samples, [sample.images[0] for sample in samples])
     assert found.score == found.low == found.high == found.ceiling == 1
     assert found.degraded == 1 and found.third_both.score == 1
-    assert found.mae.score == 0 and found.psnr.score == placement.PSNR_CAP
+    assert found.mae.score == 0 and found.psnr.score == PSNR_CAP
     assert found.baseline == 0  # nine colours: no wrong pairing has the right one
 
 

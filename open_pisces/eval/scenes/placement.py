@@ -29,6 +29,7 @@ from open_pisces.data.draws import stream
 from open_pisces.data.images import contact_sheet, generation_pixels, to_pil
 from open_pisces.datasets.scenes.composer import Cutouts, load_cutouts
 from open_pisces.datasets.scenes.layout import Split
+from open_pisces.eval.distances.pixel_errors import psnr
 from open_pisces.eval.evaluation import Counted, Evaluation, Score, rounded
 from open_pisces.eval.intervals import EvaluationError, Interval, mean_interval
 from open_pisces.eval.run import Row, RunFolder
@@ -46,8 +47,6 @@ COLUMNS = ("left", "centre", "right")
 ROWS = ("top", "middle", "bottom")
 MARGIN = 0.03
 """Scenes whose box center is this close to a border between thirds are not asked: their centroid may lie beyond it."""
-PSNR_CAP = 60.0
-"""Decibels given to equal pictures: about what rounding to 8 bits costs."""
 _SEARCHED = 100  # scenes looked through for each one wanted before giving up
 _SHOWN = 64  # scenes on a sheet
 
@@ -269,7 +268,7 @@ def compare(
     hits = _hits(wanted, seen)
     figures = {name: rounded(mean_interval(values[asked], seed=seed)) for name, values in hits.items()}
     # All pictures count for pixels: a dominant color matters to the naming of colors alone.
-    errors = [(a - _pixels(b)).astype(np.float64) for a, b in zip(true, drawn, strict=True)]
+    pairs = [(pixels, _pixels(image)) for pixels, image in zip(true, drawn, strict=True)]
     references = [wanted[i] for i in asked]
     worn = [_degraded(true[i], seed, place) for place, i in enumerate(asked)]
     return PlacementScore(
@@ -283,8 +282,8 @@ def compare(
         third_both=figures["third_both"],
         colour=figures["colour"],
         colour_near=figures["colour_near"],
-        mae=rounded(mean_interval([np.abs(error).mean() for error in errors], seed=seed)),
-        psnr=rounded(mean_interval([_decibels(error) for error in errors], seed=seed), 2),
+        mae=rounded(mean_interval([np.abs((a - b).astype(np.float64)).mean() for a, b in pairs], seed=seed)),
+        psnr=rounded(mean_interval([psnr(a, b) for a, b in pairs], seed=seed), 2),
         ceiling=_mean_score(references, [true[i] for i in asked]),
         degraded=_mean_score(references, worn),
         baseline=round(_wrong_pairings(references, [seen[i] for i in asked]), 4),
@@ -327,11 +326,6 @@ def _wrong_pairings(wanted: Sequence[Look], seen: Sequence[Look]) -> float:
     own = sum(bool(b[1]) and a == b for a, b in zip(right, found, strict=True))
     agree = sum(counts[one] for one in right) - own
     return agree / max(1, len(right) * (len(right) - 1))
-
-
-def _decibels(error: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of an ``error`` in [0, 1] units, at most `PSNR_CAP`."""
-    return float(-10 * np.log10(max((error**2).mean(), 10 ** (-PSNR_CAP / 10))))
 
 
 def _degraded(pixels: np.ndarray, seed: int, index: int) -> np.ndarray:
