@@ -139,13 +139,13 @@ def gallery(args: argparse.Namespace) -> Result:
 def understanding(args: argparse.Namespace) -> Result:
     """The paper's understanding benchmarks."""
     from open_pisces.eval.understanding.evaluate import evaluate
-    from open_pisces.eval.understanding.graders import Judge
     from open_pisces.eval.understanding.questions import FIXTURES
+    from open_pisces.generate.chat_model import ChatModel
 
     generator = load_generator(args)
     judge = None
     if args.judge:
-        judge = Judge(args.judge, args.judge_url) if args.judge_url else Judge(args.judge)
+        judge = ChatModel(args.judge, args.judge_url) if args.judge_url else ChatModel(args.judge)
     found = evaluate(
         generator,
         args.benchmarks or "paper",
