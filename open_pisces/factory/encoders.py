@@ -20,7 +20,9 @@ class FrozenEncoder(nn.Module):
 
     def __init__(self, kind: Kind, encoder: Any, pool: int) -> None:
         super().__init__()
-        self.kind, self.encoder, self.pooler = kind, encoder, VisualTokenPooler(pool)
+        self.kind = kind
+        self.encoder = encoder
+        self.pooler = VisualTokenPooler(pool)
 
     @property
     def image_size(self) -> int:
