@@ -1001,7 +1001,7 @@ def test_rows_of_two_thresholds_are_refused(prompts: list[Prompt], tmp_path: Pat
     with pytest.raises(RunError, match="holds rows of .*thresholds 0.3.*thresholds 0.5.* detect again"):
         evaluated(prompts, tmp_path / "run", Artist(prompts, "xx"), other)
     with pytest.raises(RunError, match="holds rows of .*thresholds 0.3.*thresholds 0.5.* detect again"):
-        score_run(run)
+        score_run(RunFolder.load(tmp_path / "run"))
     empty = RunFolder.open(tmp_path / "empty", Manifest("geneval", "m", "m", {}), items_of(prompts))
     with pytest.raises(RunError, match="none yet: detect first"):
         score_run(empty)
