@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from open_pisces.data.draws import stream
+from open_pisces.eval.intervals import bootstrap
 
 TELL_EVERY = 10.0
 """Seconds between two lines on standard error: a slow machine shall show a sign of life."""
@@ -68,8 +69,7 @@ def _tell(text: str) -> None:
     print(f"pisces bench: {text}", file=sys.stderr, flush=True)
 
 
-def interval(ratios: np.ndarray, rounds: int = 2000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the median."""
-    chosen = stream(0, "bench").integers(len(ratios), size=(rounds, len(ratios)))
-    low, high = np.percentile(np.median(ratios[chosen], axis=1), [2.5, 97.5])
-    return float(low), float(high)
+def interval(ratios: np.ndarray) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median of ``ratios`` (n,)."""
+    found = bootstrap({"ratios": ratios}, lambda medians: medians["ratios"], np.median, rng=stream(0, "bench"))
+    return found.low, found.high

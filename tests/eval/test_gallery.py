@@ -18,7 +18,16 @@ from open_pisces import sheets
 from open_pisces.datasets.scenes.layout import vocabulary
 from open_pisces.datasets.scenes.texts import NUMBERS, ON_SIDE, words
 from open_pisces.eval.drawing import gallery
-from open_pisces.eval.drawing.gallery import KINDS, PICTURE, compare, draw, items_of, model_names, prompt_sets, sheet
+from open_pisces.eval.drawing.gallery import (
+    KINDS,
+    PICTURE,
+    compare,
+    draw_gallery,
+    items_of,
+    model_names,
+    prompt_sets,
+    sheet,
+)
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import RunError, RunFolder
 from open_pisces.generate.generator import Generator
@@ -46,7 +55,7 @@ class Draughtsman:
 
 
 def drawn(folder: Path, nano_folder: Path, generator: Any = None, **how: Any) -> RunFolder:
-    return draw(generator or Draughtsman(), folder, nano_folder, **how)
+    return draw_gallery(generator or Draughtsman(), folder, nano_folder, **how)
 
 
 # --------------------------------------------------------------------------------------------------------- the prompts
@@ -143,10 +152,10 @@ def test_other_settings_need_a_folder_of_their_own(tmp_path: Path, nano_folder: 
 
 def test_a_real_model_draws_a_gallery(tmp_path: Path, nano_folder: Path) -> None:
     generator = Generator.from_pretrained(nano_folder, "cpu")
-    run = draw(generator, tmp_path / "run", nano_folder, steps=1, batch_size=24)
+    run = draw_gallery(generator, tmp_path / "run", nano_folder, steps=1, batch_size=24)
     size = generator.pisces.settings.generation.image_size
     assert {run.images(item["key"])[0].size for item in run.items} == {(size, size)}
-    again = draw(generator, tmp_path / "again", nano_folder, steps=1, batch_size=24)
+    again = draw_gallery(generator, tmp_path / "again", nano_folder, steps=1, batch_size=24)
     assert again.hash == run.hash
     assert (again.folder / "images.jsonl").read_bytes() == (run.folder / "images.jsonl").read_bytes()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from open_pisces.eval.intervals import RESAMPLES, EvaluationError, Interval
+from open_pisces.eval.intervals import EvaluationError, bootstrap
 from open_pisces.eval.understanding.scoring import Grade, Question
 
 MME_TASKS = {
@@ -23,7 +23,6 @@ MME_TASKS = {
 }
 """The ten and four subtasks of MME whose scores are summed."""
 CV_SOURCES = ("ADE20K", "COCO", "Omni3D")
-_DRAWS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,8 @@ class Total:
     why: str = ""
 
 
-def bootstrap(parts: Parts, resamples: int = RESAMPLES) -> Interval:
-    """A score with its 95 % bootstrap interval (seeded): units are drawn anew in each group, which keeps its size."""
-    rng = np.random.default_rng(0)
-    means = {name: _resampled(values, resamples, rng) for name, values in parts.groups.items()}
-    low, high = np.quantile(parts.combine(means), [0.025, 0.975])
-    return Interval(_score(parts), float(low), float(high))
-
-
 def _score(parts: Parts) -> float:
     return float(parts.combine({name: values.mean(0) for name, values in parts.groups.items()}))
-
-
-def _resampled(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means ``(resamples, k)`` of units ``(n, k)`` drawn with replacement, in blocks that fit in memory."""
-    block = max(1, _DRAWS_AT_ONCE // values.size)
-    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
-    return np.concatenate([values[rng.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes])
 
 
 def total(kind: str, questions: Sequence[Question], grades: Sequence[Grade]) -> Total:
@@ -91,7 +75,7 @@ def finish(parts: Parts) -> Total:
     """A total of its parts."""
     if not parts.groups:
         return Total(None, n=parts.n, details=parts.details, why=parts.why)
-    found = bootstrap(parts)
+    found = bootstrap(parts.groups, parts.combine)
     return Total(100 * found.score, 100 * found.low, 100 * found.high, parts.n, parts.details, parts.why)
 
 
