@@ -227,6 +227,18 @@ def test_the_readme_map_shows_every_room() -> None:
     assert not [str(path.relative_to(ROOT)) for path in rooms - mapped], "there, but not on the map"
 
 
+def test_files_that_the_documentation_names_are_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        (page.name, name) for page in pages for name in re.findall(r"`([\w./-]+\.(?:py|yaml))\b", page.read_text())
+    }
+    assert len(named) > 40
+    lost = [
+        pair for pair in named if not any((folder / pair[1]).is_file() for folder in (ROOT, PACKAGE, ROOT / "tests"))
+    ]
+    assert not lost, f"named, but not there: {lost}"
+
+
 def test_the_socket_guard_stands_in_the_way(socket_guard: object) -> None:
     assert socket.socket.connect.__qualname__.startswith("socket_guard")
     is_local = socket_guard.is_local  # type: ignore[attr-defined]
