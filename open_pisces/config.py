@@ -263,8 +263,6 @@ class TrainConfig(Settings):
     save_every: int = Field(default=500, ge=1)
     probe_every: int = Field(default=500, ge=1)
     """Steps between sample grids and answers in the run folder."""
-    threads: int = 0
-    """CPU threads; 0 leaves PyTorch's own choice."""
     replicas: int = Field(default=1, ge=1)
     """Groups of processes that each hold the whole model in shards (HSDP: one for each node); 1: one group of all."""
     shard_frozen_above: int = Field(default=1_000_000_000, ge=0)
