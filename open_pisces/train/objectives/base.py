@@ -104,7 +104,7 @@ class Objective(ABC):
     @staticmethod
     @abstractmethod
     def rehearsal(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
-        """The loss of one micro-batch of a shape with nothing in it, for `measure_memory`."""
+        """The loss of one micro-batch of a shape with nothing in it, for `measure_activations`."""
 
     @staticmethod
     @abstractmethod
