@@ -48,7 +48,11 @@ def look(args: argparse.Namespace) -> Result:
 
 
 def _out(path: str | None, name: str = "") -> Path:
-    """Where a dataset is written: the path that was given, as it stands; without one, ``name`` in the data folder."""
+    """The folder to write a dataset to: ``path`` as it stands, or else ``name`` in the data folder.
+
+    Raises:
+        OutputError: for an address such as s3://, because shards are renamed into place.
+    """
     if path is None:
         from open_pisces.data.shards import data_path
 
@@ -75,7 +79,8 @@ def index(args: argparse.Namespace) -> Result:
     from open_pisces.data.shards import data_path
     from open_pisces.datasets.indexing import index_folder
 
-    fields = {name: value for name in ("short", "detailed", "image") if (value := getattr(args, name))}
+    names = ("short", "detailed", "image")
+    fields = {name: getattr(args, name) for name in names if getattr(args, name)}
     folder = args.folder if Path(args.folder).is_dir() else data_path(args.folder)
     return say_counts(args, {"folder": str(folder), **index_folder(folder, fields or None)})
 
@@ -88,7 +93,7 @@ def filter_(args: argparse.Namespace) -> Result:
 
 
 def stats(args: argparse.Namespace) -> Result:
-    """Say what a dataset holds."""
+    """Count what a dataset holds."""
     from open_pisces.datasets import stats as figures
 
     if args.png:
@@ -107,7 +112,7 @@ def stats(args: argparse.Namespace) -> Result:
 
 
 def encode(args: argparse.Namespace) -> Result:
-    """Compute what a recipe's frozen encoders make of its datasets."""
+    """Write the feature stores of a recipe's frozen encoders."""
     from open_pisces.config import load_config
     from open_pisces.factory.encode import encode as write
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def generate(args: argparse.Namespace) -> Result:
     """Draw pictures from prompts: a file each into a folder, or all on one sheet."""
+    from open_pisces.data.images import contact_sheet
+
     check_out(args.out)
     drawn = load_generator(args).image(args.prompts, args.n, args.steps, args.guidance_scale, args.seed)
     pictures: list[Image] = []
@@ -28,7 +30,9 @@ def generate(args: argparse.Namespace) -> Result:
         save_together(dict(zip(files, pictures, strict=True)))
     else:
         files = [args.out] * len(pictures)
-        save_together({args.out: pictures[0] if len(pictures) == 1 else _sheet(pictures, prompts, args.n)})
+        columns = args.n if args.n > 1 else max(1, round(len(pictures) ** 0.5))  # a row for each prompt, or a square
+        sheet = pictures[0] if len(pictures) == 1 else contact_sheet(pictures, prompts, columns)
+        save_together({args.out: sheet})
     rows = [{"prompt": prompt, "file": str(file)} for prompt, file in zip(prompts, files, strict=True)]
     say(args, "\n".join(f"{row['prompt']}: {row['file']}" for row in rows))
     return {"pictures": rows, **{name: getattr(args, name) for name in ("n", "steps", "guidance_scale", "seed")}}
@@ -77,13 +81,6 @@ def file_names(prompts: list[str], n: int) -> list[str]:
         stem = words if len(prompts) == 1 else f"{i:02d}-{words}"
         names += [f"{stem}.png"] if n == 1 else [f"{stem}-{k}.png" for k in range(n)]
     return names
-
-
-def _sheet(pictures: list[Image], prompts: list[str], n: int) -> Image:
-    """All pictures on one sheet: a row for each prompt; a square if there is one picture of each."""
-    from open_pisces.data.images import contact_sheet
-
-    return contact_sheet(pictures, prompts, columns=n if n > 1 else max(1, round(len(pictures) ** 0.5)))
 
 
 def save_together(pictures: dict[Path, Image]) -> None:
