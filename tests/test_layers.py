@@ -23,14 +23,15 @@ LAYERS = (
     {"serve", "integrations", "factory"},
     {"generate"},
     {"datasets"},
+    {"sheets"},
     {"model", "data"},
     {"batch"},
     {"device"},
-    {"config"},
+    {"config", "files"},
     {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
-LIGHT = ("__init__", "cli", "config", "batch", "errors", "datasets", "datasets.formats")
+LIGHT = ("__init__", "cli", "config", "batch", "errors", "files", "datasets", "datasets.formats")
 LIGHT += tuple(
     f"cli.{name}" for name in ("commands", "train", "generate", "model", "data", "evaluate", "bench", "options")
 )

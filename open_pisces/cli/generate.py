@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from open_pisces.cli.options import Result, add_command, add_drawing_options, at_least, check_out, load_generator, say
+from open_pisces.files import whole_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def generate(args: argparse.Namespace) -> Result:
     """Draw pictures from prompts: a file each into a folder, or all on one sheet."""
-    from open_pisces.data.images import contact_sheet
+    from open_pisces.sheets import contact_sheet
 
     check_out(args.out)
     drawn = load_generator(args).image(args.prompts, args.n, args.steps, args.guidance_scale, args.seed)
@@ -84,16 +85,10 @@ def file_names(prompts: list[str], n: int) -> list[str]:
 
 
 def save_together(pictures: dict[Path, Image]) -> None:
-    """Write all pictures or none: into hidden files beside the targets, renamed when all are written."""
-    hidden = {file: file.with_name(f".{os.getpid()}-{file.name}") for file in pictures}
-    try:
+    """Write all pictures or none: none gets its name before all are written."""
+    with ExitStack() as stack:
         for file, picture in pictures.items():
-            picture.save(hidden[file])
-        for file in pictures:
-            os.replace(hidden[file], file)
-    finally:
-        for file in hidden.values():
-            file.unlink(missing_ok=True)
+            picture.save(stack.enter_context(whole_file(file)))
 
 
 # --------------------------------------------------------------------------------------------------- the arguments

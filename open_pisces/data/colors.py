@@ -16,7 +16,13 @@ from open_pisces.errors import PiscesError
 _DIM = 1 / 16  # a deep picture below this share of its range most likely holds fewer bits than it says
 _TOLERANCE = 1e-3  # how far floats may lie outside their range
 _SAME = 2  # of 255: a profile that moves no color further is taken for sRGB, so that such pictures keep their bytes
-_BITS, _PHOTOMETRIC, _LOW, _HIGH, _REAL_LOW, _REAL_HIGH = 258, 262, 280, 281, 340, 341  # tags of TIFF
+# Tags of TIFF 6.0.
+_BITS = 258
+_PHOTOMETRIC = 262
+_LOW = 280
+_HIGH = 281
+_REAL_LOW = 340
+_REAL_HIGH = 341
 
 
 class ColorError(PiscesError):
@@ -77,7 +83,8 @@ def _eight_bits(image: Image) -> Image:
     low, high = _range(image)
     values = np.asarray(image).astype(np.float64)
     shares = (values - low) / (high - low)
-    least, most = float(shares.min()), float(shares.max())
+    least = float(shares.min())
+    most = float(shares.max())
     if not (least >= -_TOLERANCE and most <= 1 + _TOLERANCE):  # also false for NaN
         found = f"{values.min():.6g} to {values.max():.6g}"
         raise ColorError(f"values from {found} where {low:g} to {high:g} is the range; scale it or store it as 8 bits")

@@ -1,4 +1,4 @@
-"""Pictures: opened safely, cut to what the two encoders see, and put on sheets for people to look at.
+"""Pictures: opened safely, and cut to what the two encoders see.
 
 Pixels are ``(3, H, W)``, bytes in batches and float32 in [0, 1] elsewhere; normalization belongs to the models.
 """
@@ -6,16 +6,13 @@ Pixels are ``(3, H, W)``, bytes in batches and float32 in [0, 1] elsewhere; norm
 from __future__ import annotations
 
 import io
-import math
-import os
-import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as Pillow
 from PIL.Image import Image
 
@@ -191,50 +188,3 @@ def to_pil(pixels: np.ndarray) -> Image:
     if not np.isfinite(pixels).all():
         raise ImageError("pixels hold NaN or infinity: the model that made them has diverged")
     return Pillow.fromarray((pixels.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def save_whole(image: Image, path: Path) -> None:
-    """Save a picture so that ``path`` is never half of one."""
-    hidden = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        image.save(hidden)
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)
-
-
-def contact_sheet(images: Sequence[Image], captions: Sequence[str], columns: int, cell: int = 128) -> Image:
-    """A labelled grid: each picture scaled to ``cell`` pixels, its caption wrapped underneath.
-
-    Raises:
-        ImageError: without pictures, or with a number of captions that is not the number of pictures.
-    """
-    if not images or len(images) != len(captions):
-        raise ImageError(f"a sheet needs as many captions as pictures, found {len(captions)} for {len(images)}")
-    height_of_text = max(10, cell // 11)
-    font = ImageFont.load_default(size=height_of_text)
-    line, margin = math.ceil(height_of_text * 1.25), max(4, cell // 16)
-    wrapped = [textwrap.wrap(caption, max(8, int(cell / (height_of_text * 0.56)))) for caption in captions]
-    columns = max(1, min(columns, len(images)))
-    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    heights = [cell + 2 * margin + line * max(len(wrapped[i]) for i in row) for row in rows]
-    sheet = Pillow.new("RGB", (columns * (cell + margin) + margin, sum(heights) + margin), (244, 244, 244))
-    draw, top = ImageDraw.Draw(sheet), margin
-    for row, height in zip(rows, heights, strict=True):
-        for place, i in enumerate(row):
-            left = margin + place * (cell + margin)
-            sheet.paste(_fit(images[i], cell), (left, top))
-            for number, words in enumerate(wrapped[i]):
-                draw.text((left, top + cell + 2 + number * line), words, fill=(20, 20, 20), font=font)
-        top += height
-    return sheet
-
-
-def _fit(image: Image, cell: int) -> Image:
-    """The picture on a white square of ``cell`` pixels; small ones are enlarged without smoothing."""
-    scale = cell / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    way = Pillow.Resampling.NEAREST if scale.is_integer() and scale > 1 else Pillow.Resampling.BICUBIC
-    square = Pillow.new("RGB", (cell, cell), (255, 255, 255))
-    square.paste(image.convert("RGB").resize(size, way), ((cell - size[0]) // 2, (cell - size[1]) // 2))
-    return square

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from open_pisces.data.images import ImageError, generation_bytes, open_image, un
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.device import pick_device
 from open_pisces.factory.encoders import FrozenEncoder, fingerprints, load_encoders, store_keys
+from open_pisces.files import locked, whole_file, write_whole
 
 FLUSH = 64
 """Batches between two points from which an interrupted run can go on."""
@@ -70,7 +69,7 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
     cut = generation_bytes if encoder.kind == "generation" else understanding_bytes
     device = next(encoder.parameters()).device
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder), torch.inference_mode():
+    with locked(folder.with_name(f".{folder.name}.lock")), torch.inference_mode():
         if (folder / "key.json").is_file():
             return
         shape = tuple(encoder(torch.zeros(1, 3, side, side, device=device)).shape[1:])
@@ -91,14 +90,6 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
         os.replace(part, folder)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold an exclusive `flock` on a file beside ``folder``: one process of this machine at a time."""
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _open_part(part: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray, int]:
     """The arrays of an unfinished store, and the first row that is still to be encoded."""
     done = part / "done"
@@ -115,10 +106,9 @@ def _open_part(part: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarr
 def _save_progress(part: Path, values: Any, valid: np.ndarray, end: int) -> None:
     """Flush the rows before ``end``, then write ``end`` into ``done``, so that it never names rows not on disk."""
     values.flush()
-    np.save(part / "valid.part.npy", valid)
-    (part / "valid.part.npy").replace(part / "valid.npy")
-    (part / ".done").write_text(str(end))
-    (part / ".done").replace(part / "done")
+    with whole_file(part / "valid.npy") as hidden:
+        np.save(hidden, valid)
+    write_whole(part / "done", str(end))
 
 
 def _pictures(

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from open_pisces.config import ModelConfig, validate
+from open_pisces.files import sha256_of, whole_folder
 from open_pisces.model import adapters
 from open_pisces.model.parts import PARTS, ModelFolderError, build_part
 
@@ -131,7 +132,7 @@ def verify(folder: str | Path) -> int:
             path = folder / name / file
             if not path.is_file():
                 raise ModelFolderError(f"{folder}: the part {name}/ lacks its file {file}: fetch the folder again")
-            if _sha256(path) != expected:
+            if sha256_of(path) != expected:
                 raise ModelFolderError(
                     f"{path}: differs from what config.json recorded: fetch it again, or, if you changed it on "
                     f"purpose, take its line out of config.json"
@@ -173,19 +174,9 @@ def write_folder(
         raise ModelFolderError(
             f"{folder} exists and is no model folder: name a new one, it would be replaced as a whole"
         )
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
+    # One name for all processes: what a killed one left, perhaps gigabytes, goes with the next write.
+    with whole_folder(folder, folder.with_name(folder.name + ".new")) as fresh:
         _fill(fresh, config, parts, tokenizer, start, record, dtype)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fill(
@@ -281,12 +272,7 @@ def _readme(folder: Path, records: list[dict[str, Any]]) -> str:
 
 def _hashes(part: Path) -> dict[str, str]:
     files = sorted(p for p in part.rglob("*") if p.is_file())
-    return {str(p.relative_to(part)): _sha256(p) for p in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(p.relative_to(part)): sha256_of(p) for p in files}
 
 
 def present(folder: Path) -> str:

@@ -67,7 +67,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_answers_without_heavy_imports() -> None:
     code = "import sys; from open_pisces.cli.commands import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'PIL', 'rich', 'pydantic'} & set(sys.modules)\n"
-    code += "light = ('open_pisces.cli', 'open_pisces.errors', 'open_pisces.datasets.formats')\n"
+    code += "light = tuple('open_pisces.' + name for name in ('cli', 'errors', 'files', 'datasets.formats'))\n"
     code += "own = {name for name in sys.modules if name.startswith('open_pisces.') and not name.startswith(light)}\n"
     code += "assert not heavy and own == {'open_pisces.datasets'}, (heavy, own)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

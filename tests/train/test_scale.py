@@ -176,7 +176,7 @@ def conversations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[t
     """A mixture whose every sample has to be tokenized, ten to a share, with an empty cache of its own."""
     monkeypatch.setattr(lengths, "SHARED", 10)
     monkeypatch.setattr(lengths, "data_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(lengths, "_most", lambda reader, renderer: np.full(len(reader), 10**6))
+    monkeypatch.setattr(lengths, "_byte_bound", lambda reader, renderer: np.full(len(reader), 10**6))
     data = load_config("nano/stage1").data
     yield Mixture(data, 0), Renderer(byte_tokenizer("tiny"), "tiny", 16, 4), data
 

@@ -28,8 +28,8 @@ from open_pisces.datasets.records import (
     is_text,
     key_of,
     place,
+    text_of,
     with_fields,
-    words_of,
 )
 
 LISTS = (".csv", ".tsv", ".jsonl")
@@ -95,7 +95,8 @@ def _listed(listing: Place, images: Place, options: Options) -> Iterator[Record 
         if isinstance(row, BadRecord):
             yield row
             continue
-        file, numbered = words_of(row.get(image)), f"{listing.name}-{number:08d}"
+        file = text_of(row.get(image))
+        numbered = f"{listing.name}-{number:08d}"
         name = key_of(row.get(key), numbered if is_inline(file) else _stem(file) or numbered)
         try:
             captions = captions_in(name, row.get(caption), row.get(detailed))

@@ -27,7 +27,7 @@ from open_pisces.datasets.records import (
     inputs,
     key_of,
     place,
-    words_of,
+    text_of,
 )
 
 ROWS = 16
@@ -165,8 +165,8 @@ class Columns:
             pictures=pictures,
             **{**captions, "detailed": LEAD.sub("", captions["detailed"], count=1)},
             conversation=turns,
-            source=words_of(cells.get("source")),
-            facts={role: cells[role] for role in ("url", "licence") if words_of(cells.get(role))} or None,
+            source=text_of(cells.get("source")),
+            facts={role: cells[role] for role in ("url", "licence") if text_of(cells.get(role))} or None,
             base=base,
         )
 

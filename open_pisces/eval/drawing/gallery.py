@@ -7,22 +7,19 @@ scored.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from PIL import Image as Pillow
-from PIL import ImageDraw, ImageFont
 from PIL.Image import Image
 from rich.console import Console
 from rich.progress import track
 
-from open_pisces.data.images import save_whole
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import Manifest, Row, RunError, RunFolder, model_hash
+from open_pisces.files import whole_file
+from open_pisces.sheets import PALE, Page
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -37,7 +34,6 @@ PICTURE, MARGIN, GAP, WORDS = 256, 24, 6, 300
 COLUMNS = 4
 """Pictures in a row of a model's own sheet."""
 SMALL, MIDDLE, LARGE = 15, 18, 24
-INK, PALE, FRAME, PAPER = "#1a1a1a", "#5f6368", "#d0d0d0", "#fafafa"
 
 
 def prompt_sets() -> dict[str, dict[str, Any]]:
@@ -109,7 +105,8 @@ def draw(
             [item["prompt"] for item in batch], n, settings["steps"], settings["guidance_scale"], seed
         )
         run.save_images({item["key"]: row for item, row in zip(batch, drawn, strict=True)})
-    save_whole(sheet(run), run.folder / SHEET)
+    with whole_file(run.folder / SHEET) as hidden:
+        sheet(run).save(hidden)
     return run
 
 
@@ -135,7 +132,8 @@ def compare(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     for run in runs[1:]:
         _check_same_prompts(runs[0], run)
     heads = headings(runs)
-    save_whole(side_by_side(runs, heads), Path(out))
+    with whole_file(Path(out)) as hidden:
+        side_by_side(runs, heads).save(hidden)
     return {
         "file": str(out),
         "models": [", ".join(filter(None, head)) for head in heads],
@@ -215,13 +213,13 @@ def _words(key: str) -> str:
 def sheet(run: RunFolder) -> Image:
     """One model's gallery: each prompt under its pictures, the simple ones first."""
     settings = run.manifest.settings
-    wide, page = _width(run), _Page()
+    wide, page = _width(run), Page(MARGIN, PICTURE, GAP)
     columns = max(1, COLUMNS // settings["n"])
     told = ", ".join(f"{_words(key)} {settings[key]}" for key in ("guidance_scale", "steps", "seed"))
     page.down(page.write(model_names([run.manifest.model])[run.manifest.model], MARGIN, columns * wide, LARGE))
-    page.down(page.write(told, MARGIN, columns * wide, ink=PALE) + MARGIN // 2)
+    page.down(page.write(told, MARGIN, columns * wide, SMALL, PALE) + MARGIN // 2)
     for kind in KINDS:
-        page.title(f"{kind} prompts")
+        _title(page, f"{kind} prompts")
         items = [item for item in run.items if item["kind"] == kind]
         for start in range(0, len(items), columns):
             row = items[start : start + columns]
@@ -229,20 +227,21 @@ def sheet(run: RunFolder) -> Image:
             for item, left in zip(row, lefts, strict=True):
                 page.show(run.images(item["key"]), left)
             page.down(PICTURE + 8)
-            page.down(max(page.write(item["prompt"], left, wide) for item, left in zip(row, lefts, strict=True)))
+            page.down(max(page.write(item["prompt"], left, wide, SMALL) for item, left in zip(row, lefts, strict=True)))
             page.down(MARGIN)
     return page.image()
 
 
 def side_by_side(runs: Sequence[RunFolder], heads: Sequence[tuple[str, str]]) -> Image:
     """Several models' galleries of the same prompts: the prompt, then a column for each model."""
-    wide, page = [_width(run) for run in runs], _Page()
+    wide, page = [_width(run) for run in runs], Page(MARGIN, PICTURE, GAP)
     lefts = [WORDS + 2 * MARGIN + sum(wide[:place]) + place * MARGIN for place in range(len(runs))]
     columns = list(zip(runs, heads, lefts, wide, strict=True))
     page.down(max(page.write(head[0], left, width, LARGE) for _, head, left, width in columns))
-    page.down(max(page.write(head[1], left, width, ink=PALE) for _, head, left, width in columns))
+    if any(detail for _, detail in heads):
+        page.down(max(page.write(head[1], left, width, SMALL, PALE) for _, head, left, width in columns))
     for kind in KINDS:
-        page.title(f"{kind} prompts")
+        _title(page, f"{kind} prompts")
         for item in (item for item in runs[0].items if item["kind"] == kind):
             for run, _, left, _ in columns:
                 page.show(run.images(item["key"]), left)
@@ -256,68 +255,7 @@ def _width(run: RunFolder) -> int:
     return n * PICTURE + (n - 1) * GAP
 
 
-class _Page:
-    """A sheet that is written downwards; it becomes as large as what was put on it."""
-
-    def __init__(self) -> None:
-        self.top, self.right = MARGIN, 0
-        self._lines: list[tuple[tuple[int, int], str, int, str]] = []
-        self._pictures: list[tuple[tuple[int, int], Image]] = []
-
-    def down(self, pixels: int) -> None:
-        """Go on ``pixels`` further below."""
-        self.top += pixels
-
-    def title(self, text: str) -> None:
-        """A heading of a part, with room around it."""
-        self.down(MARGIN // 2)
-        self.down(self.write(text, MARGIN, WORDS, LARGE, PALE) + MARGIN // 2)
-
-    def write(self, text: str, left: int, width: int, size: int = SMALL, ink: str = INK) -> int:
-        """Write ``text`` wrapped to ``width`` pixels; the height it takes."""
-        font, step = ImageFont.load_default(size), round(size * 1.35)
-        lines = _wrapped(text, font, width)
-        for number, line in enumerate(lines):
-            self._lines.append(((left, self.top + number * step), line, size, ink))
-            self.right = max(self.right, left + math.ceil(font.getlength(line)))
-        return step * len(lines)
-
-    def show(self, pictures: Sequence[Image], left: int) -> None:
-        """Put pictures beside each other."""
-        for number, picture in enumerate(pictures):
-            corner = left + number * (PICTURE + GAP), self.top
-            self._pictures.append((corner, fitted(picture, PICTURE)))
-            self.right = max(self.right, corner[0] + PICTURE)
-
-    def image(self) -> Image:
-        """The sheet; pictures are framed so that white grounds stand out."""
-        image = Pillow.new("RGB", (self.right + MARGIN, self.top), PAPER)
-        pen = ImageDraw.Draw(image)
-        for (left, top), picture in self._pictures:
-            image.paste(picture, (left, top))
-            pen.rectangle((left - 1, top - 1, left + PICTURE, top + PICTURE), outline=FRAME)
-        for corner, line, size, ink in self._lines:
-            pen.text(corner, line, ink, ImageFont.load_default(size))
-        return image
-
-
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """``text`` in lines of at most ``width`` pixels; a word that is too long is cut."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
-        while font.getlength(lines[-1]) > width:
-            fits = max(1, bisect_right(range(1, len(lines[-1])), width, key=lambda n: font.getlength(lines[-1][:n])))
-            lines = [*lines[:-1], lines[-1][:fits], lines[-1][fits:]]
-    return [line for line in lines if line]
-
-
-def fitted(picture: Image, side: int) -> Image:
-    """``picture`` as large as fits into a square of ``side`` pixels, in the middle of a white one."""
-    scale = side / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    square = Pillow.new("RGB", (side, side), "white")
-    resized = picture.convert("RGB").resize(size, Pillow.Resampling.LANCZOS if scale < 1 else Pillow.Resampling.BICUBIC)
-    square.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
-    return square
+def _title(page: Page, text: str) -> None:
+    """A heading of a part, with room around it."""
+    page.down(MARGIN // 2)
+    page.down(page.write(text, MARGIN, WORDS, LARGE, PALE) + MARGIN // 2)

@@ -26,13 +26,14 @@ from PIL import ImageFilter
 
 from open_pisces.batch import Sample
 from open_pisces.data.draws import stream
-from open_pisces.data.images import contact_sheet, generation_pixels, to_pil
+from open_pisces.data.images import generation_pixels, to_pil
 from open_pisces.datasets.scenes.composer import Cutouts, load_cutouts
 from open_pisces.datasets.scenes.layout import Split
 from open_pisces.eval.intervals import EvaluationError, mean_interval
 from open_pisces.eval.run import Manifest, RunFolder, model_hash
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.vqa import fresh_scenes
+from open_pisces.sheets import contact_sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from open_pisces.batch import EmbeddingGradients, Losses, PairBatch, Sample
 from open_pisces.config import RunConfig
-from open_pisces.data.images import contact_sheet, to_pil
+from open_pisces.data.images import to_pil
 from open_pisces.data.loader import PairLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.model.folder import without_sources
 from open_pisces.model.gen_clip import Embedded, GenCLIP, contrast
 from open_pisces.model.parts import build_part
+from open_pisces.sheets import contact_sheet
 from open_pisces.train.contrast import embedding_gradients, surrogate_loss
 from open_pisces.train.flops import Cost, Counts, line, meta, meta_copy, once
 from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels, vocabulary

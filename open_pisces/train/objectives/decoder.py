@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses, PairBatch, Sample
 from open_pisces.config import RunConfig
-from open_pisces.data.images import contact_sheet, generation_bytes, to_pil
+from open_pisces.data.images import generation_bytes, to_pil
 from open_pisces.data.loader import PairLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import DamagedSample
@@ -20,6 +20,7 @@ from open_pisces.device import upcast
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
 from open_pisces.model.folder import without_sources
 from open_pisces.model.parts import build_part
+from open_pisces.sheets import contact_sheet
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, once, twin_of
 from open_pisces.train.objectives.base import Objective, draw, get_features, get_parts, get_tokenizer, stack_pixels
 from open_pisces.train.shapes import Shape, empty_pairs

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from open_pisces.batch import Losses, Sample, SequenceBatch
 from open_pisces.config import RunConfig
 from open_pisces.data.collate import MULTIPLE
-from open_pisces.data.images import contact_sheet
 from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.mixture import Mixture
@@ -23,6 +22,7 @@ from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.folder import in_start, without_sources
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import Pisces, with_blank_pictures
+from open_pisces.sheets import contact_sheet
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, learns, line, meta, once, twin_of
 from open_pisces.train.objectives.base import Objective, draw, get_features, get_parts, get_tokenizer, vocabulary
 from open_pisces.train.shapes import Shape, empty_sequences
