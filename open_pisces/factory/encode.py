@@ -85,6 +85,7 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
             if number % FLUSH == 0:
                 _save_progress(part, values, valid, end)
         _save_progress(part, values, valid, rows)
+        # `FeatureStore` takes a folder with key.json for finished, so it is written last.
         (part / "done").unlink()
         (part / "key.json").write_text(json.dumps(key, indent=1))
         os.replace(part, folder)
@@ -95,7 +96,7 @@ def _open_part(part: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarr
     done = part / "done"
     if done.is_file():
         values = np.lib.format.open_memmap(part / "features.npy", "r+")
-        if values.shape == shape:
+        if values.shape == shape:  # the name is a hash of the key, so only a damaged part differs
             return values, np.load(part / "valid.npy"), int(done.read_text())
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -123,5 +124,5 @@ def _pictures(
         try:
             raw = reader.pictures(sample)[row - int(rows[sample])]
             yield cut(open_image(raw), side), True
-        except (DamagedSample, ImageError):
+        except (DamagedSample, ImageError):  # keeps its row, so that rows stay those of the dataset's index
             yield np.zeros((3, side, side), np.uint8), False

@@ -31,6 +31,7 @@ class FrozenEncoder(nn.Module):
 
     def architecture(self) -> dict[str, Any]:
         """What its outputs depend on beside the weights: heads, activations, norms."""
+        # Two encoders may have equal weights and differ here alone: an activation has no tensor.
         if self.kind == "generation":
             return self.encoder.config.model_dump(exclude={"source"})
         names = ("num_attention_heads", "num_hidden_layers", "hidden_act", "layer_norm_eps", "patch_size")

@@ -93,7 +93,8 @@ def mean_sample(config: RunConfig, seen: int, drawn: int) -> MeanSample:
             sums = [old + share * new for old, new in zip(sums, sample, strict=True)]
     if not total:
         raise PlanError(f"{config.name}: data.sources has no tasks: there is no sample to plan for")
-    return MeanSample(*(value / total for value in sums), longest)
+    tokens, supervised, seen_pictures, drawn_pictures = (value / total for value in sums)
+    return MeanSample(tokens, supervised, seen_pictures, drawn_pictures, longest)
 
 
 def _sample(config: RunConfig, task: str, seen: int, drawn: int) -> tuple[int, int, int, int]:
