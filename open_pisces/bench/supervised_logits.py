@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from open_pisces.bench.live_bytes import LiveBytes
 from open_pisces.bench.pairs import compare
 from open_pisces.model.cross_entropy import linear_cross_entropy
+from open_pisces.plan.live_bytes import LiveBytes
 
 WORDS, WIDTH, PLACES, SUPERVISED = 128_256, 512, 1024, 256
 IGNORED = -100

@@ -13,7 +13,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 from open_pisces.batch import Sample
 from open_pisces.data.images import ImageError, open_image
+from open_pisces.datasets.formats import FORMATS
 from open_pisces.datasets.inline import picture_file
 from open_pisces.datasets.records import BadRecord, DatasetImportError, Options, Record, is_text, place
 from open_pisces.datasets.shard_writer import ShardWriter, kept_format, png_of
@@ -30,33 +31,6 @@ ENOUGH = 100
 NAMED = 5
 """First offenders kept for each cause."""
 _LONGEST_KEY = 150
-
-
-@dataclass(frozen=True)
-class Format:
-    """A name for `import_dataset`: the module of ``readers/`` that reads it, and the options it takes."""
-
-    module: str
-    options: tuple[str, ...]
-    about: str
-
-
-_TEXTS = ("caption_field", "detailed_field")
-_NAMED = ("image_field", "images")
-_COLUMNS = (*_TEXTS, "image_field", "images")
-FORMATS = {
-    "folder": Format("folder", _COLUMNS, "pictures with a CSV, TSV, JSONL or COCO file, or NAME.txt beside NAME.jpg"),
-    "webdataset": Format("webdataset", (*_TEXTS, "image_field"), "tar files of img2dataset or WebDataset"),
-    "coco": Format("coco", ("images", "split"), "COCO captions (`images` + `annotations`), or Karpathy's splits of it"),
-    "huggingface": Format("huggingface", (*_COLUMNS, "split"), "a hub name or local folder, through `datasets`"),
-    "llava": Format("llava", _NAMED, "conversations as a JSON array or JSONL, pictures in a folder"),
-    "parquet": Format(
-        "parquet", _COLUMNS, "parquet with pictures, or names of pictures, and captions or conversations"
-    ),
-    "pixelprose": Format("parquet", _COLUMNS, "PixelProse parquet; pictures named by uid or key in the images folder"),
-    "cambrian": Format("parquet", _NAMED, "Cambrian parquet or JSONL, pictures in a folder"),
-    "onevision": Format("parquet", _NAMED, "LLaVA-OneVision parquet"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------- the import

@@ -99,8 +99,6 @@ def train(config: RunConfig, probes: Sequence[Probe] = (probe,)) -> Path:
         config: the recipe.
         probes: called every ``train.probe_every`` steps, to judge the run by looking.
     """
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     with join_world(config) as world, own_folder(config.folder, world):
         run = start(config, world, probes)
         try:

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 from open_pisces.batch import Losses, Sample, StepBatches
 from open_pisces.config import RunConfig
 from open_pisces.data.draws import stream
+from open_pisces.data.features import FeatureStore
 from open_pisces.data.images import generation_bytes
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
+from open_pisces.errors import PiscesError
+from open_pisces.factory.encoders import fingerprints, store_keys
 from open_pisces.model.folder import get_part, in_start
 from open_pisces.model.parts import llm_config
 from open_pisces.train.flops import Cost, Counts, structure_of
@@ -102,7 +105,7 @@ class Objective(ABC):
     @staticmethod
     @abstractmethod
     def rehearsal(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
-        """The loss of one micro-batch of a shape with nothing in it, for `measure_memory`."""
+        """The loss of one micro-batch of a shape with nothing in it, for `measure_activations`."""
 
     @staticmethod
     @abstractmethod
@@ -124,6 +127,29 @@ def get_parts(names: Iterable[str], config: RunConfig, world: World, vocabulary:
         return parts
     structures = world.broadcast_object({name: structure_of(part) for name, part in parts.items()})
     return parts if world.is_first else structures
+
+
+def get_features(config: RunConfig, mixture: Mixture, world: World) -> list[FeatureStore]:
+    """The feature store of each source, or an empty list where a recipe reads pixels.
+
+    Rank 0 alone loads and hashes the encoders; its error is raised on all ranks.
+
+    Raises:
+        ConfigError: if the recipe's encoders cannot be cached.
+        FeatureError: for a store that is missing, or of other weights, pictures or settings.
+    """
+    if not config.data.features:
+        return []
+    found: Any = None
+    if world.is_first:
+        try:
+            found = fingerprints(config)
+        except PiscesError as error:
+            found = error
+    found = world.broadcast_object(found)
+    if isinstance(found, PiscesError):
+        raise found
+    return [FeatureStore(reader, store_keys(config, reader, found)) for reader in mixture.readers]
 
 
 def draw(config: RunConfig, drawn: tuple[int, str], purpose: str) -> np.random.Generator:

@@ -17,13 +17,12 @@ from open_pisces.data.loader import PairLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import DamagedSample
 from open_pisces.device import upcast
-from open_pisces.factory.encoders import open_features
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
 from open_pisces.model.folder import without_sources
 from open_pisces.model.parts import build_part
 from open_pisces.sheets import contact_sheet
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, meta_part, unit_cost
-from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels
+from open_pisces.train.objectives.base import Objective, draw, get_features, get_parts, get_tokenizer, stack_pixels
 from open_pisces.train.shapes import Shape, empty_pairs
 from open_pisces.train.world import World
 
@@ -81,7 +80,7 @@ class DecoderObjective(Objective):
             settings.batch_size,
             settings.accumulate,
             (encoder.image_size, decoder.image_size),
-            open_features(config, mixture),
+            get_features(config, mixture, world),
             world.rank,
             world.ranks,
         )

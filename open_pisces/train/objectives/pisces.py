@@ -17,7 +17,6 @@ from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.mixture import Mixture
 from open_pisces.data.prompts import LengthError, Renderer
-from open_pisces.factory.encoders import open_features
 from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.folder import in_start, without_sources
@@ -34,7 +33,7 @@ from open_pisces.train.flops import (
     meta_part,
     unit_cost,
 )
-from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, vocabulary
+from open_pisces.train.objectives.base import Objective, draw, get_features, get_parts, get_tokenizer, vocabulary
 from open_pisces.train.shapes import Shape, empty_sequences
 from open_pisces.train.world import World
 
@@ -83,7 +82,7 @@ class PiscesObjective(Objective):
             config.train.batch_size,
             config.train.accumulate,
             (seen.image_size, drawn.image_size),
-            open_features(config, mixture),
+            get_features(config, mixture, self.world),
             # A compiled LLM gets few lengths to compile; otherwise rows are as short as they can be.
             MULTIPLE if config.train.compile or not config.data.row_length else 8,
             self.world.rank,
