@@ -15,7 +15,7 @@ demo: $(READY) ## draw a sheet, caption it, answer questions; writes demo.png
 	$(BIN)/pisces demo --out demo.png
 
 test: $(READY) ## every test that runs on every change
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 prove: $(READY) ## long proofs: kills, many processes, large imports; writes docs/proof.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m prove --timeout 3600 tests/prove

@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from open_pisces.config import ModelConfig
     from open_pisces.model.pisces import Pisces
 
+LONGEST = (
+    "train/test_distributed.py",
+    "test_readme.py",
+    "plan/test_plan.py",
+    "train/test_train.py",
+    "eval/test_judge.py",
+    "factory/test_features.py",
+    "cli/test_cli_eval.py",
+    "bench/test_bench.py",
+    "model/test_memory.py",
+)
+"""Files that take over half a minute: begun first, none of them runs on alone while the other workers are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`LONGEST` first, all others in their order."""
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
 
 class SocketGuard:
     """Refuses every connection that leaves the machine, and remembers it even if the caller swallows the error."""
@@ -105,13 +124,20 @@ def nano_folder(tmp_path_factory: pytest.TempPathFactory, nano_pisces: Pisces, n
 
 
 @pytest.fixture(scope="session")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What nano's trainings start from: short runs of those before. Shared: nothing may be changed in it."""
-    from open_pisces.config import TRAININGS, load_config
-    from open_pisces.train.loop import train
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """All nano trainings, run in order, once for all workers of pytest-xdist. Shared: nothing may be changed in it."""
+    from filelock import FileLock
+    from models import costs_counted_once, nano
 
-    folder = tmp_path_factory.mktemp("starts")
-    for place, name in enumerate(TRAININGS[:5]):
-        before = [f"model.start={folder / TRAININGS[place - 1] / 'model'}"] if place else []
-        train(load_config(f"nano/{name}", [f"out={folder / name}", "train.steps=2", *before]), probes=())
-    return folder
+    from open_pisces.config import TRAININGS
+    from open_pisces.train.loop import is_done, train
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    with costs_counted_once():
+        with FileLock(f"{folder}.lock"):
+            for name in TRAININGS:
+                config = nano(folder, name)
+                if not is_done(config):  # else another worker has trained it
+                    assert train(config) == folder / name
+        yield folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from open_pisces.bench import compile, mixed_batch, pairs, stage_batches, stage_step, supervised_logits
 from open_pisces.bench.pairs import compare, interval
+from open_pisces.generate.generator import Generator
 
 
 def test_a_ratio_says_how_many_times_faster_ours_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,9 +46,19 @@ def test_the_interval_is_that_of_the_median() -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of few samples that are not compiled: what is computed, not how fast."""
+    """Steps of few samples and one layer that are not compiled: what is computed, not how fast."""
+    shipped = stage_batches.shipped
+
+    def shallow() -> Generator:
+        generator = shipped()
+        llm: Any = generator.pisces.llm
+        llm.model.layers = llm.model.layers[:1]
+        return generator
+
     monkeypatch.setattr(nn.Module, "compile", lambda module, **how: None)
+    monkeypatch.setattr(stage_batches, "shipped", shallow)
     for bench in (stage_step, mixed_batch, compile):
+        monkeypatch.setattr(bench, "shipped", shallow)
         monkeypatch.setattr(bench, "ROWS", 2)
         monkeypatch.setattr(bench, "STEPS", 1)
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from prove import stream
+from together import free_port, start
 
-STREAM, STEPS = Path(stream.__file__), 5
+STEPS = 5
 
 
-def start(out: Path, first: int, last: int, *ranks: object) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(STREAM), str(out), str(first), str(last), *map(str, ranks)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+def streaming(out: Path, *given: int) -> Any:
+    return start(stream.main, str(out), *given, environment=dict(os.environ), log=out.with_suffix(".log"))
 
 
 def expected() -> list[str]:
@@ -33,17 +31,17 @@ def expected() -> list[str]:
 def test_a_killed_stream_goes_on_with_two_processes(tmp_path: Path) -> None:
     out, wanted = tmp_path / "steps", expected()
     assert len(set(wanted)) == STEPS
-    alone = start(out, 0, 100_000)
-    while alone.poll() is None and not (out.is_file() and out.read_text().count("\n") >= 2):
+    alone = streaming(out, 0, 100_000)
+    while alone.is_alive() and not (out.is_file() and out.read_text().count("\n") >= 2):
         time.sleep(0.01)
     os.killpg(alone.pid, signal.SIGKILL)
-    alone.wait()
+    alone.join()
     whole = out.read_text().splitlines()[:2]  # as a checkpoint would have it: two steps are done
     assert whole == wanted[:2]
     out.write_text("".join(f"{line}\n" for line in whole))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [start(out, 2, STEPS, rank, 2, port) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    port = int(free_port())
+    both = [streaming(out, 2, STEPS, rank, 2, port) for rank in (0, 1)]
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
     assert out.read_text().splitlines() == wanted

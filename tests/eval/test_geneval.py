@@ -119,12 +119,21 @@ CONFIDENCES = [
 ]
 
 
-@pytest.mark.parametrize("tag", CATEGORIES)
-@pytest.mark.parametrize(("score", "above", "above_counting"), CONFIDENCES)
-def test_confidence(tag: str, score: float, above: bool, above_counting: bool) -> None:
+def shown(tag: str, score: float) -> bool:
+    """Whether a category's prompt is right with all that it asks for found at one confidence."""
     prompt, things = ASKED[tag]
-    found = [seen(name, score, color, square(x, 10)) for name, color, x in things]
-    assert right(prompt, *found) is (above_counting if tag == "counting" else above)
+    return right(prompt, *(seen(name, score, color, square(x, 10)) for name, color, x in things))
+
+
+@pytest.mark.parametrize(("score", "above", "above_counting"), CONFIDENCES)
+def test_confidence(score: float, above: bool, above_counting: bool) -> None:
+    assert (shown("single_object", score), shown("counting", score)) == (above, above_counting)
+
+
+@pytest.mark.parametrize("tag", CATEGORIES)
+def test_the_confidence_that_a_category_needs(tag: str) -> None:
+    most = np.float32(0.9 if tag == "counting" else 0.3)  # the largest that does not count
+    assert not shown(tag, float(most)) and shown(tag, float(np.nextafter(most, np.float32(1))))
 
 
 @pytest.mark.parametrize("tag", CATEGORIES)

@@ -54,8 +54,8 @@ class Noisy(VectorHead):
         return self.linear(hidden_BD) + draws_BR.sum(1, keepdim=True)
 
 
-def run(starts: Path, *overrides: str) -> RunConfig:
-    start = f"model.start={starts / 'stage2' / 'model'}"
+def run(runs: Path, *overrides: str) -> RunConfig:
+    start = f"model.start={runs / 'stage2' / 'model'}"
     return load_config("nano/stage3", [start, "train.batch_size=8", *overrides])
 
 
@@ -79,17 +79,17 @@ def trained(config: RunConfig, step: int) -> tuple[dict[tuple[int, str], Tensor]
     return given, total
 
 
-def test_a_pictures_numbers_depend_on_nothing_but_seed_epoch_and_sample(starts: Path) -> None:
-    whole, loss = trained(run(starts), 3)
+def test_a_pictures_numbers_depend_on_nothing_but_seed_epoch_and_sample(runs: Path) -> None:
+    whole, loss = trained(run(runs), 3)
     assert len(whole) >= 2 and len({tuple(value.flatten().tolist()) for value in whole.values()}) == len(whole)
-    for other in (run(starts, "train.accumulate=4"), run(starts, "data.row_length=512")):
+    for other in (run(runs, "train.accumulate=4"), run(runs, "data.row_length=512")):
         cut, same = trained(other, 3)
         assert cut.keys() == whole.keys() and all(torch.equal(cut[draw], whole[draw]) for draw in whole)
         assert same == pytest.approx(loss, rel=1e-5)
 
 
-def test_the_papers_head_draws_nothing(starts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = build_training(run(starts))
+def test_the_papers_head_draws_nothing(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = build_training(run(runs))
     given: list[Any] = []
     honest = Pisces.forward
 
@@ -112,8 +112,8 @@ def test_a_head_that_samples_gets_its_numbers_from_outside(nano_pisces: Pisces) 
     assert not torch.allclose(pisces.next_vector(hidden, draws + 1)[0], one)
 
 
-def test_a_batch_names_its_generated_pictures_in_order(starts: Path) -> None:
-    training = build_training(run(starts))
+def test_a_batch_names_its_generated_pictures_in_order(runs: Path) -> None:
+    training = build_training(run(runs))
     names = [name for batch in training.load(0).batches for _, name in batch.draws]
     assert len(set(names)) == len(names) > 0
     assert all(name.startswith("0/") and name.endswith("/0") for name in names)

@@ -34,9 +34,9 @@ MIXTURE = (
 PACKED = ["data.row_length=512", "data.rows=1", "data.workers=2", "train.batch_size=6", "train.accumulate=1"]
 
 
-def settings(starts: Path, name: str, *more: str) -> list[str]:
+def settings(runs: Path, name: str, *more: str) -> list[str]:
     before = TRAININGS[TRAININGS.index(name) - 1]
-    return [f"model.start={starts / before / 'model'}", "train.save_every=10000", "train.probe_every=10000", *more]
+    return [f"model.start={runs / before / 'model'}", "train.save_every=10000", "train.probe_every=10000", *more]
 
 
 def apart(one: Path, other: Path) -> list[float]:
@@ -47,13 +47,13 @@ def apart(one: Path, other: Path) -> list[float]:
 
 @pytest.mark.parametrize("name", ["gen_clip", "decoder", "stage3"])
 def test_four_processes_in_two_groups_train_as_one_does(
-    starts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None], name: str
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None], name: str
 ) -> None:
     """HSDP 2 x 2: float64 to 1e-9 over 20 steps, float32 to 1e-5 at the first step and 1e-3 at the 50th."""
     monkeypatch.setattr(log, "LOG_EVERY", 1)
     bounds, figures = {"fp64": 20, "fp32": 50}, {}
     for precision, steps in bounds.items():
-        over = settings(starts, name, f"train.precision={precision}", f"train.steps={steps}", "train.batch_size=8")
+        over = settings(runs, name, f"train.precision={precision}", f"train.steps={steps}", "train.batch_size=8")
         spread = ["train.replicas=2", "train.accumulate=2"]
         for code, told in launch(tmp_path, [(precision, f"nano/{name}", [*over, *spread], "")], ranks=4, wait=900):
             assert code == 0, told[-3000:]
@@ -67,11 +67,11 @@ def test_four_processes_in_two_groups_train_as_one_does(
 
 
 def test_a_run_goes_on_at_one_two_four_and_one_processes(
-    starts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Callable[..., None]
 ) -> None:
     """The losses are those of a run that was never cut, which other batches would not give."""
     monkeypatch.setattr(log, "LOG_EVERY", 1)
-    over = [*settings(starts, "stage3", MIXTURE, "train.precision=fp64"), *PACKED]
+    over = [*settings(runs, "stage3", MIXTURE, "train.precision=fp64"), *PACKED]
     cuts = [(1, 8), (2, 16), (4, 24), (1, 32)]
     for ranks, steps in cuts:
         until = [*over, f"train.steps={steps}"]
@@ -87,10 +87,10 @@ def test_a_run_goes_on_at_one_two_four_and_one_processes(
 
 
 def test_compiled_blocks_of_two_processes_train_as_eager_ones(
-    starts: Path, tmp_path: Path, record: Callable[..., None]
+    runs: Path, tmp_path: Path, record: Callable[..., None]
 ) -> None:
     """Float32, packed rows that change in number, activations of matrix products kept."""
-    over = [*settings(starts, "stage3", "train.steps=5", "train.checkpointing=selective"), *PACKED]
+    over = [*settings(runs, "stage3", "train.steps=5", "train.checkpointing=selective"), *PACKED]
     cases = [(f"compile-{on}", "nano/stage3", [*over, f"train.compile={on}"], "") for on in ("true", "false")]
     for code, told in launch(tmp_path, cases, wait=900):
         assert code == 0, told[-3000:]
@@ -99,9 +99,9 @@ def test_compiled_blocks_of_two_processes_train_as_eager_ones(
     record(steps=5, largest_relative_difference=most)
 
 
-def test_a_restart_by_torchrun_resumes_by_itself(starts: Path, tmp_path: Path, record: Callable[..., None]) -> None:
+def test_a_restart_by_torchrun_resumes_by_itself(runs: Path, tmp_path: Path, record: Callable[..., None]) -> None:
     """One process kills itself at step 7; torchrun starts both again, they go on from step 5."""
-    over = settings(starts, "stage1", "train.steps=10", "train.save_every=5", "train.save_async=false")
+    over = settings(runs, "stage1", "train.steps=10", "train.save_every=5", "train.save_async=false")
     (tmp_path / "cases.json").write_text(json.dumps([["run", "nano/stage1", over, "once 1 7"]]))
     script = Path(__file__).parents[1] / "together.py"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
@@ -119,12 +119,12 @@ def state(config: Any) -> dict[str, torch.Tensor]:
 
 
 def test_kills_anywhere_change_no_bit_of_what_comes_fifty_steps_later(
-    starts: Path, tmp_path: Path, record: Callable[..., None]
+    runs: Path, tmp_path: Path, record: Callable[..., None]
 ) -> None:
     """kill -9 of the whole training at random moments, with a mixture, packing and two workers."""
     steps, chance, kills = 60, random.Random(3), 0
     over = [
-        *settings(starts, "stage3", MIXTURE, "train.ema=0.9"),
+        *settings(runs, "stage3", MIXTURE, "train.ema=0.9"),
         *PACKED,
         f"train.steps={steps}",
         "train.save_every=5",

@@ -32,9 +32,9 @@ from open_pisces.train.world import World
 
 
 @pytest.fixture
-def decoder_run(starts: Path) -> RunConfig:
+def decoder_run(runs: Path) -> RunConfig:
     """Nano's decoder on a gen-CLIP whose targets have no statistics yet."""
-    start = f"model.start={starts / 'gen_clip' / 'model'}"
+    start = f"model.start={runs / 'gen_clip' / 'model'}"
     return load_config("nano/decoder", [start, "diffusion.statistics_samples=50", "train.batch_size=8"])
 
 
@@ -119,9 +119,9 @@ class Other(Ranks):
 
 
 @pytest.mark.parametrize("name", ["gen_clip", "decoder", "stage3"])
-def test_other_ranks_get_structure_first_and_weights_block_by_block(starts: Path, name: str) -> None:
+def test_other_ranks_get_structure_first_and_weights_block_by_block(runs: Path, name: str) -> None:
     before = {"gen_clip": "understanding_clip", "decoder": "gen_clip", "stage3": "stage2"}[name]
-    config = load_config(f"nano/{name}", [f"model.start={starts / before / 'model'}"])
+    config = load_config(f"nano/{name}", [f"model.start={runs / before / 'model'}"])
     expected = build_training(config).module.state_dict()
     cpu = torch.device("cpu")
     First.sent = []
@@ -244,9 +244,9 @@ def replace_data(config: RunConfig, data: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", ["gen_clip", "decoder", "stage3"])
-def test_a_step_carries_bytes_and_not_floats(starts: Path, name: str) -> None:
+def test_a_step_carries_bytes_and_not_floats(runs: Path, name: str) -> None:
     before = {"gen_clip": "understanding_clip", "decoder": "gen_clip", "stage3": "stage2"}[name]
-    training = build_training(load_config(f"nano/{name}", [f"model.start={starts / before / 'model'}"]))
+    training = build_training(load_config(f"nano/{name}", [f"model.start={runs / before / 'model'}"]))
     batches = [*training.load(0).with_totals(), training.load.blank()]
     for batch in batches:
         for field in ("pixels_BCHW", "targets_BCHW", "understanding_pixels_BCHW", "generation_pixels_BCHW"):
@@ -257,8 +257,8 @@ def test_a_step_carries_bytes_and_not_floats(starts: Path, name: str) -> None:
     assert training.losses(batches[0]).loss.isfinite()
 
 
-def test_floats_and_bytes_of_the_same_pictures_have_the_same_loss(starts: Path) -> None:
-    training = build_training(load_config("nano/gen_clip", [f"model.start={starts / 'understanding_clip' / 'model'}"]))
+def test_floats_and_bytes_of_the_same_pictures_have_the_same_loss(runs: Path) -> None:
+    training = build_training(load_config("nano/gen_clip", [f"model.start={runs / 'understanding_clip' / 'model'}"]))
     (batch,) = training.load(0).with_totals()
     as_floats = replace(batch, pixels_BCHW=batch.pixels_BCHW.float() / 255)
     assert torch.equal(training.losses(batch).loss, training.losses(as_floats).loss)
