@@ -18,9 +18,8 @@ from torch._dynamo.utils import counters
 from open_pisces.batch import SequenceBatch
 from open_pisces.bench.pairs import compare
 from open_pisces.bench.stage_batches import MIX, ROWS, STEPS, encoded, read, shipped, step
-from open_pisces.data.collate import collate
-from open_pisces.data.draws import stream
-from open_pisces.data.prompts import IGNORED, Rendered
+from open_pisces.data.order import stream
+from open_pisces.data.prompts import IGNORED, Rendered, collate
 from open_pisces.generate.generator import Generator
 from open_pisces.model.pisces import Pisces
 

@@ -19,8 +19,7 @@ from PIL import Image
 from open_pisces.batch import Sample
 from open_pisces.bench.pairs import compare
 from open_pisces.config import DataConfig, SourceConfig
-from open_pisces.data.draws import stream
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture, stream
 from open_pisces.data.shards import ShardReader
 from open_pisces.datasets.shard_writer import ShardWriter
 

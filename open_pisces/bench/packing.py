@@ -15,9 +15,9 @@ import torch
 from open_pisces.batch import SequenceBatch, StepBatches
 from open_pisces.bench.pairs import compare
 from open_pisces.config import DataConfig, load_config
-from open_pisces.data.collate import collate
 from open_pisces.data.loader import SequenceLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
+from open_pisces.data.prompts import collate
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.model.pisces import Pisces

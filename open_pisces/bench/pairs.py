@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.eval.intervals import bootstrap
 
 TELL_EVERY = 10.0

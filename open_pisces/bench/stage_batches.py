@@ -10,7 +10,7 @@ from torch import Tensor
 from open_pisces.batch import SequenceBatch
 from open_pisces.config import DataConfig, SourceConfig, Task
 from open_pisces.data.loader import SequenceLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.factory.encoders import FrozenEncoder
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS

@@ -11,7 +11,7 @@ import numpy as np
 
 from open_pisces.batch import Question, Sample
 from open_pisces.config import DataConfig, SourceConfig, Task
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.prompts import LengthError, Renderer, SampleError, sample_turns, wordings
 from open_pisces.data.shards import DamagedSample, ShardReader, data_path
 from open_pisces.files import sha256_of, whole_file

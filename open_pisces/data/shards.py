@@ -22,8 +22,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from open_pisces.batch import Question, Sample
-from open_pisces.data.captions import CaptionError, captions_of
+from open_pisces.batch import CaptionError, Question, Sample, captions_of
 from open_pisces.data.images import ImageError, open_image
 from open_pisces.errors import PiscesError
 

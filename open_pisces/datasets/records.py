@@ -13,8 +13,7 @@ from typing import Any, TextIO
 
 import fsspec
 
-from open_pisces.batch import Question
-from open_pisces.data.captions import CaptionError, captions_of, one_text
+from open_pisces.batch import CaptionError, Question, captions_of, one_text
 from open_pisces.errors import PiscesError
 
 _FIRST = 100  # rows looked at to learn which fields there are

@@ -13,8 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from open_pisces.data.collate import collate
-from open_pisces.data.prompts import Renderer, Turn, generation_turns
+from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError

@@ -19,9 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from open_pisces.data.collate import collate
 from open_pisces.data.images import ImageError
-from open_pisces.data.prompts import IGNORED
+from open_pisces.data.prompts import IGNORED, collate
 from open_pisces.device import upcast
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.messages import Conversation, HarnessError, read_messages

@@ -9,10 +9,9 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from open_pisces.config import ModelConfig
-from open_pisces.device import upcast
+from open_pisces.device import FloatBuffers, upcast
 from open_pisces.errors import PiscesError
 from open_pisces.model.heads import GenerationHead, VectorHead
-from open_pisces.model.precision import FloatBuffers
 
 
 class VisualTokenPooler(nn.Module):

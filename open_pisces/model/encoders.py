@@ -15,8 +15,8 @@ from transformers import SiglipVisionModel
 
 from open_pisces.batch import unit_pixels
 from open_pisces.config import ConfigError, GenerationEncoderConfig
+from open_pisces.device import FloatBuffers
 from open_pisces.errors import PiscesError
-from open_pisces.model.precision import FloatBuffers
 
 
 class PixelNorm(FloatBuffers):

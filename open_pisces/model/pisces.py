@@ -11,7 +11,7 @@ from torch import Tensor
 
 from open_pisces.batch import Losses, SequenceBatch
 from open_pisces.config import LossConfig, ModelConfig
-from open_pisces.device import upcast
+from open_pisces.device import FloatBuffers, upcast
 from open_pisces.errors import PiscesError
 from open_pisces.model.adapters import adopt_adapter
 from open_pisces.model.bridge import Bridge
@@ -20,7 +20,6 @@ from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.folder import load_parts, write_folder
 from open_pisces.model.parts import PARTS
-from open_pisces.model.precision import FloatBuffers
 
 
 class Pisces(FloatBuffers):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from open_pisces.config import RunConfig
-from open_pisces.data.collate import MULTIPLE
+from open_pisces.data.prompts import MULTIPLE
 from open_pisces.errors import PiscesError
 from open_pisces.plan.memory import Activations, measure_activations
 from open_pisces.train.flops import Counts

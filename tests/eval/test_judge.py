@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from PIL.Image import Image
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import SIZE, vocabulary
 from open_pisces.eval.drawing.detection import Detection, DetectorError

@@ -16,7 +16,7 @@ from models import build_pisces
 from open_pisces.batch import Sample
 from open_pisces.config import ConfigError, RunConfig, load_config
 from open_pisces.data.features import FeatureError, FeatureStore, picture_rows, store_folder
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.datasets.indexing import index_folder
 from open_pisces.datasets.shard_writer import ShardWriter

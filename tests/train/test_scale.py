@@ -18,7 +18,7 @@ from torch import Tensor
 
 from open_pisces.config import RunConfig, load_config
 from open_pisces.data import lengths
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.prompts import LengthError, Renderer
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.bridge import TargetStatistics, TargetSums

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from open_pisces.data.captions import CaptionError, captions_of
+from open_pisces.batch import CaptionError, captions_of
 from open_pisces.datasets.readers.json_rows import object_rows
 from open_pisces.datasets.records import (
     BadRecord,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import chain, groupby
 from typing import Any
 
-from open_pisces.data.captions import LIST_FIELDS
+from open_pisces.batch import LIST_FIELDS
 from open_pisces.datasets.indexing import IMAGES
 from open_pisces.datasets.inline import is_inline
 from open_pisces.datasets.readers import coco

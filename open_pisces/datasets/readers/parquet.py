@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from open_pisces.data.captions import LIST_FIELDS
+from open_pisces.batch import LIST_FIELDS
 from open_pisces.datasets.readers import llava
 from open_pisces.datasets.readers.conversations import CONVERSATION_FIELDS, IMAGE_FIELDS, conversation, pictures_of
 from open_pisces.datasets.records import (

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
-from open_pisces.data.captions import LIST_FIELDS
+from open_pisces.batch import LIST_FIELDS
 from open_pisces.datasets.indexing import kind_of, read_members
 from open_pisces.datasets.records import (
     BadRecord,

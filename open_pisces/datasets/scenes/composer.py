@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 
 from open_pisces.batch import Sample
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.data.shards import ShardError, data_path
 from open_pisces.datasets.scenes.artwork import fit
 from open_pisces.datasets.scenes.layout import SIZE, Layout, Split, Thing, vocabulary

@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_kernel
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.eval.distances.features import Features, FeatureSpec
 from open_pisces.eval.intervals import EvaluationError, Interval
 

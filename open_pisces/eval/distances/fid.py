@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image as Pillow
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.eval.distances.distances import (
     GROUPS,
     FeatureStatistics,

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.artwork import article
 from open_pisces.errors import PiscesError
 

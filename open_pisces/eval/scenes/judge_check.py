@@ -16,8 +16,8 @@ import torch
 from PIL import Image as Pillow
 from PIL.Image import Image
 
-from open_pisces.data.draws import stream
 from open_pisces.data.images import open_image, to_pil
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import SIZE
 from open_pisces.eval.drawing.detection import Detection

@@ -19,7 +19,7 @@ from PIL import ImageDraw, ImageFilter
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import SIZE, Thing, vocabulary
 from open_pisces.eval.scenes.judge import (

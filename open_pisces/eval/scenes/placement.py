@@ -25,8 +25,8 @@ import numpy as np
 from PIL import ImageFilter
 
 from open_pisces.batch import Sample
-from open_pisces.data.draws import stream
 from open_pisces.data.images import generation_pixels, to_pil
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Cutouts, load_cutouts
 from open_pisces.datasets.scenes.layout import Split
 from open_pisces.eval.distances.pixel_errors import psnr

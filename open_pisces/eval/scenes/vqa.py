@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image as Pillow
 
 from open_pisces.batch import Question, Sample
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Composer, Cutouts, load_cutouts
 from open_pisces.datasets.scenes.layout import Split
 from open_pisces.eval.evaluation import Evaluation, Score, rounded

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses, Sample, StepBatches
 from open_pisces.config import RunConfig
-from open_pisces.data.draws import stream
 from open_pisces.data.features import FeatureStore
 from open_pisces.data.images import generation_bytes
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture, stream
 from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from open_pisces.errors import PiscesError

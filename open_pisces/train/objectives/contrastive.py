@@ -16,7 +16,7 @@ from open_pisces.batch import EmbeddingGradients, Losses, PairBatch, Sample
 from open_pisces.config import RunConfig
 from open_pisces.data.images import to_pil
 from open_pisces.data.loader import PairLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.model.folder import without_sources
 from open_pisces.model.gen_clip import Embedded, GenCLIP, contrast
 from open_pisces.model.parts import build_part

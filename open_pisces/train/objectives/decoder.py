@@ -14,7 +14,7 @@ from open_pisces.batch import Losses, PairBatch, Sample
 from open_pisces.config import RunConfig
 from open_pisces.data.images import generation_bytes, to_pil
 from open_pisces.data.loader import PairLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.shards import DamagedSample
 from open_pisces.device import upcast
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses, Sample, SequenceBatch
 from open_pisces.config import RunConfig
-from open_pisces.data.collate import MULTIPLE
 from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import SequenceLoader
-from open_pisces.data.mixture import Mixture
-from open_pisces.data.prompts import LengthError, Renderer
+from open_pisces.data.order import Mixture
+from open_pisces.data.prompts import MULTIPLE, LengthError, Renderer
 from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.folder import in_start, without_sources
