@@ -26,6 +26,8 @@ from open_pisces.train.objectives.base import Objective
 from open_pisces.train.world import World
 
 STEPS = 6
+WAYS = {"cache": "float32", "on_the_fly": ""}
+"""Settings of ``data.features`` whose losses are compared."""
 
 
 def run(pairs: int = 15) -> dict[str, Any]:
@@ -49,7 +51,8 @@ def _measure(folder: Path, pairs: int) -> dict[str, Any]:
     cached = _recipe(folder, "float32")
     encode(cached)
     world = World(torch.device("cpu"))
-    with_cache, without = start(cached, world), start(cached, world)
+    with_cache = start(cached, world)
+    without = start(cached, world)
     for name in ("understanding_encoder", "generation_encoder"):
         setattr(without.training.module, name, torch.nn.Identity())
     ahead = _endless(with_cache.training)
@@ -64,9 +67,6 @@ def _measure(folder: Path, pairs: int) -> dict[str, Any]:
     apart = max(abs(a - b) / abs(b) for a, b in zip(curves["cache"], curves["on_the_fly"], strict=True))
     found["figures"] |= {"losses": curves, "largest_relative_difference_of_losses": apart}
     return found
-
-
-WAYS = {"cache": "float32", "on_the_fly": ""}
 
 
 def _endless(training: Objective) -> Iterator[list[Any]]:

@@ -35,7 +35,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in _tensors(found):
             if self._meet(tensor):
                 self.largest = max(self.largest, tensor.numel())
-                self._begin(tensor)
+                storage = tensor.untyped_storage()
+                life = [self._step, 2**62, storage.nbytes(), storage._cdata]  # it has no end yet
+                self._lives.append(life)
+                self._living[storage._cdata] = life
         for key in [key for key in self._living if self._known[key].expired()]:
             self._living.pop(key)[1] = self._step  # it lived up to here, and through this operation
         return found
@@ -43,10 +46,12 @@ class LiveBytes(TorchDispatchMode):
     def peak(self, *but: Tensor | None) -> int:
         """The most bytes alive at one time, those of some tensors left out."""
         left_out = {tensor.untyped_storage()._cdata for tensor in but if tensor is not None}
-        lives = [life for life in self._lives if life[3] not in left_out]
-        changes = sorted(change for first, last, size, _ in lives for change in ((first, size), (last, -size)))
+        changes = []
+        for first, last, size, key in self._lives:
+            if key not in left_out:
+                changes += [(first, size), (last, -size)]
         alive = most = 0
-        for _, size in changes:  # at one step the dead go first: sorted, for their sizes are negative
+        for _, size in sorted(changes):  # at one step the dead go first, for their sizes are negative
             alive += size
             most = max(most, alive)
         return most
@@ -58,12 +63,6 @@ class LiveBytes(TorchDispatchMode):
         if new:
             self._known[storage._cdata] = StorageWeakRef(storage)
         return new
-
-    def _begin(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        life = [self._step, 2**62, storage.nbytes(), storage._cdata]
-        self._lives.append(life)
-        self._living[storage._cdata] = life
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -24,7 +24,8 @@ from open_pisces.data.mixture import Mixture
 from open_pisces.data.shards import ShardReader
 from open_pisces.datasets.shard_writer import ShardWriter
 
-SAMPLES, SIDE = 1000, 256
+SAMPLES = 1000
+SIDE = 256
 
 
 def run(pairs: int = 15) -> dict[str, Any]:
@@ -62,7 +63,10 @@ def _write(folder: Path) -> ShardReader:
 
 def _bytes(reader: ShardReader, order: list[int]) -> int:
     """Every member of every sample in training order; how many bytes that is."""
-    return sum(len(content) for index in order for content in reader.members(index))
+    total = 0
+    for index in order:
+        total += sum(len(content) for content in reader.members(index))
+    return total
 
 
 def _tar(tars: list[Path]) -> int:

@@ -18,7 +18,11 @@ from open_pisces.bench.live_bytes import LiveBytes
 from open_pisces.bench.pairs import compare
 from open_pisces.model.cross_entropy import linear_cross_entropy
 
-WORDS, WIDTH, PLACES, SUPERVISED = 128_256, 512, 1024, 256
+WORDS = 128_256
+"""Llama 3's vocabulary."""
+WIDTH = 512
+PLACES = 1024
+SUPERVISED = 256
 IGNORED = -100
 
 
@@ -37,7 +41,8 @@ def run(pairs: int = 15) -> dict[str, Any]:
     def full() -> Tensor:
         return F.cross_entropy(hidden_KD @ weight_VD.T, ignoring_K, ignore_index=IGNORED, reduction="sum")
 
-    used, losses = {}, {}
+    used: dict[str, dict[str, int]] = {}
+    losses: dict[str, float] = {}
     for name, way in (("ours", ours), ("other", full)):
         with LiveBytes() as live:
             losses[name] = _step(way, hidden_KD, weight_VD)

@@ -118,17 +118,20 @@ def reconstruction(args: argparse.Namespace) -> Result:
     for source in pictures_of(args.images)[: args.limit]:
         images += source.open()
     how: dict[str, Any] = {name: getattr(args, name) for name in ("steps", "guidance_scale", "seed", "biased")}
-    asked = ReconstructionEvaluation(painter, images, _network(args), **how)
-    return _scored(args, asked.run(model, args.out))
+    return _scored(args, ReconstructionEvaluation(painter, images, _network(args), **how).run(model, args.out))
 
 
 def clip(args: argparse.Namespace) -> Result:
     """CLIP score of a run's pictures and its prompts."""
-    from open_pisces.eval.distances.clip import clip_score_of_run
+    from open_pisces.eval.distances.clip import clip_score
     from open_pisces.eval.run import RunFolder
 
     quiet()
-    return _scored(args, clip_score_of_run(RunFolder.load(args.folder), args.clip, args.device).row())
+    run = RunFolder.load(args.folder)
+    captions: list[str] = []
+    for item in run.items:
+        captions += [item["prompt"]] * len(run.images(item["key"]))
+    return _scored(args, clip_score(run, captions, args.clip, device=args.device).row())
 
 
 def gallery(args: argparse.Namespace) -> Result:

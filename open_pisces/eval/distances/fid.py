@@ -32,7 +32,7 @@ from open_pisces.eval.distances.features import FeatureNetwork, Features, Featur
 from open_pisces.eval.distances.run_features import RunFeatures
 from open_pisces.eval.evaluation import Evaluation, Score, draw, rounded
 from open_pisces.eval.intervals import EvaluationError, Interval
-from open_pisces.eval.run import Row, RunError, RunFolder
+from open_pisces.eval.run import Row, RunFolder
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -147,11 +147,8 @@ class FidEvaluation(Evaluation):
 
     def _measured(self, run: RunFolder) -> tuple[Features, Features]:
         """Features of the drawn pictures and of noise: those that the run keeps, if the same ruler made them."""
-        try:
-            kept = RunFeatures.load(run).rows
-        except RunError:  # none yet, or of no use: made anew
-            kept = {}
-        if "drawn" in kept and kept["drawn"].ruler == self.network.ruler.after_cut(self.side):
+        kept = RunFeatures.made_with(self.network.ruler.after_cut(self.side), run)
+        if kept:
             return kept["drawn"], kept["noise"]
         drawn = extract(self.network, pictures_of(run), self.side)
         shape = (NOISE, drawn.sides[0], drawn.sides[0], 3)
