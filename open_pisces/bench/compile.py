@@ -86,6 +86,7 @@ def _ragged(generator: Generator, half: bool) -> dict[str, Any]:
     counters.clear()
     for batch in shapes.values():
         step(pisces, batch, half)
+    # Whatever is compiled from here on is a shape that the warm-up did not meet.
     warm = counters["stats"]["unique_graphs"]
     for batch in batches:
         step(pisces, batch, half)

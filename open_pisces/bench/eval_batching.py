@@ -61,6 +61,7 @@ def _questions(names: tuple[str, ...]) -> tuple[list[list[Image]], list[str]]:
     for row in choose(names):
         asked = read_questions(row, FIXTURES)
         read += [(asked, item) for item in asked.items]
+    # Prompts of like length share a batch, so that little of it is padding.
     read.sort(key=lambda one: len(one[1]["prompt"]))
     return [asked.pictures(item) for asked, item in read], [item["prompt"] for _, item in read]
 

@@ -37,6 +37,7 @@ def run(pairs: int = 15) -> dict[str, Any]:
         order = [mixture.draw(g).index for g in range(SAMPLES)]
         if sorted(order) != list(range(SAMPLES)) or _bytes(reader, order) != _tar(tars):
             raise AssertionError("the two ways did not read the same bytes")
+        # Two comparisons: decoding takes so long that it would hide what reading costs.
         raw = compare("loader", lambda: _bytes(reader, order), lambda: _tar(tars), pairs)
         decoded = compare("loader", lambda: _decoded(reader, order), lambda: _webdataset(tars), pairs)
         size = _tar(tars)

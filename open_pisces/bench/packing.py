@@ -35,6 +35,7 @@ def run(pairs: int = 15) -> dict[str, Any]:
     packed = [_loader(pisces, recipe.data)(step) for step in range(STEPS)]
     sorted_ = [_loader(pisces, recipe.data.model_copy(update={"row_length": 0}))(step) for step in range(STEPS)]
     padded = [_as_they_come(pisces, recipe.data, step) for step in range(STEPS)]
+    # What packing could reach at most: full rows without a mask.
     whole = [_equal(step) for step in packed]
     found = compare("packing", lambda: _train(pisces, packed), lambda: _train(pisces, padded), pairs)
     by_length = compare("sorted", lambda: _train(pisces, packed), lambda: _train(pisces, sorted_), pairs)
@@ -58,6 +59,7 @@ def _loader(pisces: Pisces, data: DataConfig) -> SequenceLoader:
 def _as_they_come(pisces: Pisces, data: DataConfig, step: int) -> StepBatches:
     """The same samples in the order of the batch, each micro-batch as long as its longest."""
     loader = _loader(pisces, data.model_copy(update={"row_length": 0}))
+    # By the loader's own reader: the samples and their draws are the same in all ways.
     read = [loader._read(draw) for draw in loader.mixture.batch(step, BATCH)]
     batches = []
     for half in (read[: BATCH // 2], read[BATCH // 2 :]):

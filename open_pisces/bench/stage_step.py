@@ -30,6 +30,7 @@ def run(pairs: int = 15) -> dict[str, Any]:
     ids_BS = batch.ids_BS
     labels_BS = torch.full_like(ids_BS, IGNORED)  # transformers' labels: the token itself where it is supervised
     labels_BS.view(-1)[batch.text_at_K + 1] = batch.labels_K
+    # The check that both do the same work: without pictures the losses are equal.
     alike = {"pisces": step(pisces, words_only(batch)), "llama": _llama(llama, ids_BS, labels_BS)}
     if abs(alike["pisces"] - alike["llama"]) > 0.01 * alike["llama"]:
         raise AssertionError(f"without pictures the two must have the same loss: {alike}")

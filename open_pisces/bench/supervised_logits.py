@@ -46,6 +46,7 @@ def run(pairs: int = 15) -> dict[str, Any]:
     for name, way in (("ours", ours), ("other", full)):
         with LiveBytes() as live:
             losses[name] = _step(way, hidden_KD, weight_VD)
+        # Gradients left out: both ways have to leave them behind.
         used[name] = {"loss": live.peak(hidden_KD.grad, weight_VD.grad), "with_gradients": live.peak()}
     if abs(losses["ours"] - losses["other"]) > 1e-4 * losses["other"]:
         raise AssertionError(f"the two ways did not compute the same loss: {losses}")

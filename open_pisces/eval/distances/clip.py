@@ -38,6 +38,7 @@ class ClipImages:
         try:
             self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            # Pillow's resizing is what CLIP's published figures were made with; the tensor backend differs slightly.
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{folder}: no CLIP model with its processor ({error}): give its folder") from None
@@ -121,6 +122,7 @@ def clip_score(
         raise EvaluationError(f"{len(captions)} captions for {len(seen)} pictures: give one to each")
     parts = [clip.texts(captions[start : start + clip.batch]) for start in range(0, len(captions), clip.batch)]
     read = np.concatenate([rows for rows, _ in parts])
+    # Cut at 0 pair by pair, as the paper does: a negative cosine does not offset another pair.
     right = 100 * (seen.rows * read).sum(axis=1).clip(0)
     wrong = 100 * (seen.rows * np.roll(read, -1, axis=0)).sum(axis=1).clip(0)
     found = rounded(mean_interval(right, seed=seed))

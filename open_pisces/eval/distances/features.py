@@ -59,6 +59,7 @@ def pictures_of(where: str | Path | RunFolder | Sequence[Image]) -> list[Source]
         raise EvaluationError(f"{folder}: no such folder; give one with pictures, or a run folder")
     if (folder / "manifest.json").is_file():
         return pictures_of(RunFolder.load(folder))
+    # Hidden files are what other systems leave beside pictures, with the same endings.
     files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in KINDS and file.is_file())
     if not files:
         raise EvaluationError(f"{folder} holds no pictures ({', '.join(KINDS)}): give the folder that does")
@@ -154,7 +155,7 @@ def extract(
         for image in images:
             sides.update(image.size)
         rows.append(network.features([cut(image, side) for image in images] if side else images))
-    if bad:
+    if bad:  # one error after all were tried: a set of 30,000 is repaired once
         rest = f", and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise EvaluationError(
             f"{len(bad)} of {len(sources)} pictures cannot be read ({'; '.join(bad[:_SHOWN])}{rest}): replace or "
@@ -257,6 +258,7 @@ class Inception:
     @torch.inference_mode()
     def features(self, images: Sequence[Image]) -> np.ndarray:
         """Pictures to ``(B, 2048)``."""
+        # Resized one by one: pytorch-fid's datasets hold pictures of any shape.
         inputs_BCHW = torch.cat([inception.resized(_pixels(image)) for image in images])
         return as_rows(self.network(inputs_BCHW.to(self.device, memory_format=torch.channels_last)))
 

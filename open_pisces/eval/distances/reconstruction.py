@@ -127,6 +127,7 @@ class ReconstructionEvaluation(Evaluation):
         for item, image, picture in zip(batch, true, drawn, strict=True):
             if picture.width != picture.height:
                 raise EvaluationError(f"a drawn picture of {picture.width} x {picture.height}: decoders draw squares")
+            # Cut to the drawn size and saved in 8 bits, as it is compared: errors and features come from these files.
             pairs[item["key"]] = [to_pil(generation_pixels(image, picture.width)), picture]
         run.save_images(pairs)
 
@@ -152,6 +153,7 @@ def _picture(run: RunFolder, key: str, place: int) -> list[Image]:
 def _errors(run: RunFolder, place: int) -> Row:
     """A row of `pixel_errors`: of a pair, and of its true picture with the next drawn one."""
     key = run.items[place]["key"]
+    # A wrong pair takes the next picture: each is wrong once, and never paired with itself.
     following = run.items[(place + 1) % len(run.items)]["key"]
     true, drawn = [generation_pixels(picture, picture.width) for picture in run.images(key)]
     (wrong,) = _picture(run, following, 1)
