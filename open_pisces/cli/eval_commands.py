@@ -112,11 +112,15 @@ def reconstruction(args: argparse.Namespace) -> Result:
 
 def clip(args: argparse.Namespace) -> Result:
     """CLIP score of a run's pictures and its prompts."""
-    from open_pisces.eval.distances.clip import clip_score_of_run
+    from open_pisces.eval.distances.clip import clip_score
     from open_pisces.eval.run import RunFolder
 
     quiet()
-    return _scored(args, clip_score_of_run(RunFolder.load(args.folder), args.clip, args.device).row())
+    run = RunFolder.load(args.folder)
+    captions: list[str] = []
+    for item in run.items:
+        captions += [item["prompt"]] * len(run.images(item["key"]))
+    return _scored(args, clip_score(run, captions, args.clip, device=args.device).row())
 
 
 def gallery(args: argparse.Namespace) -> Result:

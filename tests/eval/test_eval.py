@@ -16,7 +16,6 @@ from open_pisces.datasets.scenes.composer import Composer, Cutouts
 from open_pisces.datasets.scenes.layout import vocabulary
 from open_pisces.datasets.scenes.texts import words
 from open_pisces.eval.distances.pixel_errors import PSNR_CAP
-from open_pisces.eval.intervals import macro_interval, mean_interval
 from open_pisces.eval.scenes import pixels as ruler
 from open_pisces.eval.scenes import placement
 from open_pisces.eval.scenes import vqa as scenes
@@ -344,43 +343,3 @@ def test_placement_on_composed_scenes(cutouts: Cutouts, nano_folder: Path, tmp_p
     asked = placement.Placement(Echo(), 45, seed=0, split="style", cutouts=cutouts)  # type: ignore[arg-type]
     found = asked.run(nano_folder, tmp_path / "run")
     assert found["score"] == found["ceiling"] == 1 and found["degraded"] > 0.9 and found["baseline"] < 0.2
-
-
-# ------------------------------------------------------------------------------------------------------- intervals
-
-
-def test_interval_of_a_mean() -> None:
-    values = np.arange(100.0)
-    found = mean_interval(values)
-    assert found.score == 49.5 and found == mean_interval(values) and found != mean_interval(values, seed=1)
-    spread = values.std() / 10  # standard error; the normal interval is +-1.96 of it
-    assert found.low == pytest.approx(49.5 - 1.96 * spread, abs=0.5)
-    assert found.high == pytest.approx(49.5 + 1.96 * spread, abs=0.5)
-    assert mean_interval([1, 1, 1]).rounded() == {"score": 1.0, "low": 1.0, "high": 1.0}
-
-
-def test_interval_covers_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    found = [mean_interval(rng.random(60) < 0.7, resamples=400, seed=i) for i in range(300)]
-    covered = np.mean([interval.low <= 0.7 <= interval.high for interval in found])
-    assert 0.90 <= covered <= 0.98
-
-
-def test_macro_interval_weighs_groups_equally_and_resamples_within_them() -> None:
-    groups = {"a": [1.0] * 90, "b": [0.0] * 10}
-    assert macro_interval(groups).rounded() == {"score": 0.5, "low": 0.5, "high": 0.5}  # groups never mix
-    found = macro_interval({"a": [0.0, 1.0] * 50, "b": [0.0, 1.0] * 50})
-    pooled = mean_interval([0.0, 1.0] * 100)
-    assert found.score == 0.5 and found.high - found.low == pytest.approx(pooled.high - pooled.low, abs=0.02)
-
-
-def test_blocks_do_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = mean_interval(np.arange(50.0))
-    monkeypatch.setattr("open_pisces.eval.intervals._DRAWS_AT_ONCE", 1000)
-    assert mean_interval(np.arange(50.0)) == whole
-
-
-@pytest.mark.parametrize(("values", "says"), [([], "no values"), ([1.0, float("nan")], "1 of 2 values"), ({}, "group")])
-def test_intervals_refuse_what_has_no_mean(values: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        macro_interval(values) if isinstance(values, dict) else mean_interval(values)

@@ -528,9 +528,10 @@ def test_a_run_keeps_the_figure_of_each_picture(clip_folder: Path, tmp_path: Pat
     items = [{"key": str(number), "prompt": text} for number, text in enumerate(texts)]
     run = RunFolder.open(tmp_path / "run", Manifest("gallery", "m", "0", {}), items)
     run.save_images({str(number): images[2 * number : 2 * number + 2] for number in range(6)})
-    found = clip.clip_score_of_run(run, clip_folder, "cpu")
+    each = [texts[number // 2] for number in range(12)]
+    found = clip.clip_score(run, each, clip_folder, device="cpu")
     kept = run.noted("clip")
-    assert found == clip.clip_score(images, [texts[number // 2] for number in range(12)], clip_folder, device="cpu")
+    assert found == clip.clip_score(images, each, clip_folder, device="cpu")
     assert len(kept["right"]) == len(kept["wrong"]) == found.n == 12
     assert mean_interval(kept["right"]).rounded() == {name: kept[name] for name in ("score", "low", "high")}
     assert round(float(np.mean(kept["wrong"])), 4) == found.baseline == kept["baseline"]

@@ -15,7 +15,7 @@ from open_pisces.device import pick_device
 from open_pisces.eval.distances.features import FeatureSpec, as_rows, batch_for, extract, pictures_of
 from open_pisces.eval.evaluation import Score, rounded
 from open_pisces.eval.intervals import EvaluationError, mean_interval
-from open_pisces.eval.run import Row, RunFolder
+from open_pisces.eval.run import RunFolder
 from open_pisces.model.folder import weights_digest
 
 
@@ -38,6 +38,7 @@ class ClipImages:
         try:
             self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            # Pillow's resizing is what CLIP's published figures were made with; the tensor backend differs slightly.
             self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         except (OSError, ValueError) as error:
             raise EvaluationError(f"{folder}: no CLIP model with its processor ({error}): give its folder") from None
@@ -95,7 +96,10 @@ def clip_score(
     device: str = "auto",
     seed: int = 0,
 ) -> ClipScore:
-    """How well pictures fit their captions, `ClipScore`.
+    """How well pictures fit their captions.
+
+    A run keeps the result as ``clip.json``, with the figure of each picture and its own caption (``right``) and of the
+    next one's (``wrong``), so that the score can be made again without the CLIP.
 
     Args:
         images: anything `pictures_of` takes, in the order of the captions.
@@ -108,33 +112,6 @@ def clip_score(
     Raises:
         EvaluationError: no pictures, unreadable ones, another number of captions, an empty caption, no such model.
     """
-    score, _ = _scored(images, captions, model_folder, batch_size, device, seed)
-    return score
-
-
-def clip_score_of_run(run: RunFolder, model_folder: str | Path, device: str = "auto", seed: int = 0) -> ClipScore:
-    """`clip_score` of a run's pictures and prompts; the run keeps the figure of each picture in ``clip.json``.
-
-    Raises:
-        EvaluationError: as `clip_score`.
-    """
-    captions: list[str] = []
-    for item in run.items:
-        captions += [item["prompt"]] * len(run.images(item["key"]))
-    score, figures = _scored(run, captions, model_folder, None, device, seed)
-    run.note("clip", {**score.row(), **figures})
-    return score
-
-
-def _scored(
-    images: str | Path | RunFolder | Sequence[Image],
-    captions: Sequence[str],
-    model_folder: str | Path,
-    batch_size: int | None,
-    device: str,
-    seed: int,
-) -> tuple[ClipScore, Row]:
-    """The score, and each picture's figure with its own caption (``right``) and with the next one's (``wrong``)."""
     sources = pictures_of(images)
     empty = [number for number, caption in enumerate(captions) if not caption.strip()]
     if empty:
@@ -145,6 +122,7 @@ def _scored(
         raise EvaluationError(f"{len(captions)} captions for {len(seen)} pictures: give one to each")
     parts = [clip.texts(captions[start : start + clip.batch]) for start in range(0, len(captions), clip.batch)]
     read = np.concatenate([rows for rows, _ in parts])
+    # Cut at 0 pair by pair, as the paper does: a negative cosine does not offset another pair.
     right = 100 * (seen.rows * read).sum(axis=1).clip(0)
     wrong = 100 * (seen.rows * np.roll(read, -1, axis=0)).sum(axis=1).clip(0)
     found = rounded(mean_interval(right, seed=seed))
@@ -159,4 +137,6 @@ def _scored(
         model=clip.folder,
         weights=clip.ruler.weights,
     )
-    return score, {"right": right.tolist(), "wrong": wrong.tolist()}
+    if isinstance(images, RunFolder):
+        images.note("clip", {**score.row(), "right": right.tolist(), "wrong": wrong.tolist()})
+    return score

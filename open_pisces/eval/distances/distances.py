@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from torchmetrics.image.kid import poly_kernel
 from open_pisces.data.order import stream
 from open_pisces.eval.distances.features import Features, FeatureSpec
 from open_pisces.eval.intervals import EvaluationError, Interval
+from open_pisces.files import whole_file
 
 GROUPS = 20
 STUDENT = 2.093
@@ -85,6 +85,7 @@ class FeatureStatistics:
 
     def without(self, rows: np.ndarray) -> FeatureStatistics:
         """Statistics less some of the rows they were made of; what identifies the pictures stays that of all."""
+        # The inverse of `_joined`: a jackknife need not read the other rows again.
         n, mean, scatter = _moments(rows)
         left = self.n - n
         rest = (self.n * self.mean - n * mean) / left
@@ -118,12 +119,8 @@ class FeatureStatistics:
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
     """Write a safetensors file with its metadata, whole or not at all."""
-    hidden = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with whole_file(path) as hidden:
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, hidden, metadata=dict(about))
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 def check_rulers(a: FeatureSpec, b: FeatureSpec) -> None:
@@ -142,7 +139,7 @@ def check_rulers(a: FeatureSpec, b: FeatureSpec) -> None:
 
 def _moments(rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """Number, mean and scatter of rows ``(n, width)``."""
-    values = rows.astype(np.float64)
+    values = rows.astype(np.float64)  # float32 would lose the small eigenvalues of the covariance
     mean = values.mean(axis=0)
     values -= mean
     return len(rows), mean, values.T @ values
@@ -216,7 +213,7 @@ def frechet_interval(a: Features | FeatureStatistics, b: Features, paired: bool 
     if paired and isinstance(a, Features):
         both = []
         for part in _groups(other.n, seed):
-            rest = one.without(a.rows[part])
+            rest = one.without(a.rows[part])  # both sets move, so that no factor can be kept
             both.append(_symmetric_distance(rest, _factor(rest), other.without(b.rows[part])))
         return _jackknife(score, [both], least=0.0)
     moved = [_without_each_group(one, other, b, seed)]
@@ -231,7 +228,7 @@ def _statistics(of: Features | FeatureStatistics) -> FeatureStatistics:
 
 def _without_each_group(kept: FeatureStatistics, less: FeatureStatistics, rows: Features, seed: int) -> list[float]:
     """Frechet distances of ``kept`` from ``less`` without each group of its ``rows``."""
-    factor = _factor(kept)
+    factor = _factor(kept)  # once for 20 distances
     return [_symmetric_distance(kept, factor, less.without(rows.rows[part])) for part in _groups(less.n, seed)]
 
 
@@ -291,7 +288,7 @@ def _kernel_sums(a: list[torch.Tensor], b: list[torch.Tensor]) -> np.ndarray:
     """Sums of KID's kernel over all pairs of a group of ``a`` and one of ``b``; no row is paired with itself."""
     sums = np.empty((len(a), len(b)))
     for i, j in np.ndindex(sums.shape):
-        if a is b and j < i:
+        if a is b and j < i:  # the kernel is symmetric
             sums[i, j] = sums[j, i]
             continue
         kernel = poly_kernel(a[i], b[j])
@@ -307,6 +304,7 @@ def _groups(n: int, seed: int) -> list[np.ndarray]:
 def _jackknife(score: float, moved: Sequence[Sequence[float]], least: float = -math.inf) -> Interval:
     """``score`` and its interval from what it becomes when groups of each set are left out."""
     variance = sum((GROUPS - 1) * float(np.var(figures)) for figures in moved)
+    # (g - 1) / g of the sum of squares. Student's quantile: 20 figures know the spread only roughly.
     half = STUDENT * math.sqrt(variance)
     return Interval(score, max(least, score - half), score + half)
 

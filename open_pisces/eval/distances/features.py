@@ -28,6 +28,7 @@ from open_pisces.device import pick_device
 from open_pisces.eval.distances import inception
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import RunFolder
+from open_pisces.files import sha256_of
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Files that count as pictures."""
@@ -59,6 +60,7 @@ def pictures_of(where: str | Path | RunFolder | Sequence[Image]) -> list[Source]
         raise EvaluationError(f"{folder}: no such folder; give one with pictures, or a run folder")
     if (folder / "manifest.json").is_file():
         return pictures_of(RunFolder.load(folder))
+    # Hidden files are what other systems leave beside pictures, with the same endings.
     files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in KINDS and file.is_file())
     if not files:
         raise EvaluationError(f"{folder} holds no pictures ({', '.join(KINDS)}): give the folder that does")
@@ -154,7 +156,7 @@ def extract(
         for image in images:
             sides.update(image.size)
         rows.append(network.features([cut(image, side) for image in images] if side else images))
-    if bad:
+    if bad:  # one error after all were tried: a set of 30,000 is repaired once
         rest = f", and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise EvaluationError(
             f"{len(bad)} of {len(sources)} pictures cannot be read ({'; '.join(bad[:_SHOWN])}{rest}): replace or "
@@ -212,7 +214,7 @@ class EfficientNetLite0:
         self.network.to(self.device, memory_format=torch.channels_last)
         self.batch = batch_for(self.device)
         means = "short side to 224 px (bicubic), centre crop, (x - 127) / 128"
-        self.ruler = FeatureSpec("EffLite0", 1280, 224, _sha256(file)[:16], means)
+        self.ruler = FeatureSpec("EffLite0", 1280, 224, sha256_of(file)[:16], means)
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image]) -> np.ndarray:
@@ -250,13 +252,14 @@ class Inception:
             raise EvaluationError(f"{file}: not the weights of FID's Inception ({error}): get the file anew") from None
         self.network.to(self.device)
         self.batch = batch_for(self.device)
-        sha256 = _sha256(file)
+        sha256 = sha256_of(file)
         name = "FID-Inception" if sha256.startswith(inception.PUBLISHED) else f"Inception-{sha256[:8]}"
         self.ruler = FeatureSpec(name, inception.WIDTH, inception.SIDE, sha256[:16], "to 299 x 299 px (bilinear)")
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image]) -> np.ndarray:
         """Pictures to ``(B, 2048)``."""
+        # Resized one by one: pytorch-fid's datasets hold pictures of any shape.
         inputs_BCHW = torch.cat([inception.resized(_pixels(image)) for image in images])
         return as_rows(self.network(inputs_BCHW.to(self.device, memory_format=torch.channels_last)))
 
@@ -275,11 +278,6 @@ def _pixels(image: Image) -> Tensor:
 def as_rows(features_BW: Tensor) -> np.ndarray:
     """Features ``(B, width)`` as float32 on the CPU."""
     return features_BW.float().cpu().numpy()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _weights(file: Path) -> dict[str, Tensor]:

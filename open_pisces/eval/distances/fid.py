@@ -32,7 +32,7 @@ from open_pisces.eval.distances.features import FeatureNetwork, Features, Featur
 from open_pisces.eval.distances.run_features import RunFeatures
 from open_pisces.eval.evaluation import Evaluation, Score, draw, rounded
 from open_pisces.eval.intervals import EvaluationError, Interval
-from open_pisces.eval.run import Row, RunError, RunFolder
+from open_pisces.eval.run import Row, RunFolder
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -129,6 +129,7 @@ class FidEvaluation(Evaluation):
 
     def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
         """Draw a batch. Its noise depends on its place, so that an interrupted run goes on with the same."""
+        # The official protocol says nothing of noise. One seed for all batches would repeat the same few starts.
         place = run.items.index(batch[0])
         noise = stream(self.seed, "eval", "fid", "noise", place)
         draw(self.generator, run, batch, int(noise.integers(2**31)))
@@ -147,13 +148,11 @@ class FidEvaluation(Evaluation):
 
     def _measured(self, run: RunFolder) -> tuple[Features, Features]:
         """Features of the drawn pictures and of noise: those that the run keeps, if the same ruler made them."""
-        try:
-            kept = RunFeatures.load(run).rows
-        except RunError:  # none yet, or of no use: made anew
-            kept = {}
-        if "drawn" in kept and kept["drawn"].ruler == self.network.ruler.after_cut(self.side):
+        kept = RunFeatures.made_with(self.network.ruler.after_cut(self.side), run)
+        if kept:
             return kept["drawn"], kept["noise"]
         drawn = extract(self.network, pictures_of(run), self.side)
+        # Of the drawn pictures' size, for noise that is resized is smoother.
         shape = (NOISE, drawn.sides[0], drawn.sides[0], 3)
         pixels = stream(0, "eval", "noise").integers(0, 256, shape, dtype=np.uint8)
         pictures = [Pillow.fromarray(picture) for picture in pixels]
@@ -204,6 +203,7 @@ def compare(
     found = rounded(frechet_interval(real, drawn, seed=seed))
     baselines = real_baselines(rows, len(drawn), seed) if rows else {}
     baselines["noise"] = round(frechet_distance(whole, FeatureStatistics.of(noise)), 4)
+    # A figure that differs in any of the three does not compare with published ones.
     published = drawn.ruler.distance == "FID" and len(drawn) == COCO and side == SIDE
     return FidScore(
         name=drawn.ruler.distance,
@@ -238,6 +238,7 @@ def measure_real(
         check_enough(known.n, ruler.width, "real", biased)
         return known
     sources = pictures_of(real)
+    # Checked before 30,000 pictures go through the network, and again by `compare`.
     check_enough(len(sources), ruler.width, "real", biased)
     return extract(network, sources, side)
 
@@ -260,6 +261,7 @@ def caption_items(path: str | Path, limit: int, seed: int) -> list[Row]:
     if not 0 < limit <= len(pictures):
         raise EvaluationError(f"{path} has captions of {len(pictures):,} pictures, asked are {limit:,}: ask for fewer")
     keys = list(pictures)
+    # In the order of the file, and a draw for every picture of it: a larger limit keeps the captions of a smaller one.
     chosen = sorted(stream(seed, "eval", "fid", "pictures").permutation(len(keys))[:limit].tolist())
     draws = stream(seed, "eval", "fid", "captions").random(len(keys))
     rows = []

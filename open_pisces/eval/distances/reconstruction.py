@@ -20,7 +20,6 @@ from open_pisces.data.images import generation_pixels, to_pil
 from open_pisces.eval.distances.distances import check_enough, frechet_interval, real_baselines
 from open_pisces.eval.distances.features import (
     FeatureNetwork,
-    Features,
     FeatureSpec,
     Source,
     extract,
@@ -30,10 +29,7 @@ from open_pisces.eval.distances.pixel_errors import pixel_errors
 from open_pisces.eval.distances.run_features import RunFeatures
 from open_pisces.eval.evaluation import Evaluation, Score, rounded
 from open_pisces.eval.intervals import EvaluationError, Interval, mean_interval
-from open_pisces.eval.run import Row, RunError, RunFolder
-
-PIXELS = ("mae", "psnr", "ssim")
-"""Figures of `pixel_errors`."""
+from open_pisces.eval.run import Row, RunFolder
 
 
 class Reconstructs(Protocol):
@@ -131,24 +127,19 @@ class ReconstructionEvaluation(Evaluation):
         for item, image, picture in zip(batch, true, drawn, strict=True):
             if picture.width != picture.height:
                 raise EvaluationError(f"a drawn picture of {picture.width} x {picture.height}: decoders draw squares")
+            # Cut to the drawn size and saved in 8 bits, as it is compared: errors and features come from these files.
             pairs[item["key"]] = [to_pil(generation_pixels(image, picture.width)), picture]
         run.save_images(pairs)
 
     def complete(self, run: RunFolder) -> None:
         """Draw and measure what is missing, then keep the features of both sets."""
         super().complete(run)
-        try:
-            kept = RunFeatures.load(run).rows
-        except RunError:  # none yet, or of no use: made anew
-            kept = {}
-        if "true" not in kept or kept["true"].ruler != self.network.ruler.after_cut(None):
-            kept = {name: self._extracted(run, place) for place, name in enumerate(("true", "drawn"))}
-        RunFeatures(kept, facts={"biased": self.biased}).save(run)
-
-    def _extracted(self, run: RunFolder, place: int) -> Features:
-        """Features of the true (place 0) or the drawn (place 1) pictures of a run."""
-        sources = [Source(item["key"], partial(_picture, run, item["key"], place)) for item in run.items]
-        return extract(self.network, sources)
+        if not RunFeatures.made_with(self.network.ruler, run):
+            features = {}
+            for place, name in enumerate(("true", "drawn")):  # as the run keeps each pair
+                sources = [Source(item["key"], partial(_picture, run, item["key"], place)) for item in run.items]
+                features[name] = extract(self.network, sources)
+            RunFeatures(features).save(run)
 
     def score(self, run: RunFolder) -> ReconstructionScore:
         """From the errors and features that the run keeps."""
@@ -162,6 +153,7 @@ def _picture(run: RunFolder, key: str, place: int) -> list[Image]:
 def _errors(run: RunFolder, place: int) -> Row:
     """A row of `pixel_errors`: of a pair, and of its true picture with the next drawn one."""
     key = run.items[place]["key"]
+    # A wrong pair takes the next picture: each is wrong once, and never paired with itself.
     following = run.items[(place + 1) % len(run.items)]["key"]
     true, drawn = [generation_pixels(picture, picture.width) for picture in run.images(key)]
     (wrong,) = _picture(run, following, 1)
@@ -181,10 +173,11 @@ def score_run(run: RunFolder) -> ReconstructionScore:
     drawn = kept["drawn"]
     seed = run.manifest.settings["seed"]
     baselines = real_baselines(true, len(drawn), seed)
-    wrong = {name: [row["wrong"][name] for row in rows] for name in PIXELS}
-    wrong = {"cosine": _cosines(true.rows, np.roll(drawn.rows, -1, axis=0)), **wrong}
-    baselines |= {name: round(float(np.mean(values)), 4) for name, values in wrong.items()}
-    right = {name: rounded(mean_interval([row[name] for row in rows], seed=seed)) for name in PIXELS}
+    baselines["cosine"] = round(float(np.mean(_cosines(true.rows, np.roll(drawn.rows, -1, axis=0)))), 4)
+    pixels = {}
+    for name in ("mae", "psnr", "ssim"):
+        pixels[name] = rounded(mean_interval([row[name] for row in rows], seed=seed))
+        baselines[name] = round(float(np.mean([row["wrong"][name] for row in rows])), 4)
     found = rounded(frechet_interval(true, drawn, paired=True, seed=seed))
     return ReconstructionScore(
         name="decoder/reconstruction",
@@ -194,7 +187,7 @@ def score_run(run: RunFolder) -> ReconstructionScore:
         n=len(true),
         distance=true.ruler.distance,
         cosine=rounded(mean_interval(_cosines(true.rows, drawn.rows), seed=seed)),
-        **right,
+        **pixels,
         biased=len(true) <= true.ruler.width,
         baseline=baselines["real"],
         baselines=baselines,

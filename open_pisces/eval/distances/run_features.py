@@ -25,6 +25,7 @@ class RunFeatures:
     """Features of a run's pictures and of those they are compared with."""
 
     rows: Mapping[str, Features]
+    """By name; ``drawn`` are the model's."""
     statistics: Mapping[str, FeatureStatistics] = field(default_factory=dict)
     """Sets of which only the statistics are known."""
     facts: Row = field(default_factory=dict)
@@ -40,8 +41,18 @@ class RunFeatures:
         for name, known in self.statistics.items():
             tensors |= {f"{name}.mean": known.mean, f"{name}.scatter": known.scatter}
             sets[name] = {"ruler": asdict(known.ruler), "pictures": known.pictures, "n": known.n}
-        about = {"sets": json.dumps(sets), "facts": json.dumps(self.facts), "images": _images(run)}
-        write_tensors(_path(run), tensors, about)
+        about = {"sets": sets, "facts": self.facts, "images": _images(run)}
+        # One entry of metadata: safetensors writes several in any order, and equal features would be unequal files.
+        write_tensors(_path(run), tensors, {"about": json.dumps(about)})
+
+    @classmethod
+    def made_with(cls, ruler: FeatureSpec, run: RunFolder) -> Mapping[str, Features]:
+        """The sets that a run keeps, or none if they have to be measured anew: with this ruler, of these pictures."""
+        try:
+            rows = cls.load(run).rows
+        except RunError:
+            return {}
+        return rows if "drawn" in rows and rows["drawn"].ruler == ruler else {}
 
     @classmethod
     def load(cls, run: RunFolder) -> RunFeatures:
@@ -55,12 +66,12 @@ class RunFeatures:
             raise RunError(f"{path}: no such file; the command that began the run goes on with it")
         try:
             with safe_open(path, "np") as file:
-                about = file.metadata() or {}
+                about = json.loads((file.metadata() or {})["about"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = cls(*_sets(tensors, json.loads(about["sets"])), json.loads(about["facts"]))
+            found = cls(*_sets(tensors, about["sets"]), about["facts"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path}: cannot be read ({error}): delete it and run the command again") from None
-        if about.get("images") != _images(run):
+        if about["images"] != _images(run):
             raise RunError(f"{path}: features of other pictures than the run's: run the command again")
         return found
 

@@ -15,8 +15,6 @@ A layout is written beside its place and moved there when it is whole.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -32,6 +30,7 @@ from open_pisces.eval.drawing.prompts import read_prompts
 from open_pisces.eval.evaluation import draw, missing
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import Manifest, Row, RunFolder, model_hash
+from open_pisces.files import whole_folder
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -165,17 +164,8 @@ def export(run: RunFolder, layout: str, target: str | Path, part: bool = False) 
     _check_numbers(run, layout, part)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise EvaluationError(f"{target} holds something: name a new folder")
-    # Beside the target: os.replace cannot cross file systems.
-    work = target.with_name(f".{os.getpid()}-{target.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with whole_folder(target) as work:
         writers[layout](run, work, target.resolve())
-        if target.exists():
-            target.rmdir()
-        os.replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 

@@ -5,7 +5,6 @@ The layout is ``00000/metadata.jsonl``, a line of ``evaluation_metadata.jsonl``,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ from open_pisces.eval.drawing.judged_run import GenEvalScore, JudgedPictures, sc
 from open_pisces.eval.drawing.prompts import Prompt, from_row, to_row
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import Row, RunFolder, digest
+from open_pisces.files import sha256_of
 
 
 @dataclass
@@ -65,7 +65,7 @@ class GenEvalOfFolder(JudgedPictures):
         sums = {}
         for files in self.files.values():
             for file in files:
-                sums[str(file.relative_to(self.path))] = hashlib.sha256(file.read_bytes()).hexdigest()
+                sums[str(file.relative_to(self.path))] = sha256_of(file)
         return digest(sums)
 
     def prompts(self) -> Sequence[Prompt]:
