@@ -98,7 +98,7 @@ def test_a_training_on_cached_features_is_the_one_that_encodes(
         config = recipe(start, stage, *over, f"out={tmp_path / name}", "train.steps=6", features=features)
         if features:
             encode(config)
-        folder = train(config)
+        folder = train(config, probes=())
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         curves.append({k: v for k, v in rows[-1].items() if k in ("text", "vectors", "diffusion", "norm")})
     assert curves[0] == pytest.approx(curves[1], rel=2e-3) and min(curves[0].values()) > 0
@@ -151,7 +151,7 @@ def test_one_kind_may_be_cached_alone(start: Path, small: Path, tmp_path: Path) 
     assert all(b.understanding_features_BNE is None and b.generation_features_BME is not None for b in batches)
     assert any(len(b.understanding_pixels_BCHW) for b in batches)
     assert not any(len(b.generation_pixels_BCHW) for b in batches)
-    train(config)
+    train(config, probes=())
 
 
 class Second(World):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from open_pisces.cli.commands import build_parser, main
 from open_pisces.config import RECIPES, ConfigError, RunConfig, load_config
 from open_pisces.model.parts import build_part
+from open_pisces.plan import layout as planning_layout
 from open_pisces.plan import plan as planning
 from open_pisces.plan.layout import GIB, RESERVE, Layout, PlanError, group_sizes, mean_sample
 from open_pisces.plan.live_bytes import LiveBytes
@@ -24,18 +26,36 @@ from open_pisces.train.optim import AveragedWeights, build_optimizer
 from open_pisces.train.shapes import Shape, shape_of
 from open_pisces.train.sharding import checkpoint_activations
 
-OWN = ["model.start=null", "train.accumulate=1", "train.batch_size=6"]
+OWN = ["model.start=null", "train.accumulate=1", "train.batch_size=6", "diffusion.statistics_samples=8"]
+FEW = "train.batch_size=2"  # bfloat16 is slow on processors that lack it
 TINY = [
     *OWN,
+    FEW,
     "model.tokenizer=bytes",
     "data.sources.0.path=fixture/train",
     "data.max_length=512",
     "data.row_length=512",
 ]
-PAIRS = [*OWN, "model.tokenizer=bytes", "data.sources=[{path: fixture/train}]"]
+PAIRS = [*OWN, FEW, "model.tokenizer=bytes", "data.sources=[{path: fixture/train}]"]
 DOCS = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 SHAPE = Shape(4, 128, True, 40, 2, 2)
 LAB = sorted(f"lab/{path.stem}" for path in (RECIPES / "lab").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Plans of the same settings share what a micro-batch takes."""
+    honest, known = planning_layout.measure_activations, dict[Any, Activations]()
+
+    def measure_activations(module: Any, run_of: Any, config: RunConfig, shape: Shape, *how: bool) -> Activations:
+        key = config.model_dump_json(), shape, how
+        if key not in known:
+            known[key] = honest(module, run_of, config, shape, *how)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning_layout, "measure_activations", measure_activations)
+        yield
 
 
 def rehearsed(module: Any, config: RunConfig, shape: Shape, **more: bool) -> Activations:
@@ -240,7 +260,7 @@ def test_unpacked_trainings_are_cut_into_as_many_micro_batches_as_fit() -> None:
 def test_a_training_that_does_not_fit_is_refused_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["plan", "nano/decoder", "model.start=null", "train.batch_size=64", "--gpus", "1"]
+    command = ["plan", "nano/decoder", *OWN, "train.batch_size=64", "--gpus", "1"]
     assert main([*command, "--json"]) == 0
     total = json.loads(capsys.readouterr().out.splitlines()[-1])["memory_gib"]["total"]
     facts = {"tflops": 1.0, "gib": total - 0.005}
