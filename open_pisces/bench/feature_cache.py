@@ -26,6 +26,8 @@ from open_pisces.train.objectives.base import Objective
 from open_pisces.train.world import World
 
 STEPS = 6
+WAYS = {"cache": "float32", "on_the_fly": ""}
+"""Settings of ``data.features`` whose losses are compared."""
 
 
 def run(pairs: int = 15) -> dict[str, Any]:
@@ -49,9 +51,11 @@ def _measure(folder: Path, pairs: int) -> dict[str, Any]:
     cached = _recipe(folder, "float32")
     encode(cached)
     world = World(torch.device("cpu"))
-    with_cache, without = start(cached, world), start(cached, world)
+    with_cache = start(cached, world)
+    without = start(cached, world)
     for name in ("understanding_encoder", "generation_encoder"):
         setattr(without.training.module, name, torch.nn.Identity())
+    # Batches in a thread ahead of the step, as a run has them; the other way has its batches in memory.
     ahead = _endless(with_cache.training)
     kept = [without.training.load(step).with_totals() for step in range(STEPS)]
     found = compare(
@@ -60,13 +64,11 @@ def _measure(folder: Path, pairs: int) -> dict[str, Any]:
         lambda: [train_step(without, batches, 0) for batches in kept],
         pairs,
     )
+    # float32: under bf16 rounding alone would set the two apart.
     curves = {name: _curve(_recipe(folder, features, "train.precision=fp32")) for name, features in WAYS.items()}
     apart = max(abs(a - b) / abs(b) for a, b in zip(curves["cache"], curves["on_the_fly"], strict=True))
     found["figures"] |= {"losses": curves, "largest_relative_difference_of_losses": apart}
     return found
-
-
-WAYS = {"cache": "float32", "on_the_fly": ""}
 
 
 def _endless(training: Objective) -> Iterator[list[Any]]:

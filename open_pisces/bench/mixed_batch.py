@@ -16,8 +16,10 @@ from open_pisces.bench.stage_batches import MIX, ROWS, STEPS, read, shipped, ste
 def run(pairs: int = 15) -> dict[str, Any]:
     """Tokens a second of the mixed batch over those of words alone: at least 0.95 is wanted."""
     generator = shipped()
-    pisces, mixed = generator.pisces, read(generator, MIX, ROWS)
-    words, tokens = words_only(mixed), STEPS * mixed.ids_BS.numel()
+    pisces = generator.pisces
+    mixed = read(generator, MIX, ROWS)
+    words = words_only(mixed)
+    tokens = STEPS * mixed.ids_BS.numel()
     pisces.llm.base_model.compile(dynamic=False)
     found = compare(
         "mixed_batch",

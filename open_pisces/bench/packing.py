@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-from open_pisces.batch import SequenceBatch, StepBatches
+from open_pisces.batch import StepBatches
 from open_pisces.bench.pairs import compare
 from open_pisces.config import DataConfig, load_config
-from open_pisces.data.collate import collate
 from open_pisces.data.loader import SequenceLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
+from open_pisces.data.prompts import collate
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.model.pisces import Pisces
 
-BATCH, STEPS = 64, 4
+BATCH = 64
+STEPS = 4
 
 
 def run(pairs: int = 15) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def run(pairs: int = 15) -> dict[str, Any]:
     packed = [_loader(pisces, recipe.data)(step) for step in range(STEPS)]
     sorted_ = [_loader(pisces, recipe.data.model_copy(update={"row_length": 0}))(step) for step in range(STEPS)]
     padded = [_as_they_come(pisces, recipe.data, step) for step in range(STEPS)]
+    # What packing could reach at most: full rows without a mask.
     whole = [_equal(step) for step in packed]
     found = compare("packing", lambda: _train(pisces, packed), lambda: _train(pisces, padded), pairs)
     by_length = compare("sorted", lambda: _train(pisces, packed), lambda: _train(pisces, sorted_), pairs)
@@ -57,20 +59,20 @@ def _loader(pisces: Pisces, data: DataConfig) -> SequenceLoader:
 def _as_they_come(pisces: Pisces, data: DataConfig, step: int) -> StepBatches:
     """The same samples in the order of the batch, each micro-batch as long as its longest."""
     loader = _loader(pisces, data.model_copy(update={"row_length": 0}))
+    # By the loader's own reader: the samples and their draws are the same in all ways.
     read = [loader._read(draw) for draw in loader.mixture.batch(step, BATCH)]
-    halves = read[: BATCH // 2], read[BATCH // 2 :]
-    batches = [
-        collate([r.rendered for r in half], [r.images for r in half], loader.renderer, *loader.sizes, multiple=1)
-        for half in halves
-    ]
-    real, places = sum(len(r.rendered.ids) for r in read), sum(batch.ids_BS.numel() for batch in batches)
-    return _counted(StepBatches(batches, BATCH, real_tokens=real, all_tokens=places))
-
-
-def _counted(step: StepBatches) -> StepBatches:
-    text = sum(len(batch.labels_K) for batch in step.batches)
-    vectors = sum(len(batch.generation_at_K) for batch in step.batches)
-    return replace(step, totals={"total_text": text, "total_vectors": vectors})
+    batches = []
+    for half in (read[: BATCH // 2], read[BATCH // 2 :]):
+        rendered = [one.rendered for one in half]
+        images = [one.images for one in half]
+        batches.append(collate(rendered, images, loader.renderer, *loader.sizes, multiple=1))
+    totals = {
+        "total_text": sum(len(batch.labels_K) for batch in batches),
+        "total_vectors": sum(len(batch.generation_at_K) for batch in batches),
+    }
+    real = sum(len(one.rendered.ids) for one in read)
+    places = sum(batch.ids_BS.numel() for batch in batches)
+    return StepBatches(batches, BATCH, real_tokens=real, all_tokens=places, totals=totals)
 
 
 def _equal(step: StepBatches) -> StepBatches:
@@ -85,11 +87,7 @@ def _real(steps: list[StepBatches]) -> float:
 def _train(pisces: Pisces, steps: list[StepBatches]) -> None:
     for step in steps:
         for batch in step.with_totals():
-            _backward(pisces, batch)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = pisces(batch).loss
+            loss.backward()
         pisces.zero_grad(set_to_none=True)
-
-
-def _backward(pisces: Pisces, batch: SequenceBatch) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = pisces(batch).loss
-    loss.backward()

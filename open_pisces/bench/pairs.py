@@ -1,4 +1,4 @@
-"""How a claim is measured: A and B in turns, the ratio of each pair, the median of the ratios and its interval."""
+"""How a claim of speed is measured: interleaved pairs, the median of the paired ratios, its bootstrap interval."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
+from open_pisces.eval.intervals import bootstrap
 
 TELL_EVERY = 10.0
-"""Seconds between two lines on standard error: a slow machine shall show a sign of life."""
+"""Seconds between two lines of progress on standard error."""
 
 
 def compare(
@@ -31,8 +32,7 @@ def compare(
         warm: runs of each before the clock starts.
 
     Returns:
-        ``name``; ``ratio``, the median of ``other``'s time over ``ours``, so more is faster; ``low`` and ``high``, its
-        95 % bootstrap interval; ``n``; ``figures`` with the median seconds of both.
+        What `summarize` gives, with the median seconds of both ways and the number of threads in ``figures``.
     """
     begun = time.perf_counter()
     for _ in range(warm):
@@ -41,19 +41,44 @@ def compare(
     _tell(f"{name}: {pairs} pairs, {_left(time.perf_counter() - begun, warm, pairs)}; --pairs N takes fewer")
     begun = told = time.perf_counter()
     seconds = np.zeros((pairs, 2))
+    ways = (ours, other)
     for pair in range(pairs):
         if time.perf_counter() - told > TELL_EVERY:
             told = time.perf_counter()
             _tell(f"{name}: {pair} of {pairs} pairs, {_left(told - begun, pair, pairs - pair)}")
-        for way in ((0, 1), (1, 0))[pair % 2]:
+        order = (0, 1) if pair % 2 == 0 else (1, 0)
+        for way in order:
             start = time.perf_counter()
-            (ours, other)[way]()
+            ways[way]()
             seconds[pair, way] = time.perf_counter() - start
-    ratios = seconds[:, 1] / seconds[:, 0]
-    low, high = interval(ratios)
-    medians = {"seconds_ours": float(np.median(seconds[:, 0])), "seconds_other": float(np.median(seconds[:, 1]))}
-    found = {"name": name, "ratio": float(np.median(ratios)), "low": low, "high": high, "n": pairs}
-    return {**found, "figures": {**medians, "threads": torch.get_num_threads()}}
+    ours_median, other_median = np.median(seconds, axis=0).tolist()
+    figures = {"seconds_ours": ours_median, "seconds_other": other_median, "threads": torch.get_num_threads()}
+    return summarize(name, seconds, figures)
+
+
+def summarize(name: str, seconds: np.ndarray, figures: dict[str, Any]) -> dict[str, Any]:
+    """The result of a bench.
+
+    Args:
+        name: of the claim.
+        seconds: of each pair, ``(n, 2)``: ours, and what it is compared with.
+        figures: what else there is to say.
+
+    Returns:
+        ``name``; ``ratio``, the median of the other's time over ours, so more is faster; ``low`` and ``high``, its 95 %
+        bootstrap interval; ``n``; ``figures``.
+    """
+    # The median: one pair that another process disturbed would pull a mean along.
+    ratios = {"ratios": seconds[:, 1] / seconds[:, 0]}
+    found = bootstrap(ratios, lambda medians: medians["ratios"], np.median, rng=stream(0, "bench"))
+    return {
+        "name": name,
+        "ratio": found.score,
+        "low": found.low,
+        "high": found.high,
+        "n": len(seconds),
+        "figures": figures,
+    }
 
 
 def _left(seconds: float, done: int, remaining: int) -> str:
@@ -66,10 +91,3 @@ def _left(seconds: float, done: int, remaining: int) -> str:
 
 def _tell(text: str) -> None:
     print(f"pisces bench: {text}", file=sys.stderr, flush=True)
-
-
-def interval(ratios: np.ndarray, rounds: int = 2000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the median."""
-    chosen = stream(0, "bench").integers(len(ratios), size=(rounds, len(ratios)))
-    low, high = np.percentile(np.median(ratios[chosen], axis=1), [2.5, 97.5])
-    return float(low), float(high)

@@ -10,7 +10,7 @@ from torch import Tensor
 from open_pisces.batch import SequenceBatch
 from open_pisces.config import DataConfig, SourceConfig, Task
 from open_pisces.data.loader import SequenceLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.factory.encoders import FrozenEncoder
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
@@ -46,7 +46,8 @@ def encoded(pisces: Pisces, batch: SequenceBatch) -> SequenceBatch:
     pool = pisces.settings.generation.pool
     see = FrozenEncoder("understanding", pisces.understanding_encoder, pool)
     draw = FrozenEncoder("generation", pisces.generation_encoder, pool)
-    seen, drawn = batch.understanding_pixels_BCHW, batch.generation_pixels_BCHW
+    seen = batch.understanding_pixels_BCHW
+    drawn = batch.generation_pixels_BCHW
     return replace(
         batch,
         understanding_features_BNE=see(_some(seen))[: len(seen)],
@@ -62,7 +63,8 @@ def _some(pixels_BCHW: Tensor) -> Tensor:
 def words_only(batch: SequenceBatch) -> SequenceBatch:
     """The same tokens and the same supervised words without pictures: their places hold the placeholder's embedding."""
     nowhere = batch.text_at_K[:0]
-    seen, drawn = batch.understanding_features_BNE, batch.generation_features_BME
+    seen = batch.understanding_features_BNE
+    drawn = batch.generation_features_BME
     return replace(
         batch,
         understanding_at_K=nowhere,

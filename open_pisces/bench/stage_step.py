@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_pisces.batch import SequenceBatch
 from open_pisces.bench.pairs import compare
 from open_pisces.bench.stage_batches import ROWS, STEPS, read, shipped, step, words_only
 
@@ -23,11 +22,15 @@ IGNORED = -100
 def run(pairs: int = 15) -> dict[str, Any]:
     """Seconds of Llama's step over ours: at least 0.95 is wanted."""
     generator = shipped()
-    pisces, batch = generator.pisces, read(generator, {"caption_detailed": 1}, ROWS)
+    pisces = generator.pisces
+    batch = read(generator, {"caption_detailed": 1}, ROWS)
     llama = copy.deepcopy(pisces.llm)
     pisces.llm.base_model.compile(dynamic=False)
     llama.compile(dynamic=False)
-    ids_BS, labels_BS = batch.ids_BS, _labels(batch)
+    ids_BS = batch.ids_BS
+    labels_BS = torch.full_like(ids_BS, IGNORED)  # transformers' labels: the token itself where it is supervised
+    labels_BS.view(-1)[batch.text_at_K + 1] = batch.labels_K
+    # The check that both do the same work: without pictures the losses are equal.
     alike = {"pisces": step(pisces, words_only(batch)), "llama": _llama(llama, ids_BS, labels_BS)}
     if abs(alike["pisces"] - alike["llama"]) > 0.01 * alike["llama"]:
         raise AssertionError(f"without pictures the two must have the same loss: {alike}")
@@ -45,13 +48,6 @@ def run(pairs: int = 15) -> dict[str, Any]:
         "loss_without_pictures": alike,
     }
     return found
-
-
-def _labels(batch: SequenceBatch) -> Tensor:
-    """transformers' labels: the token itself where it is supervised."""
-    labels_BS = torch.full_like(batch.ids_BS, IGNORED)
-    labels_BS.view(-1)[batch.text_at_K + 1] = batch.labels_K
-    return labels_BS
 
 
 def _llama(llama: Any, ids_BS: Tensor, labels_BS: Tensor) -> float:

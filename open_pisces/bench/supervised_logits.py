@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from open_pisces.bench.live_bytes import LiveBytes
 from open_pisces.bench.pairs import compare
 from open_pisces.model.cross_entropy import linear_cross_entropy
+from open_pisces.plan.live_bytes import LiveBytes
 
-WORDS, WIDTH, PLACES, SUPERVISED = 128_256, 512, 1024, 256
+WORDS = 128_256
+"""Llama 3's vocabulary."""
+WIDTH = 512
+PLACES = 1024
+SUPERVISED = 256
 IGNORED = -100
 
 
@@ -37,10 +41,12 @@ def run(pairs: int = 15) -> dict[str, Any]:
     def full() -> Tensor:
         return F.cross_entropy(hidden_KD @ weight_VD.T, ignoring_K, ignore_index=IGNORED, reduction="sum")
 
-    used, losses = {}, {}
+    used: dict[str, dict[str, int]] = {}
+    losses: dict[str, float] = {}
     for name, way in (("ours", ours), ("other", full)):
         with LiveBytes() as live:
             losses[name] = _step(way, hidden_KD, weight_VD)
+        # Gradients left out: both ways have to leave them behind.
         used[name] = {"loss": live.peak(hidden_KD.grad, weight_VD.grad), "with_gradients": live.peak()}
     if abs(losses["ours"] - losses["other"]) > 1e-4 * losses["other"]:
         raise AssertionError(f"the two ways did not compute the same loss: {losses}")

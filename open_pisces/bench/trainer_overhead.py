@@ -60,7 +60,6 @@ class _Nothing:
 
 def _ours(run: Run, given: list[StepBatches]) -> None:
     first = run.progress.step
-
     config = run.config.model_copy(update={"train": run.config.train.model_copy(update={"steps": first + STEPS})})
     training = copy.copy(run.training)
     training.load = _Loads(run.training.load, given)
@@ -72,14 +71,17 @@ class _Loads:
     """A loader whose batches lie in memory."""
 
     def __init__(self, loader: Any, given: list[StepBatches]) -> None:
-        self.mixture, self.blank, self.given = loader.mixture, loader.blank, given
+        self.mixture = loader.mixture
+        self.blank = loader.blank
+        self.given = given
 
     def __call__(self, step: int) -> StepBatches:
         return self.given[step % STEPS]
 
 
 def _bare(run: Run, given: list[StepBatches]) -> None:
-    module, settings = run.training.module.train(), run.config.train
+    module = run.training.module.train()
+    settings = run.config.train
     learning = [p for p in module.parameters() if p.requires_grad]
     for step, each in enumerate(given):
         for batch in each.with_totals():
@@ -95,7 +97,9 @@ def _bare(run: Run, given: list[StepBatches]) -> None:
 
 class _Endless(IterableDataset[Any]):
     def __init__(self, given: list[StepBatches]) -> None:
-        self.batches = [batch for each in given for batch in each.with_totals()]
+        self.batches: list[Any] = []
+        for each in given:
+            self.batches += each.with_totals()
 
     def __iter__(self) -> Iterator[Any]:
         while True:

@@ -6,21 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from open_pisces.cli.options import OutputError, Result, add_command, add_json, at_least, check_out, device_name, quiet
-
-FORMATS = ("folder", "webdataset", "coco", "huggingface", "llava", "parquet", "pixelprose", "cambrian", "onevision")
-OPTIONS = (
-    "caption_field",
-    "detailed_field",
-    "image_field",
-    "images",
-    "split",
-    "limit",
-    "max_bad",
-    "min_side",
-    "max_aspect",
-    "licence",
+from open_pisces.cli.options import (
+    OutputError,
+    Result,
+    add_command,
+    add_json,
+    add_recipe,
+    at_least,
+    check_out,
+    device_name,
+    quiet,
+    say_counts,
 )
+from open_pisces.datasets.formats import FORMATS
 
 
 def build_artwork(args: argparse.Namespace) -> Result:
@@ -50,7 +48,11 @@ def look(args: argparse.Namespace) -> Result:
 
 
 def _out(path: str | None, name: str = "") -> Path:
-    """Where a dataset is written: the path that was given, as it stands; without one, ``name`` in the data folder."""
+    """The folder to write a dataset to: ``path`` as it stands, or else ``name`` in the data folder.
+
+    Raises:
+        OutputError: for an address such as s3://, because shards are renamed into place.
+    """
     if path is None:
         from open_pisces.data.shards import data_path
 
@@ -62,10 +64,14 @@ def _out(path: str | None, name: str = "") -> Path:
 
 def import_(args: argparse.Namespace) -> Result:
     """Write a dataset of others as our shards."""
+    from inspect import getfullargspec
+
     from open_pisces.datasets.importing import import_dataset
 
-    options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
-    return _counted(args, import_dataset(args.format, args.source, _out(args.out), **options))
+    # An option that is not given is left out, so the defaults stand in one place: `import_dataset`.
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    options = {name: given[name] for name in getfullargspec(import_dataset).kwonlyargs if name in given}
+    return say_counts(args, import_dataset(args.format, args.source, _out(args.out), **options))
 
 
 def index(args: argparse.Namespace) -> Result:
@@ -73,20 +79,21 @@ def index(args: argparse.Namespace) -> Result:
     from open_pisces.data.shards import data_path
     from open_pisces.datasets.indexing import index_folder
 
-    fields = {name: value for name in ("short", "detailed", "image") if (value := getattr(args, name))}
+    names = ("short", "detailed", "image")
+    fields = {name: getattr(args, name) for name in names if getattr(args, name)}
     folder = args.folder if Path(args.folder).is_dir() else data_path(args.folder)
-    return _counted(args, {"folder": str(folder), **index_folder(folder, fields or None)})
+    return say_counts(args, {"folder": str(folder), **index_folder(folder, fields or None)})
 
 
 def filter_(args: argparse.Namespace) -> Result:
     """Write the samples of a dataset that pass rules."""
     from open_pisces.datasets.curate import filter_dataset
 
-    return _counted(args, filter_dataset(args.source, _out(args.out), args.rule))
+    return say_counts(args, filter_dataset(args.source, _out(args.out), args.rule))
 
 
 def stats(args: argparse.Namespace) -> Result:
-    """Say what a dataset holds."""
+    """Count what a dataset holds."""
     from open_pisces.datasets import stats as figures
 
     if args.png:
@@ -105,22 +112,16 @@ def stats(args: argparse.Namespace) -> Result:
 
 
 def encode(args: argparse.Namespace) -> Result:
-    """Compute what a recipe's frozen encoders make of its datasets."""
+    """Write the feature stores of a recipe's frozen encoders."""
     from open_pisces.config import load_config
     from open_pisces.factory.encode import encode as write
 
     config = load_config(args.recipe, args.overrides)
     quiet()
-    return _counted(args, {"stores": write(config, args.batch_size, args.device)})
+    return say_counts(args, {"stores": write(config, args.batch_size, args.device)})
 
 
-def _counted(args: argparse.Namespace, result: dict[str, Any]) -> Result:
-    """Print counts for people, and pass them on."""
-    if not args.json:
-        from open_pisces.cli.tables import print_counts
-
-        print_counts(result)
-    return result
+# ------------------------------------------------------------------------------------------------- the arguments
 
 
 def add_data(command: argparse.ArgumentParser) -> None:
@@ -149,8 +150,7 @@ def add_data(command: argparse.ArgumentParser) -> None:
 
     text = "compute once what a recipe's frozen encoders make of its pictures (for data.features)"
     cache = add_command(commands, "encode", encode, text)
-    cache.add_argument("recipe", metavar="RECIPE")
-    cache.add_argument("overrides", nargs="*", metavar="key=value", help="data.features=float32, for one")
+    add_recipe(cache, "tiny/stage1, or a YAML file", "settings, such as data.features=float32")
     cache.add_argument("--batch-size", type=at_least(1), default=64, help="pictures encoded together (default: 64)")
     cache.add_argument("--device", type=device_name, default="auto", help="cuda, mps, cpu or auto (default)")
     add_json(cache)
@@ -159,7 +159,8 @@ def add_data(command: argparse.ArgumentParser) -> None:
 def _add_import(commands: Any) -> None:
     """``pisces data import`` and ``pisces data index``."""
     take = add_command(commands, "import", import_, "write a dataset of others as shards of ours")
-    take.add_argument("format", metavar="FORMAT", help=", ".join(FORMATS))
+    text = "; ".join(f"{name}: {format.about}" for name, format in FORMATS.items())
+    take.add_argument("format", metavar="FORMAT", help=text)
     take.add_argument("source", metavar="SOURCE", help="a path, an address such as s3://bucket/set, or a hub name")
     take.add_argument("out", metavar="OUT", help="the folder to write, as it stands")
     take.add_argument("--caption-field", help="where the short text is (default: the first usual name)")

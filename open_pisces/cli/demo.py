@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image as Pillow
-from PIL import ImageDraw, ImageFont
 from PIL.Image import Image
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
 from open_pisces.batch import Question, Sample
-from open_pisces.data.images import save_whole
 from open_pisces.data.prompts import wordings
 from open_pisces.data.shards import ShardReader, data_path
 from open_pisces.eval.scenes.vqa import matches
+from open_pisces.files import whole_file
+from open_pisces.sheets import INK, PALE, Page
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -49,8 +48,13 @@ SCENES = "fixture/pairs"
 AT_ONCE = 4
 """Prompts in one batch: small enough for the bar to move."""
 
-PICTURE, MARGIN, COLUMNS, SMALL, LARGE = 192, 20, 4, 14, 22
-INK, PALE, RIGHT, WRONG, PAPER = "#1a1a1a", "#5f6368", "#1b7f3b", "#b3261e", "#fafafa"
+PICTURE = 192
+MARGIN = 20
+COLUMNS = 4
+SMALL = 14
+LARGE = 22
+RIGHT = "#1b7f3b"
+WRONG = "#b3261e"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Turn:
 
     @property
     def ink(self) -> str:
-        """The colour that tells a right answer from a wrong one."""
+        """The color that tells a right answer from a wrong one."""
         if not self.asked.answer:
             return INK
         return RIGHT if matches(self.asked, self.answer) else WRONG
@@ -84,10 +88,12 @@ def run_demo(generator: Generator, out: Path, seed: int = 0) -> None:
     Raises:
         ShardError: if the packaged scenes are missing.
     """
-    console, scenes = Console(), held_out_scenes()
+    console = Console()
+    scenes = held_out_scenes()
     pictures: list[Image] = []
     with Progress(*Progress.get_default_columns(), console=console) as bar:
-        drawing, captioning = bar.add_task("drawing", total=len(PROMPTS)), bar.add_task("captioning", total=1)
+        drawing = bar.add_task("drawing", total=len(PROMPTS))
+        captioning = bar.add_task("captioning", total=1)
         answering = bar.add_task("answering", total=len(scenes))
         for start in range(0, len(PROMPTS), AT_ONCE):
             drawn = generator.image(list(PROMPTS[start : start + AT_ONCE]), seed=seed + start)
@@ -100,7 +106,8 @@ def run_demo(generator: Generator, out: Path, seed: int = 0) -> None:
         for scene in scenes:
             dialogues.append(talk(generator, scene))
             bar.update(answering, completed=len(dialogues))
-    save_whole(draw_sheet(PROMPTS, pictures, captions, [scene.images[0] for scene in scenes], dialogues), out)
+    with whole_file(out) as hidden:
+        draw_sheet(PROMPTS, pictures, captions, [scene.images[0] for scene in scenes], dialogues).save(hidden)
     for number, dialogue in enumerate(dialogues, start=1):
         console.print(f"\nscene {number}", style="bold")
         for turn in dialogue:
@@ -133,52 +140,25 @@ def draw_sheet(
 ) -> Image:
     """Prompts above their pictures with the model's captions below; then the scenes, each beside its dialogue."""
     width = COLUMNS * (PICTURE + MARGIN) + MARGIN
-    sheet = Pillow.new("RGB", (width, 6000), PAPER)
-    pen = _Pen(sheet)
-    top = MARGIN + pen.write("Drawn from text, and captioned by the same model", MARGIN, MARGIN, width, LARGE, INK)
+    page = Page(MARGIN, PICTURE, width=width)
+    page.down(page.write("Drawn from text, and captioned by the same model", MARGIN, width, LARGE))
     for start in range(0, len(prompts), COLUMNS):
         row = range(start, min(start + COLUMNS, len(prompts)))
-        lefts = [MARGIN + place * (PICTURE + MARGIN) for place in range(len(row))]
-        top += MARGIN // 2
-        top += max(pen.write(prompts[i], left, top, PICTURE, SMALL, INK) for i, left in zip(row, lefts, strict=True))
-        for i, left in zip(row, lefts, strict=True):
-            pen.paste(pictures[i], left, top)
-        top += PICTURE + 4
-        top += max(
-            pen.write(f"“{captions[i]}”", left, top, PICTURE, SMALL, PALE) for i, left in zip(row, lefts, strict=True)
-        )
-    top += 2 * MARGIN
-    top += pen.write("Asked about scenes with pairs it never saw", MARGIN, top, width, LARGE, INK) + MARGIN // 2
+        lefts = {i: MARGIN + place * (PICTURE + MARGIN) for place, i in enumerate(row)}
+        page.down(MARGIN // 2)
+        page.down(max(page.write(prompts[i], lefts[i], PICTURE, SMALL) for i in row))
+        for i in row:
+            page.show([pictures[i]], lefts[i])
+        page.down(PICTURE + 4)
+        page.down(max(page.write(f"“{captions[i]}”", lefts[i], PICTURE, SMALL, PALE) for i in row))
+    page.down(2 * MARGIN)
+    page.down(page.write("Asked about scenes with pairs it never saw", MARGIN, width, LARGE) + MARGIN // 2)
+    left = PICTURE + 2 * MARGIN
     for scene, dialogue in zip(scenes, dialogues, strict=True):
-        pen.paste(scene, MARGIN, top)
-        line, left, room = top, PICTURE + 2 * MARGIN, width - PICTURE - 3 * MARGIN
+        bottom = page.top + PICTURE
+        page.show([scene], MARGIN)
         for turn in dialogue:
-            line += pen.write(turn.asked.question, left, line, room, SMALL, PALE)
-            line += pen.write(turn.line, left, line, room, SMALL, turn.ink) + 6
-        top = max(line, top + PICTURE) + MARGIN
-    return sheet.crop((0, 0, width, top))
-
-
-class _Pen:
-    """Writes wrapped text and pastes enlarged pictures."""
-
-    def __init__(self, sheet: Image) -> None:
-        self.sheet, self.draw = sheet, ImageDraw.Draw(sheet)
-
-    def write(self, text: str, left: int, top: int, width: int, size: int, ink: str) -> int:
-        """Write ``text`` wrapped to ``width`` pixels; the height it took."""
-        font = ImageFont.load_default(size)
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            lines = [*lines[:-1], longer] if self.draw.textlength(longer, font) <= width else [*lines, word]
-        step = round(size * 1.35)
-        for number, line in enumerate(lines):
-            self.draw.text((left, top + number * step), line, fill=ink, font=font)
-        return step * len(lines)
-
-    def paste(self, picture: Image, left: int, top: int) -> None:
-        """Enlarge ``picture`` to its square on the sheet, framed so that white grounds stand out."""
-        enlarged = picture.convert("RGB").resize((PICTURE, PICTURE), Pillow.Resampling.BICUBIC)
-        self.sheet.paste(enlarged, (left, top))
-        self.draw.rectangle((left - 1, top - 1, left + PICTURE, top + PICTURE), outline="#d0d0d0")
+            page.down(page.write(turn.asked.question, left, width - left - MARGIN, SMALL, PALE))
+            page.down(page.write(turn.line, left, width - left - MARGIN, SMALL, turn.ink) + 6)
+        page.top = max(page.top, bottom) + MARGIN
+    return page.image()

@@ -1,4 +1,4 @@
-"""What all commands of the command line share: the parser, types of arguments, and checks of where to write."""
+"""What the command groups share: the parser, argument types, common options, loading the model, printing a result."""
 
 from __future__ import annotations
 
@@ -6,29 +6,32 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from open_pisces.errors import PiscesError
 
+if TYPE_CHECKING:
+    from open_pisces.generate.generator import Generator
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 Result = dict[str, Any] | None
-"""What a command gives back: with ``--json`` it is printed as the last line."""
+"""What a command returns: ``main`` prints it as the last line with ``--json``."""
 
 
 class OutputError(PiscesError):
-    """A place that cannot be written to; the message names it and the remedy."""
+    """A path that cannot be written to; the message names it and the remedy."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
+    """A parser that prints an error in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Say it in one line and exit with code 2."""
+        """Print the error and exit with code 2."""
         self.exit(2, f"pisces: {message} (see `{self.prog} --help`)\n")
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of a whole number with a lower bound."""
+    """Argument type: a whole number of at least ``least``."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -39,7 +42,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def share(text: str) -> float:
-    """The type of a fraction above 0, at most 1."""
+    """Argument type: a fraction above 0, at most 1."""
     try:
         value = float(text)
     except ValueError:
@@ -50,14 +53,17 @@ def share(text: str) -> float:
 
 
 def device_name(text: str) -> str:
-    """The name of a device."""
+    """Argument type: the name of a device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no device: use auto, cuda, cuda:0, mps or cpu")
     return text
 
 
+# ------------------------------------------------------------------------------------------- commands and options
+
+
 def add_command(commands: Any, name: str, run: Any, text: str, model: bool = False, json: bool = True) -> Any:
-    """A new command; with ``model`` it takes ``--model`` and ``--device``, and ``--json`` unless told otherwise."""
+    """Add a command. ``model`` adds ``--model`` and ``--device``, and ``--json`` too unless ``json`` is False."""
     command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     if run:
         command.set_defaults(run=run)
@@ -70,12 +76,30 @@ def add_command(commands: Any, name: str, run: Any, text: str, model: bool = Fal
 
 
 def add_json(command: argparse.ArgumentParser) -> None:
-    """The option ``--json``."""
+    """Add ``--json``."""
     command.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
 
 
+def add_recipe(command: argparse.ArgumentParser, recipe: str, overrides: str) -> None:
+    """Add ``RECIPE`` and ``key=value ...`` with their help texts."""
+    command.add_argument("recipe", metavar="RECIPE", help=recipe)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=overrides)
+
+
+def add_drawing_options(command: argparse.ArgumentParser, n: int | None = None, seed: int = 0) -> None:
+    """Add the decoder's options. ``n`` is the default of ``--n``; None leaves that option out."""
+    if n is not None:
+        command.add_argument("--n", type=at_least(1), default=n, help=f"pictures of each prompt (default: {n})")
+    command.add_argument("--steps", type=at_least(1), help="denoising steps (default: the model's)")
+    command.add_argument("--guidance-scale", type=float, help="1 turns guidance off (default: the model's)")
+    command.add_argument("--seed", type=at_least(0), default=seed, help=f"of the noise (default: {seed})")
+
+
+# --------------------------------------------------------------------------------------------- inside the commands
+
+
 def check_out(out: Path) -> None:
-    """Refuse a place that cannot take a picture, before any work is done."""
+    """Refuse a path that cannot take a picture, before any work is done."""
     if out.is_dir():
         return
     if out.suffix and out.suffix.lower() not in PICTURES:
@@ -86,10 +110,40 @@ def check_out(out: Path) -> None:
 
 
 def quiet() -> None:
-    """Turn off the bars of reading and writing weights, and warnings of what is meant: they would fill the terminal."""
+    """Turn off transformers' progress bars, and PyTorch's warning about checkpoints of one process."""
     import warnings
 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a checkpoint of one process
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is what was asked for
+
+
+def model_folder(args: argparse.Namespace) -> Path:
+    """The folder that ``--model`` names; by default the model in the package."""
+    from open_pisces.model.folder import WEIGHTS
+
+    return Path(args.model or WEIGHTS)
+
+
+def load_generator(args: argparse.Namespace) -> Generator:
+    """The model that ``--model`` names, on ``--device``."""
+    from open_pisces.generate.generator import Generator
+
+    quiet()
+    return Generator.from_pretrained(model_folder(args), device=args.device)
+
+
+def say(args: argparse.Namespace, text: str) -> None:
+    """Print a line for people; nothing with ``--json``."""
+    if not args.json:
+        print(text)
+
+
+def say_counts(args: argparse.Namespace, result: dict[str, Any]) -> Result:
+    """Print counts for people, and return them as the command's result."""
+    if not args.json:
+        from open_pisces.cli.tables import print_counts
+
+        print_counts(result)
+    return result

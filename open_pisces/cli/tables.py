@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+from open_pisces.eval.report.formatting import INLINE, SCORE, bracketed, small_tables, told, words
 
 
 def print_info(name: str, described: dict[str, Any]) -> None:
@@ -36,23 +41,27 @@ def print_counts(result: dict[str, Any]) -> None:
 
 
 def print_score(result: dict[str, Any]) -> None:
-    """Print a score with its interval, then everything else that came with it."""
+    """Print a score with its interval, what came with it a line each, and nested figures as tables."""
     console = Console()
-    if "score" not in result:
-        print_counts(result)
-        return
-    interval = f" [{_figure(result['low'])}, {_figure(result['high'])}]" if "low" in result and "high" in result else ""
-    console.print(f"score {_figure(result['score'])}{interval}", style="bold", markup=False)
-    for key, value in result.items():
-        if key in ("score", "low", "high"):
-            continue
-        rows = _rows(value)
-        if len(rows) == 1 and not isinstance(value, dict | list):
-            console.print(f"  {key}: {rows[0]}", markup=False)
+    if "score" in result:
+        console.print(f"score {bracketed(result)}", style="bold", highlight=False, markup=False)
+    short, tables = small_tables({key: value for key, value in result.items() if key not in SCORE})
+    for key, value in short.items():
+        if isinstance(value, list) and len(told(value)) > INLINE:
+            console.print(f"  {words(key)}", highlight=False, markup=False)
+            for entry in value:
+                console.print(f"    {told(entry)}", highlight=False, markup=False)
         else:
-            console.print(f"  {key}", markup=False)
-            for row in rows:
-                console.print(f"    {row}", markup=False)
+            console.print(f"  {words(key)}: {told(value)}", highlight=False, markup=False)
+    for header, rows in tables:
+        if len(header) > len(rows) + 1:  # a terminal has more room downwards
+            header, *rows = map(list, zip(header, *rows, strict=True))
+        table = Table(*map(escape, header), box=SIMPLE_HEAD)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
 
 
 def print_benchmarks(found: dict[str, Any]) -> None:
@@ -63,17 +72,16 @@ def print_benchmarks(found: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "benchmark" else "right")
     said: dict[str, list[str]] = {}
     for name, row in found["rows"].items():
-        interval = f"{_figure(row['low'])} to {_figure(row['high'])}" if row.get("low") is not None else ""
-        figures = [_figure(row[key]) if row.get(key) is not None else "" for key in ("score", "strict", "lenient", "n")]
-        unread = row.get("unparsed")
-        table.add_row(name, figures[0] or "not run", interval, *figures[1:], "" if unread is None else str(unread))
-        for why in (row.get("why") or "").split("; "):
+        shown = {key: _figure(value) for key, value in row.items() if isinstance(value, float | int)}
+        interval = f"{shown['low']} to {shown['high']}" if "low" in shown else ""
+        figures = [shown.get(key, "") for key in ("strict", "lenient", "n", "unparsed")]
+        table.add_row(name, shown.get("score", "not run"), interval, *figures)
+        for why in filter(None, (row.get("why") or "").split("; ")):
             said.setdefault(why, []).append(name)
     console.print(table)
     for why, names in said.items():
-        if why:
-            who = "all" if len(names) == len(found["rows"]) else ", ".join(names)
-            console.print(f"{who}: {why}", markup=False)
+        who = "all" if len(names) == len(found["rows"]) else ", ".join(names)
+        console.print(f"{who}: {why}", markup=False)
 
 
 def print_plan(plan: dict[str, Any]) -> None:
@@ -84,12 +92,12 @@ def print_plan(plan: dict[str, Any]) -> None:
         table.add_column(column, justify="right" if column in ("parameters", "learning", "GiB") else "left")
     parts = [(name, f"{n['parameters']:,}", f"{n['learning']:,}") for name, n in plan["parts"].items()]
     memory = [(name, f"{size:.1f}") for name, size in plan["memory_gib"].items() if size and name != "total"]
-    for row in range(max(len(parts), len(memory))):
-        left, right = (rows[row] if row < len(rows) else ("",) * 3 for rows in (parts, memory))
-        table.add_row(*left, *right[:2])
+    for left, right in zip_longest(parts, memory):
+        table.add_row(*(left or ("", "", "")), *(right or ("", "")))
     table.add_section()
-    sums = [f"{sum(n[key] for n in plan['parts'].values()):,}" for key in ("parameters", "learning")]
-    table.add_row("all", *sums, f"of {plan['gpu_gib']:g}", f"{plan['memory_gib']['total']:.1f}")
+    total = sum(facts["parameters"] for facts in plan["parts"].values())
+    learning = sum(facts["learning"] for facts in plan["parts"].values())
+    table.add_row("all", f"{total:,}", f"{learning:,}", f"of {plan['gpu_gib']:g}", f"{plan['memory_gib']['total']:.1f}")
     console.print(table)
     for line in _plan_lines(plan):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -97,7 +105,9 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     """Step, run, start and disk of a plan in words."""
-    step, run, disk = plan["step"], plan["run"], plan["disk_gb"]
+    step = plan["step"]
+    run = plan["run"]
+    disk = plan["disk_gb"]
     tokens = f", {step['tokens']:,.0f} tokens" if "tokens" in step else ""
     work = f"{step['samples']:,} samples{tokens}, {step['flops'] / 1e15:,.3g} PFLOP"
     kept = f"{disk['checkpoint']:,.3g} GB a checkpoint, {disk['checkpoints_kept']:,.3g} GB all that are kept"
@@ -120,19 +130,18 @@ def _parts(name: str, parts: dict[str, dict[str, Any]]) -> Table:
     for part, facts in parts.items():
         table.add_row(part, f"{facts['parameters']:,}", _size(facts["bytes"]), str(facts.get("source") or ""))
     table.add_section()
-    total, size = (sum(facts[key] for facts in parts.values()) for key in ("parameters", "bytes"))
+    total = sum(facts["parameters"] for facts in parts.values())
+    size = sum(facts["bytes"] for facts in parts.values())
     table.add_row("all", f"{total:,}", _size(size), "")
     return table
 
 
 def _size(count: int) -> str:
     """Bytes in the unit that reads best."""
-    size, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB"):  # noqa: B007  the unit is what we want
-        if size < 1000:
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
+    if count < 1000:
+        return f"{count} B"
+    power = min(4, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.3g} {('kB', 'MB', 'GB', 'TB')[power - 1]}"
 
 
 def _rows(value: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The feature cache: what the frozen encoders make of a dataset's pictures, computed once (``pisces data encode``).
+"""The feature cache: outputs of the frozen encoders for a dataset's pictures, computed once (``pisces data encode``).
 
 A store is known by all that its numbers depend on: the bytes of the pictures, the encoder's weights, how pixels are
 prepared, and the precision. If any of these changes, it is another store; an old one is never read in its place.
@@ -6,7 +6,6 @@ prepared, and the precision. If any of these changes, it is another store; an ol
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from open_pisces.data.shards import DamagedSample, ShardReader, data_path
 from open_pisces.errors import PiscesError
+from open_pisces.files import sha256_of
 
 Kind = Literal["understanding", "generation"]
 KINDS: tuple[Kind, ...] = ("understanding", "generation")
@@ -48,7 +48,7 @@ def feature_key(
 
 def store_folder(key: Mapping[str, Any]) -> Path:
     """Where the store of a key lies: ``features/`` in the data folder."""
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+    name = sha256_of(json.dumps(key, sort_keys=True).encode())[:20]
     return data_path("features") / name
 
 
@@ -72,7 +72,8 @@ class FeatureStore:
         self.keys = dict(keys)
         self._name = str(reader.folder)
         self._rows = picture_rows(reader)
-        self._values, self._valid = {}, {}
+        self._values: dict[Kind, np.ndarray] = {}
+        self._valid: dict[Kind, np.ndarray] = {}
         for kind, key in self.keys.items():
             folder = store_folder(key)
             if not (folder / "key.json").is_file():
@@ -94,23 +95,20 @@ class FeatureStore:
         Raises:
             DamagedSample: if one of the pictures could not be read when the store was made.
         """
-        start, end = int(self._rows[index]), int(self._rows[index + 1])
-        if not self._valid[kind][start:end].all():
+        rows = range(int(self._rows[index]), int(self._rows[index + 1]))
+        if not self._valid[kind][rows.start : rows.stop].all():
             message = f"{self._name}: sample {index}: a picture could not be read when it was encoded"
             raise DamagedSample(message, "image")
-        return tuple(np.array(self._values[kind][row]) for row in range(start, end))
+        return tuple(np.array(self._values[kind][row]) for row in rows)
 
 
 def _why_missing(name: str, key: dict[str, Any]) -> str:
     """What the nearest store of this kind was made of instead."""
     message = f"{name}: no {key['kind']} features for this encoder and these pictures: run `pisces data encode RECIPE`"
     kept = [json.loads(path.read_text()) for path in data_path("features").glob("*/key.json")]
-    near = [other for other in kept if other["kind"] == key["kind"]]
-    if not near:
+    same_kind = [other for other in kept if other["kind"] == key["kind"]]
+    if not same_kind:
         return message
-    best = min(near, key=lambda other: len(_differences(key, other)))
-    return f"{message} (there is a store, but of other {' and '.join(_differences(key, best))})"
-
-
-def _differences(key: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return [name for name in key if other.get(name) != key[name]]
+    differences = [[name for name in key if other.get(name) != key[name]] for other in same_kind]
+    fewest: list[str] = min(differences, key=len)
+    return f"{message} (there is a store, but of other {' and '.join(fewest)})"

@@ -1,4 +1,6 @@
-"""Pictures: opened safely, cut to what the two encoders see, and put on sheets for people to look at.
+"""Pictures: opened safely, turned to 8-bit sRGB, and cut to what the two encoders see.
+
+Depth, range, ICC profile and transparency decide how a file's numbers look (`to_srgb`).
 
 Pixels are ``(3, H, W)``, bytes in batches and float32 in [0, 1] elsewhere; normalization belongs to the models.
 """
@@ -6,22 +8,173 @@ Pixels are ``(3, H, W)``, bytes in batches and float32 in [0, 1] elsewhere; norm
 from __future__ import annotations
 
 import io
-import math
-import os
-import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import ExifTags, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import ExifTags, ImageCms, UnidentifiedImageError
 from PIL import Image as Pillow
 from PIL.Image import Image
 
-from open_pisces.data.colors import ColorError, check_dim, to_srgb
 from open_pisces.data.metadata import Parts, split_metadata
 from open_pisces.errors import PiscesError
+
+_DIM = 1 / 16  # a deep picture below this share of its range most likely holds fewer bits than it says
+_TOLERANCE = 1e-3  # how far floats may lie outside their range
+_SAME = 2  # of 255: a profile that moves no color further is taken for sRGB, so that such pictures keep their bytes
+# Tags of TIFF 6.0.
+_BITS = 258
+_PHOTOMETRIC = 262
+_LOW = 280
+_HIGH = 281
+_REAL_LOW = 340
+_REAL_HIGH = 341
+
+
+class ColorError(PiscesError):
+    """A picture whose numbers do not say how bright it is; the message names the mode and the remedy."""
+
+
+def to_srgb(image: Image, profile: bytes = b"") -> Image:
+    """A decoded picture as 8-bit sRGB; what is transparent becomes white.
+
+    Args:
+        image: of any mode.
+        profile: its ICC profile. One that is damaged or meant for other colors is ignored; without one, colors are
+            taken as sRGB.
+
+    Raises:
+        ColorError: values whose range is not known, or that fill so little of it that the picture would look black.
+    """
+    opaque, alpha = _split(_eight_bits(image))
+    colors = _through_profile(opaque, profile)
+    if alpha is None:
+        return colors
+    colors.putalpha(alpha)
+    white = Pillow.new("RGBA", colors.size, (255, 255, 255, 255))
+    return Pillow.alpha_composite(white, colors).convert("RGB")
+
+
+def check_dim(image: Image) -> None:
+    """Refuse a picture of 16 bits a channel that would look black.
+
+    Raises:
+        ColorError: naming how little of the range it fills.
+    """
+    least, most = np.array(image.getextrema()).T
+    if most.max() < 255 * _DIM and (least < most).any():
+        raise ColorError(
+            f"16-bit values below {_DIM:.1%} of their range would look black; store it with 8 bits, or scale it"
+        )
+
+
+def _split(image: Image) -> tuple[Image, Image | None]:
+    """The colors and the transparency, if there is any."""
+    if image.mode == "La":  # Pillow converts premultiplied gray to nothing else
+        image = image.convert("LA")
+    if image.mode not in ("RGBA", "RGBa", "LA", "PA") and "transparency" not in image.info:
+        return image, None
+    is_gray = image.mode in ("1", "L", "LA")
+    layer = image.convert("LA" if is_gray else "RGBA")
+    return layer.convert("L" if is_gray else "RGB"), layer.getchannel("A")
+
+
+# ------------------------------------------------------------------------------------------------------- depth
+
+
+def _eight_bits(image: Image) -> Image:
+    """Gray of more than 8 bits scaled by its range: Pillow's own conversion clips it to white or black."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    low, high = _range(image)
+    values = np.asarray(image).astype(np.float64)
+    shares = (values - low) / (high - low)
+    least = float(shares.min())
+    most = float(shares.max())
+    if not (least >= -_TOLERANCE and most <= 1 + _TOLERANCE):  # also false for NaN
+        found = f"{values.min():.6g} to {values.max():.6g}"
+        raise ColorError(f"values from {found} where {low:g} to {high:g} is the range; scale it or store it as 8 bits")
+    if least < most < _DIM:
+        raise ColorError(
+            f"values up to {values.max():.6g} of {high:g} would look black; scale it or store it as 8 bits"
+        )
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # white is zero
+        shares = 1 - shares
+    # Rounded down, so that 16-bit values keep their high byte.
+    gray = Pillow.fromarray((shares.clip(0, 1) * 255.999).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):
+        gray.putalpha(Pillow.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
+
+
+def _range(image: Image) -> tuple[float, float]:
+    """The values of black and white.
+
+    Raises:
+        ColorError: for 32-bit integers, unless the file says its range.
+    """
+    tags: Any = getattr(image, "tag_v2", {})
+    for low, high in ((_REAL_LOW, _REAL_HIGH), (_LOW, _HIGH)):
+        if high in tags:
+            bounds = float(_first(tags.get(low, 0))), float(_first(tags[high]))
+            if bounds[0] < bounds[1]:
+                return bounds
+    if image.mode == "F":
+        return 0.0, 1.0
+    if image.mode.startswith("I;16"):
+        return 0.0, 2.0 ** int(_first(tags.get(_BITS, 16))) - 1
+    if image.format in ("PNG", "PPM"):  # Pillow scales these to 16 bits
+        return 0.0, 65535.0
+    raise ColorError("32-bit integers have no usual white; store it with 8 or 16 bits")
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) else value
+
+
+# ---------------------------------------------------------------------------------------------------- profiles
+
+
+def _through_profile(image: Image, profile: bytes) -> Image:
+    """The colors that an ICC profile describes, as sRGB."""
+    if image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "CMYK", "RGB"):
+        image = image.convert("RGB")
+    for mode in (image.mode, "RGB") if profile and image.mode == "L" else (image.mode,):
+        # Gray pictures often keep the RGB profile of the colors they were made from.
+        transform = _transform(profile, mode) if profile else None
+        if transform is not None:
+            return ImageCms.applyTransform(image.convert(mode), transform) or image.convert("RGB")
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a profile to sRGB; None if it cannot be used for this mode, or is sRGB itself."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:  # whatever LittleCMS finds wrong: the picture looks as it would without a profile
+        return None
+    probe = _probe(mode)
+    seen = ImageCms.applyTransform(probe, transform)
+    moved = np.asarray(seen).astype(np.int16) - np.asarray(probe.convert("RGB")).astype(np.int16)
+    return None if mode != "CMYK" and np.abs(moved).max() <= _SAME else transform
+
+
+def _probe(mode: str) -> Image:
+    """Colors all over the space of a mode."""
+    if mode == "L":
+        return Pillow.fromarray(np.arange(256, dtype=np.uint8)[None])
+    steps = np.linspace(0, 255, 6).astype(np.uint8)
+    grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+    return Pillow.fromarray(grid).convert(mode)
+
 
 _UPRIGHT = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
@@ -166,7 +319,8 @@ def generation_bytes(image: Image, size: int) -> np.ndarray:
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Pillow.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left = (width - size) // 2
+    top = (height - size) // 2
     return _channels_first(image.crop((left, top, left + size, top + size)))
 
 
@@ -191,50 +345,3 @@ def to_pil(pixels: np.ndarray) -> Image:
     if not np.isfinite(pixels).all():
         raise ImageError("pixels hold NaN or infinity: the model that made them has diverged")
     return Pillow.fromarray((pixels.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def save_whole(image: Image, path: Path) -> None:
-    """Save a picture so that ``path`` is never half of one."""
-    hidden = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        image.save(hidden)
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)
-
-
-def contact_sheet(images: Sequence[Image], captions: Sequence[str], columns: int, cell: int = 128) -> Image:
-    """A labelled grid: each picture scaled to ``cell`` pixels, its caption wrapped underneath.
-
-    Raises:
-        ImageError: without pictures, or with a number of captions that is not the number of pictures.
-    """
-    if not images or len(images) != len(captions):
-        raise ImageError(f"a sheet needs as many captions as pictures, found {len(captions)} for {len(images)}")
-    height_of_text = max(10, cell // 11)
-    font = ImageFont.load_default(size=height_of_text)
-    line, margin = math.ceil(height_of_text * 1.25), max(4, cell // 16)
-    wrapped = [textwrap.wrap(caption, max(8, int(cell / (height_of_text * 0.56)))) for caption in captions]
-    columns = max(1, min(columns, len(images)))
-    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
-    heights = [cell + 2 * margin + line * max(len(wrapped[i]) for i in row) for row in rows]
-    sheet = Pillow.new("RGB", (columns * (cell + margin) + margin, sum(heights) + margin), (244, 244, 244))
-    draw, top = ImageDraw.Draw(sheet), margin
-    for row, height in zip(rows, heights, strict=True):
-        for place, i in enumerate(row):
-            left = margin + place * (cell + margin)
-            sheet.paste(_fit(images[i], cell), (left, top))
-            for number, words in enumerate(wrapped[i]):
-                draw.text((left, top + cell + 2 + number * line), words, fill=(20, 20, 20), font=font)
-        top += height
-    return sheet
-
-
-def _fit(image: Image, cell: int) -> Image:
-    """The picture on a white square of ``cell`` pixels; small ones are enlarged without smoothing."""
-    scale = cell / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    way = Pillow.Resampling.NEAREST if scale.is_integer() and scale > 1 else Pillow.Resampling.BICUBIC
-    square = Pillow.new("RGB", (cell, cell), (255, 255, 255))
-    square.paste(image.convert("RGB").resize(size, way), ((cell - size[0]) // 2, (cell - size[1]) // 2))
-    return square

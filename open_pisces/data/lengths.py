@@ -1,22 +1,20 @@
-"""How long the samples of a dataset are under a tokenizer, so that one too long is refused before the first step."""
+"""Token counts of a dataset's samples: one that is longer than ``data.max_length`` is refused before the first step."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from open_pisces.batch import Question, Sample
 from open_pisces.config import DataConfig, SourceConfig, Task
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.prompts import LengthError, Renderer, SampleError, sample_turns, wordings
 from open_pisces.data.shards import DamagedSample, ShardReader, data_path
+from open_pisces.files import sha256_of, whole_file
 
 COLUMNS = ("short", "detailed", "questions", "conversation", "asked", "turns", "pictures")
 """Tokens of the texts, then how many questions, turns and pictures a sample has."""
@@ -44,24 +42,24 @@ def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig, rank
         # A conversation may name a picture any number of times: its bytes say nothing.
         left = np.arange(len(reader))
         if "conversation" not in tasks:
-            left = np.flatnonzero(_most(reader, renderer) > config.max_length)
+            left = np.flatnonzero(_byte_bound(reader, renderer) > config.max_length)
         # The chunks do not depend on the number of ranks, so that one cache of token counts serves any number.
         starts = range(0, len(left), SHARED)[rank::ranks]
         for chunk in (left[start : start + SHARED] for start in starts):
             table = token_table(reader, renderer.tokenizer, chunk)
             for task in tasks:
-                bound = _bound(table, task, renderer, config.questions_per_image)
+                bound = _token_bound(table, task, renderer, config.questions_per_image)
                 for index in chunk[bound > config.max_length].tolist():
                     if mixture.holds(number, index):
                         _check(reader, index, task, renderer, source, config)
 
 
-def _most(reader: ShardReader, renderer: Renderer) -> np.ndarray:
+def _byte_bound(reader: ShardReader, renderer: Renderer) -> np.ndarray:
     """At least as many tokens as each sample can take, were every byte a token; JSON's own signs pay for the turns.
 
     For all tasks but conversations, which show one picture.
     """
-    asked = [text for texts in wordings().values() if isinstance(texts, list) for text in texts]
+    asked = chain.from_iterable(texts for texts in wordings().values() if isinstance(texts, list))
     longest = max(len(renderer.text_ids(text)) for text in asked)
     frame = len(renderer.render(()).ids) + 2 * _turn(renderer) + longest + _JOINTS
     return frame + max(renderer.N, renderer.M) + 2 + reader.text_bytes()
@@ -77,14 +75,15 @@ def token_table(reader: ShardReader, tokenizer: Any, samples: np.ndarray) -> np.
     path = data_path("lengths") / f"{_name(reader, tokenizer, samples)}.npy"
     if path.is_file():
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    rows = iter(samples.tolist())
-    chunks = iter(lambda: list(islice(rows, _CHUNK)), [])
-    table = np.concatenate([_count([_words(reader, i) for i in chunk], tokenizer) for chunk in chunks])
+    counts = []
+    for start in range(0, len(samples), _CHUNK):
+        chunk = samples[start : start + _CHUNK].tolist()
+        counts.append(_count([_words(reader, index) for index in chunk], tokenizer))
+    table = np.concatenate(counts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{os.getpid()}.{path.name}")
-        np.save(part, table, allow_pickle=False)
-        part.replace(path)
+        with whole_file(path) as part:
+            np.save(part, table, allow_pickle=False)
     except OSError:
         pass
     return table
@@ -94,8 +93,8 @@ def _name(reader: ShardReader, tokenizer: Any, samples: np.ndarray) -> str:
     """Changes with the dataset and with anything the tokenizer does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spelled = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    chosen = hashlib.sha256(samples.astype("<i8").tobytes()).hexdigest()
-    return hashlib.sha256(f"{reader.digest} {chosen} {spelled}".encode()).hexdigest()[:20]
+    chosen = sha256_of(samples.astype("<i8").tobytes())
+    return sha256_of(f"{reader.digest} {chosen} {spelled}".encode())[:20]
 
 
 def _words(reader: ShardReader, index: int) -> Sample:
@@ -107,13 +106,13 @@ def _words(reader: ShardReader, index: int) -> Sample:
 
 def _count(samples: list[Sample], tokenizer: Any) -> np.ndarray:
     """One row for each sample; all texts are encoded in one call."""
-    groups = [list(_texts(sample)) for sample in samples]
-    texts = [text for group in groups for kind in group for text in kind]
+    groups = [_texts(sample) for sample in samples]
+    texts = [*chain.from_iterable(chain.from_iterable(groups))]
     encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"] if texts else []
     lengths = iter(map(len, encoded))
     rows = []
     for sample, group in zip(samples, groups, strict=True):
-        counted = [[next(lengths) for _ in kind] for kind in group]
+        counted = [list(islice(lengths, len(kind))) for kind in group]
         # Of several short captions one is drawn; texts of the other columns come together.
         tokens = [max(counted[0], default=0), *(sum(row) for row in counted[1:])]
         shown = sum(isinstance(part, dict) for part in _parts(sample))
@@ -121,11 +120,13 @@ def _count(samples: list[Sample], tokenizer: Any) -> np.ndarray:
     return np.array(rows, np.int32)
 
 
-def _texts(sample: Sample) -> Iterator[list[str]]:
-    yield list(sample.short_captions)
-    yield [sample.detailed] if sample.detailed else []
-    yield [text for asked in sample.questions for text in (asked.question, asked.answer)]
-    yield [part for part in _parts(sample) if isinstance(part, str)]
+def _texts(sample: Sample) -> list[list[str]]:
+    """The texts of the first four of `COLUMNS`."""
+    detailed = [sample.detailed] if sample.detailed else []
+    questions: list[str] = []
+    for asked in sample.questions:
+        questions += (asked.question, asked.answer)
+    return [list(sample.short_captions), detailed, questions, [p for p in _parts(sample) if isinstance(p, str)]]
 
 
 def _parts(sample: Sample) -> list[Any]:
@@ -137,7 +138,7 @@ def _parts(sample: Sample) -> list[Any]:
     return parts
 
 
-def _bound(table: np.ndarray, task: Task, renderer: Renderer, questions: int) -> np.ndarray:
+def _token_bound(table: np.ndarray, task: Task, renderer: Renderer, questions: int) -> np.ndarray:
     """At least as many tokens as each sample can take for a task."""
     frame = len(renderer.render(()).ids) + 2 * _turn(renderer)
     picture = max(renderer.N, renderer.M) + 2

@@ -1,7 +1,8 @@
 """Batches of a step: a closed-form function of (seed, step, mixture), so a resumed run reads what it would have.
 
-Every process gets its part of the same global batch, whatever their number. A sample that cannot be used leaves a
-hole: it is skipped, counted and named, and no other sample moves.
+Every rank gets its part of the same global batch, whatever their number. A sample that cannot be used leaves a
+hole: it is skipped, counted and named, and no other sample moves. Packing, where several samples share a row, happens
+inside one rank's part of one global batch, from the lengths alone: there is nothing to resume.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,80 @@ from torch import Tensor
 
 from open_pisces.batch import PairBatch, Sample, SequenceBatch, Skip, StepBatches
 from open_pisces.config import DataConfig
-from open_pisces.data.collate import MULTIPLE, collate, collate_packed
-from open_pisces.data.draws import stream
 from open_pisces.data.features import KINDS, FeatureStore, Kind
 from open_pisces.data.images import generation_bytes
-from open_pisces.data.mixture import Draw, Mixture
-from open_pisces.data.packing import pack
-from open_pisces.data.prompts import IGNORED, LengthError, Rendered, Renderer, SampleError, sample_turns
+from open_pisces.data.order import Draw, Mixture, stream
+from open_pisces.data.prompts import (
+    IGNORED,
+    MULTIPLE,
+    LengthError,
+    Rendered,
+    Renderer,
+    SampleError,
+    collate,
+    collate_packed,
+    sample_turns,
+)
 from open_pisces.data.shards import DamagedSample
 from open_pisces.errors import PiscesError
+
+TRIES = 32
+"""Row lengths tried for a batch."""
+
+
+class PackingError(PiscesError):
+    """A sample that fits in no row; the message names its length and the remedy."""
+
+
+def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of at most ``capacity``: the longest sample first, each into the first row with room.
+
+    Args:
+        lengths: tokens of each sample.
+        capacity: tokens of a row.
+
+    Returns:
+        The samples of each row, by their place in ``lengths``.
+
+    Raises:
+        PackingError: for a sample longer than a row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[sample] > capacity:
+            raise PackingError(f"a sample of {lengths[sample]} tokens, rows have {capacity}: raise data.row_length")
+        row = next((r for r, left in enumerate(room) if left >= lengths[sample]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(sample)
+        room[row] -= lengths[sample]
+    return rows
+
+
+def pack(lengths: Sequence[int], row_length: int, multiple: int = 8) -> tuple[list[list[int]], int]:
+    """Rows by first fit, of the length up to ``row_length`` that leaves the fewest places empty.
+
+    Few samples seldom fill rows of a given length; rows a little shorter, or one more of them, often do.
+
+    Args:
+        lengths: tokens of each sample.
+        row_length: the longest row.
+        multiple: the length of the rows is a multiple of this, or ``row_length``.
+
+    Returns:
+        The samples of each row, and the rows' length.
+    """
+    if not lengths:
+        return [], min(multiple, row_length)
+    shortest = max(*lengths, row_length // 2) if len(lengths) > 1 else lengths[0]
+    choices = [row_length, *range(row_length // multiple * multiple, shortest - 1, -multiple)]
+    tried = choices[:: -(-len(choices) // TRIES)]
+    rows = {length: first_fit_decreasing(lengths, length) for length in tried}
+    best = min(tried, key=lambda length: (len(rows[length]) * length, length))
+    return rows[best], best
+
 
 # ---------------------------------------------------------------------------------------------- bad samples
 
@@ -70,7 +137,8 @@ class SkipTally:
 
 def _tried(read: Callable[[Draw], Any], draws: list[Draw], mixture: Mixture) -> tuple[list[Any], tuple[Skip, ...]]:
     """What could be read, in order, and what could not."""
-    done, skipped = [], []
+    done = []
+    skipped = []
     for draw in draws:
         try:
             done.append(read(draw))
@@ -101,7 +169,7 @@ class _Read:
 
 
 class SequenceLoader:
-    """Global batches for the LLM stages: a process's part, packed into rows or padded, cut into micro-batches.
+    """Global batches for the LLM stages: a rank's part, packed into rows or padded, cut into micro-batches.
 
     Batches carry no totals yet: the loop sums those of all ranks and writes them in.
 
@@ -115,8 +183,8 @@ class SequenceLoader:
         sizes: sides of the understanding and the generation encoder's input in pixels.
         features: a feature store for each source, where the encoders' outputs are read from a cache.
         multiple: lengths are a multiple of this.
-        rank: which process this is.
-        ranks: of how many.
+        rank: of this process.
+        ranks: their number.
     """
 
     def __init__(
@@ -133,13 +201,20 @@ class SequenceLoader:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.mixture, self.renderer, self.config, self.seed = mixture, renderer, config, seed
-        self.batch_size, self.micro_batches, self.sizes = batch_size, micro_batches, sizes
-        self.features, self.multiple = features, multiple
+        self.mixture = mixture
+        self.renderer = renderer
+        self.config = config
+        self.seed = seed
+        self.batch_size = batch_size
+        self.micro_batches = micro_batches
+        self.sizes = sizes
+        self.features = features
+        self.multiple = multiple
         # What comes from the cache needs no pixels: size 0.
-        cut = [0 if features and kind in features[0] else size for kind, size in zip(KINDS, sizes, strict=True)]
-        self._cut = cut[0], cut[1]
-        self.rank, self.ranks = rank, ranks
+        cached = [bool(features) and kind in features[0] for kind in KINDS]
+        self._cut = (0 if cached[0] else sizes[0], 0 if cached[1] else sizes[1])
+        self.rank = rank
+        self.ranks = ranks
 
     def __call__(self, step: int) -> StepBatches:
         """The micro-batches of a step."""
@@ -151,11 +226,13 @@ class SequenceLoader:
             "total_vectors": sum(len(batch.generation_at_K) for batch in batches),
             "total_seen": sum(len(batch.understanding_at_K) for batch in batches),
         }
-        real, all_ = sum(len(r.rendered.ids) for r in read), sum(batch.ids_BS.numel() for batch in batches)
+        # What fills the rows, and how many places there are: the share of padding in the log.
+        real = sum(len(r.rendered.ids) for r in read)
+        all_ = sum(batch.ids_BS.numel() for batch in batches)
         return StepBatches(batches, len(draws), skipped, totals, real, all_)
 
     def blank(self) -> SequenceBatch:
-        """A micro-batch that weighs nothing, for a process with fewer rows than another."""
+        """A micro-batch that weighs nothing, for a rank with fewer rows than another."""
         if self.config.row_length:
             return self._with_samples(collate_packed([[]], self.multiple, [], [], self.renderer, *self._cut), [])
         nothing = Rendered(ids=[self.renderer.pad], labels=[IGNORED], understanding=[False], generation=[False])
@@ -164,43 +241,54 @@ class SequenceLoader:
     def _packed(self, read: list[_Read]) -> list[SequenceBatch]:
         rows, length = pack([len(r.rendered.ids) for r in read], self.config.row_length, self.multiple)
         parts = [rows[at : at + self.config.rows] for at in range(0, len(rows), self.config.rows)]
-        rendered, images = [r.rendered for r in read], [r.images for r in read]
-        return [
-            self._with_samples(
-                collate_packed(part, length, rendered, images, self.renderer, *self._cut),
-                [read[i] for row in part for i in row],
-            )
-            for part in parts
-        ] or [self.blank()]
+        rendered = [r.rendered for r in read]
+        images = [r.images for r in read]
+        batches = []
+        for part in parts:
+            laid_out = [read[i] for i in chain.from_iterable(part)]
+            batch = collate_packed(part, length, rendered, images, self.renderer, *self._cut)
+            batches.append(self._with_samples(batch, laid_out))
+        return batches or [self.blank()]
 
     def _padded(self, read: list[_Read]) -> list[SequenceBatch]:
         """Micro-batches of similar length; fewer samples than micro-batches leave some blank."""
-        read = sorted(read, key=lambda r: len(r.rendered.ids))
-        parts = [[read[i] for i in cut] for cut in np.array_split(np.arange(len(read)), self.micro_batches)]
-        return [self._padded_part(part) if part else self.blank() for part in parts]
-
-    def _padded_part(self, read: list[_Read]) -> SequenceBatch:
-        rendered, images = [r.rendered for r in read], [r.images for r in read]
-        batch = collate(rendered, images, self.renderer, *self._cut, multiple=self.multiple)
-        return self._with_samples(batch, read)
+        # Neighbors in length share a micro-batch, so little is padded.
+        by_length = sorted(read, key=lambda r: len(r.rendered.ids))
+        batches = []
+        for cut in np.array_split(np.arange(len(read)), self.micro_batches):
+            if not len(cut):
+                batches.append(self.blank())
+                continue
+            part = [by_length[i] for i in cut]
+            rendered = [r.rendered for r in part]
+            images = [r.images for r in part]
+            batch = collate(rendered, images, self.renderer, *self._cut, multiple=self.multiple)
+            batches.append(self._with_samples(batch, part))
+        return batches
 
     def _with_samples(self, batch: SequenceBatch, read: list[_Read]) -> SequenceBatch:
         """What the samples add to their layout: names to draw from, and cached features."""
-        batch = replace(batch, draws=tuple(draw for one in read for draw in one.draws))
+        batch = replace(batch, draws=tuple(chain.from_iterable(one.draws for one in read)))
         if not self.features:
             return batch
+        seen: list[np.ndarray] = []
+        drawn: list[np.ndarray] = []
+        for one in read:  # a kind that is not cached has no features, and its pictures are pixels in the batch
+            if "understanding" in one.features:
+                seen += [one.features["understanding"][i] for i in one.rendered.understanding_images]
+            if "generation" in one.features:
+                drawn += [one.features["generation"][i] for i in one.rendered.generation_images]
         store = self.features[0]
         if "understanding" in store:
-            seen = [r.features["understanding"][i] for r in read for i in r.rendered.understanding_images]
             batch = replace(batch, understanding_features_BNE=_tensor(seen, store.shape("understanding")))
         if "generation" in store:
-            drawn = [r.features["generation"][i] for r in read for i in r.rendered.generation_images]
             batch = replace(batch, generation_features_BME=_tensor(drawn, store.shape("generation")))
         return batch
 
     def _read(self, draw: Draw) -> _Read:
         reader = self.mixture.readers[draw.source]
         sample = reader[draw.index] if any(self._cut) else reader.without_pixels(draw.index)
+        # Keyed by the sample, not by its place: the same sample gets the same wording wherever it is drawn in an epoch.
         random = stream(self.seed, "render", draw.source, draw.epoch, sample.key)
         turns = sample_turns(
             sample,
@@ -218,10 +306,8 @@ class SequenceLoader:
             )
         store = self.features[draw.source] if self.features else None
         features = {kind: store.read(kind, draw.index) for kind in KINDS if store and kind in store}
-        shown, count = (
-            max((*rendered.understanding_images, *rendered.generation_images), default=-1),
-            len(sample.images),
-        )
+        shown = max((*rendered.understanding_images, *rendered.generation_images), default=-1)
+        count = len(sample.images)
         if shown >= count:
             raise SampleError(f"sample {sample.key!r} of {sample.source!r}: picture {shown} is named, it has {count}")
         return _Read(rendered, sample.images, features, draw.epoch, f"{draw.source}/{sample.key}")
@@ -236,7 +322,7 @@ def _digest(ids: list[int]) -> int:
 
 
 class PairLoader:
-    """Global batches of pictures and captions for gen-CLIP and the decoder: a process's part of them."""
+    """Global batches of pictures and captions for gen-CLIP and the decoder: a rank's part of them."""
 
     def __init__(
         self,
@@ -250,9 +336,15 @@ class PairLoader:
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.mixture, self.tokenizer, self.seed = mixture, tokenizer, seed
-        self.batch_size, self.micro_batches, self.sizes = batch_size, micro_batches, sizes
-        self.features, self.rank, self.ranks = features, rank, ranks
+        self.mixture = mixture
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.batch_size = batch_size
+        self.micro_batches = micro_batches
+        self.sizes = sizes
+        self.features = features
+        self.rank = rank
+        self.ranks = ranks
 
     def __call__(self, step: int) -> StepBatches:
         """The micro-batches of a step."""
@@ -263,7 +355,7 @@ class PairLoader:
         return StepBatches(batches, len(draws), skipped, {"total": len(read)})
 
     def blank(self) -> PairBatch:
-        """A micro-batch that weighs nothing, for a process with fewer than another."""
+        """A micro-batch that weighs nothing, for a rank with fewer than another."""
         end = self.tokenizer.eos_token_id
         shape = self.features[0].shape("generation") if self.features else (0, 0)
         return PairBatch(
@@ -280,6 +372,7 @@ class PairLoader:
     def collate(self, read: list[tuple[Draw, Sample, str, np.ndarray | None]]) -> PairBatch:
         """(draw, sample, caption, features) to one batch."""
         input_size, output_size = self.sizes
+        # CLIP's text tower takes 77 tokens, the last of which is the end.
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"][:76] for _, _, text, _ in read]
         ids = [row + [self.tokenizer.eos_token_id] for row in ids]
         longest = max(map(len, ids))

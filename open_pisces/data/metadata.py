@@ -11,12 +11,18 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _WEBP_KEPT = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
 _WEBP_FLAGS = 0x12  # of VP8X: transparency and animation stay, the flags of ICC, EXIF and XMP go
-_EXIF, _ICC = b"Exif\0\0", b"ICC_PROFILE\0"
-_SCAN, _EXIF_SEGMENT, _ICC_SEGMENT, _COMMENT = 0xDA, 0xE1, 0xE2, 0xFE
+# JPEG markers, and how the contents of two of them begin.
+_SCAN = 0xDA
+_EXIF_SEGMENT = 0xE1
+_ICC_SEGMENT = 0xE2
+_COMMENT = 0xFE
+_EXIF = b"Exif\0\0"
+_ICC = b"ICC_PROFILE\0"
 _LARGEST_PROFILE = 16 << 20
 
 
@@ -44,7 +50,9 @@ def split_metadata(raw: bytes) -> Parts | None:
 
 
 def _png(raw: bytes) -> Parts:
-    bare, exif, profile = [PNG], b"", b""
+    bare = [PNG]
+    exif = b""
+    profile = b""
     for name, start, end in _png_chunks(raw):
         content = raw[start + 8 : end - 4]
         if name in _PNG_KEPT:
@@ -77,7 +85,10 @@ def _inflated(packed: bytes) -> bytes:
 
 
 def _jpeg(raw: bytes) -> Parts:
-    bare, exif, profile, at = [JPEG], b"", list[bytes](), len(JPEG)
+    bare = [JPEG]
+    exif = b""
+    profile: list[bytes] = []
+    at = len(JPEG)
     while raw[at] == 0xFF:
         marker = raw[at + 1]
         if marker == 0xFF:  # fill byte
@@ -105,9 +116,12 @@ def _is_jpeg_metadata(marker: int, content: bytes) -> bool:
 
 
 def _webp(raw: bytes) -> Parts:
-    bare, found, at = list[bytes](), dict[bytes, bytes](), 12
+    bare: list[bytes] = []
+    found: dict[bytes, bytes] = {}
+    at = 12
     while at + 8 <= len(raw):
-        name, length = raw[at : at + 4], struct.unpack_from("<I", raw, at + 4)[0]
+        name = raw[at : at + 4]
+        (length,) = struct.unpack_from("<I", raw, at + 4)
         end = at + 8 + length + length % 2
         block = raw[at:end]
         if name == b"VP8X" and length:

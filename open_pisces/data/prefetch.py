@@ -1,4 +1,4 @@
-"""Steps prepared ahead of the training that uses them, by a thread or by processes, always in their order."""
+"""Prefetching: steps are loaded ahead of the training, by a thread or by worker processes, in order."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from open_pisces.batch import Question, Sample
-from open_pisces.data.captions import CaptionError, captions_of
+from open_pisces.batch import CaptionError, Question, Sample, captions_of
 from open_pisces.data.images import ImageError, open_image
 from open_pisces.errors import PiscesError
 
@@ -35,7 +34,8 @@ TABLES = {
     "members": np.dtype([("offset", "<u8"), ("size", "<u8"), ("crc32", "<u4"), ("kind", "u1")]),
     "keys": np.dtype("u1"),
 }
-_READ_AHEAD, _KEPT_BLOCKS = 1 << 20, 256  # bytes one request of a remote shard fetches; how many such blocks are kept
+_READ_AHEAD = 1 << 20  # bytes that one request of a remote shard fetches
+_KEPT_BLOCKS = 256  # such blocks that are kept
 _OPEN_FILES = 128
 
 
@@ -123,7 +123,8 @@ class ShardReader:
             raise ShardError(f"{folder}/index: the tables do not fit index.json: index the dataset again")
         self._files: dict[int, int] = {}
         self._blocks: dict[tuple[int, int], bytes] = {}
-        self._process, self._lock = os.getpid(), threading.Lock()
+        self._process = os.getpid()
+        self._lock = threading.Lock()
         self._check_sizes()
 
     # -------------------------------------------------------------------------------------------- opening
@@ -185,7 +186,8 @@ class ShardReader:
 
     def key(self, index: int) -> str:
         """The key of a sample, from the index alone."""
-        start, end = self._samples[index]["key"], self._samples[index + 1]["key"]
+        start = self._samples[index]["key"]
+        end = self._samples[index + 1]["key"]
         return bytes(self._keys[start:end]).decode()
 
     def __getitem__(self, index: int) -> Sample:
@@ -293,7 +295,8 @@ class ShardReader:
     def _read_kinds(self, index: int, kinds: tuple[str, ...]) -> list[tuple[str, bytes]]:
         if not 0 <= index < self._count:
             raise IndexError(f"sample {index} of {self._count}")
-        shard, found = int(self._samples[index]["shard"]), []
+        shard = int(self._samples[index]["shard"])
+        found = []
         for offset, size, crc32, kind in self._members_of(index).tolist():
             if KINDS[kind] not in kinds:
                 continue
@@ -319,9 +322,13 @@ class ShardReader:
     def _remote_bytes(self, shard: int, offset: int, size: int) -> bytes:
         """Through blocks of `_READ_AHEAD` bytes, the last few of which are kept: the order of training stays near."""
         if os.getpid() != self._process:  # a forked worker: file systems with an event loop do not survive that
-            (self._remote, _), self._process, self._blocks = _open_address(str(self.folder)), os.getpid(), {}
-        first, last = offset // _READ_AHEAD, (offset + size - 1) // _READ_AHEAD
-        path, end = f"{self._root}/{self._shards[shard]['file']}", self._shards[shard]["size"]
+            self._remote, _ = _open_address(str(self.folder))
+            self._process = os.getpid()
+            self._blocks = {}
+        first = offset // _READ_AHEAD
+        last = (offset + size - 1) // _READ_AHEAD
+        path = f"{self._root}/{self._shards[shard]['file']}"
+        end = self._shards[shard]["size"]
         parts = []
         for block in range(first, last + 1):
             if (shard, block) not in self._blocks:

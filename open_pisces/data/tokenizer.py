@@ -12,7 +12,9 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-BEGIN_IMAGE, END_IMAGE, PLACEHOLDER = "[IMG]", "[/IMG]", "<image>"
+BEGIN_IMAGE = "[IMG]"
+END_IMAGE = "[/IMG]"
+PLACEHOLDER = "<image>"
 
 
 @lru_cache
@@ -25,8 +27,8 @@ def special_tokens(template: str) -> list[str]:
     """Every token that only a template may produce: its frame's and the three of pictures."""
     frame = read_template(template)
     pieces = [frame["pad"], frame["begin"], *frame["open"].values(), frame["close"]]
-    found = dict.fromkeys(token for piece in pieces for token in re.findall(r"<\|[^|]+\|>", piece))
-    return [*found, BEGIN_IMAGE, END_IMAGE, PLACEHOLDER]
+    found = re.findall(r"<\|[^|]+\|>", "".join(pieces))
+    return [*dict.fromkeys(found), BEGIN_IMAGE, END_IMAGE, PLACEHOLDER]
 
 
 def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""Datasets of others into our shards: one loop that checks, counts and writes; how a format is read is in ``sources/``.
+"""Imports datasets of other formats into our shards: one loop that checks, counts and writes (``readers/`` parse).
 
 A reader is a generator of `Record` in the order of its source. What cannot be used is *yielded* as a `BadRecord`, not
 raised, because a generator that has raised is over; all others keep their order. Readers hold one record at a time.
@@ -9,12 +9,11 @@ Nothing that comes with a dataset is run or unpickled, and the names of pictures
 from __future__ import annotations
 
 import difflib
-import io
 import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -22,42 +21,16 @@ from typing import Any
 
 from open_pisces.batch import Sample
 from open_pisces.data.images import ImageError, open_image
+from open_pisces.datasets.formats import FORMATS
 from open_pisces.datasets.inline import picture_file
 from open_pisces.datasets.records import BadRecord, DatasetImportError, Options, Record, is_text, place
-from open_pisces.datasets.shard_writer import ShardWriter, kept_format
+from open_pisces.datasets.shard_writer import ShardWriter, kept_format, png_of
 
 ENOUGH = 100
 """Records after which the share of bad ones is judged while the import runs."""
 NAMED = 5
 """First offenders kept for each cause."""
 _LONGEST_KEY = 150
-
-
-@dataclass(frozen=True)
-class Format:
-    """A name for `import_dataset`: the module of ``sources/`` that reads it, and the options it listens to."""
-
-    module: str
-    options: tuple[str, ...]
-    about: str
-
-
-_TEXTS = ("caption_field", "detailed_field")
-_NAMED = ("image_field", "images")
-_COLUMNS = (*_TEXTS, "image_field", "images")
-FORMATS = {
-    "folder": Format("folder", _COLUMNS, "pictures with a CSV, TSV, JSONL or COCO file, or NAME.txt beside NAME.jpg"),
-    "webdataset": Format("webdataset", (*_TEXTS, "image_field"), "tar files of img2dataset or WebDataset"),
-    "coco": Format("coco", ("images", "split"), "COCO captions (`images` + `annotations`), or Karpathy's splits of it"),
-    "huggingface": Format("huggingface", (*_COLUMNS, "split"), "a hub name or local folder, through `datasets`"),
-    "llava": Format("llava", _NAMED, "conversations as a JSON array or JSONL, pictures in a folder"),
-    "parquet": Format(
-        "parquet", _COLUMNS, "parquet with pictures, or names of pictures, and captions or conversations"
-    ),
-    "pixelprose": Format("parquet", _COLUMNS, "PixelProse parquet; pictures named by uid or key in the images folder"),
-    "cambrian": Format("parquet", _NAMED, "Cambrian parquet or JSONL, pictures in a folder"),
-    "onevision": Format("parquet", _NAMED, "LLaVA-OneVision parquet"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------- the import
@@ -108,7 +81,8 @@ def import_dataset(
     options = Options(format, **fields, images=images, split=split)
     _check(options, limit, max_bad, min_side, max_aspect)
     name = place(source).name
-    tally, keys = _Tally(source, max_bad), _Keys()
+    tally = _Tally(source, max_bad)
+    keys = _Keys()
     licences = [{"package": name, "licence": licence, "attribution": source}] if licence else []
     with ShardWriter(out, samples_per_shard, licences) as writer:
         for record in islice(read_records(source, options), limit):
@@ -116,8 +90,8 @@ def import_dataset(
             tally.note(usable)
             if isinstance(record, Record) and not isinstance(usable, BadRecord):
                 words, pictures = usable
-                key, origin = keys.next(record.key, writer), record.source or name
-                writer.write(Sample(key, (), source=origin, **words), pictures)
+                key = keys.next(record.key, writer)
+                writer.write(Sample(key, (), source=record.source or name, **words), pictures)
         tally.judge()
         return {"format": format, "source": source, "folder": str(out), "written": len(writer), **tally.counts()}
 
@@ -150,7 +124,9 @@ class _Tally:
     """Counts what was read and skipped, and ends the import when too much was."""
 
     def __init__(self, source: str, max_bad: float) -> None:
-        self.source, self.max_bad, self.read = source, max_bad, 0
+        self.source = source
+        self.max_bad = max_bad
+        self.read = 0
         self.skipped = Counter[str]()
         self.offenders: dict[str, list[str]] = defaultdict(list)
         self.first = self.remedy = ""
@@ -241,8 +217,4 @@ def _checked(raw: bytes, min_side: int, max_aspect: float) -> bytes:
     short, long = sorted(image.size)
     if short < min_side or long > max_aspect * short:
         raise BadRecord("picture", "shape", f"{image.width} x {image.height}")
-    if kept_format(raw):
-        return raw
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return raw if kept_format(raw) else png_of(image)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from open_pisces.data.shards import ShardError
-from open_pisces.datasets.shard_writer import IndexWriter, sha256_of
+from open_pisces.datasets.shard_writer import IndexWriter
+from open_pisces.files import sha256_of
 
 IMAGES = ("png", "jpg", "jpeg", "webp", "gif")
 TEXTS = ("txt", "caption")
@@ -49,7 +50,9 @@ def index_folder(
     before = _before(folder)
     fields = before.get("fields", {}) if fields is None else fields
     licences = before.get("licences", []) if licences is None else licences
-    writer, skipped, keys = IndexWriter(licences, fields), Counter[str](), set[str]()
+    writer = IndexWriter(licences, fields)
+    skipped = Counter[str]()
+    keys: set[str] = set()
     for path in paths:
         writer.shards.append({"file": path.name, "size": path.stat().st_size, "sha256": sha256_of(path)})
         halves: dict[str, bool] = {}
@@ -102,13 +105,17 @@ def samples_of(path: Path, image: str = "") -> Iterator[tuple[str, Members]]:
     Raises:
         ShardError: if the file is cut short or no tar.
     """
-    key, members = "", list[tuple[str, tuple[int, int, int, str]]]()
+    key = ""
+    members: list[tuple[str, tuple[int, int, int, str]]] = []
     try:
         with path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r:") as tar:
             for info in tar:
                 if not info.isfile() or info.name.rpartition("/")[2].startswith("."):
                     continue  # folders, and the companions that macOS puts beside each file
-                stem, suffix = _split(info.name)
+                # WebDataset's rule: the key ends at the first dot of the last part of the path.
+                parent, slash, last = info.name.rpartition("/")
+                stem, _, suffix = last.partition(".")
+                stem = f"{parent}{slash}{stem}".removeprefix("./").replace("/", "-")
                 if stem != key and key:
                     yield key, _read_of(members, image)
                     members = []
@@ -136,15 +143,9 @@ def kind_of(suffix: str) -> str:
     return "json" if last == "json" else "image" if last in IMAGES else "text" if last in TEXTS else ""
 
 
-def _split(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the last part of the path."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, suffix = last.partition(".")
-    return (f"{folder}{slash}{stem}".removeprefix("./").replace("/", "-"), suffix)
-
-
 def _read_of(members: list[tuple[str, tuple[int, int, int, str]]], image: str) -> Members:
-    return [members[at][1] for at in read_members([suffix for suffix, _ in members], image)]
+    suffixes = [suffix for suffix, _ in members]
+    return [members[at][1] for at in read_members(suffixes, image)]
 
 
 def read_members(suffixes: Sequence[str], image: str = "") -> list[int]:

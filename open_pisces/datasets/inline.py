@@ -12,7 +12,8 @@ LARGEST = 64 << 20
 """Bytes of a picture that is written into a record."""
 _STARTS = ("/9j/", "iVBORw0KGgo", "UklGR", "R0lGOD")  # JPEG, PNG, WebP and GIF in base64
 _SHORTEST = 64  # characters of a picture in base64; a file's name may begin like one
-_DATA, _REMOTE = re.compile(r"data:[^,]{0,200},", re.IGNORECASE), re.compile(r"(https?|ftp)://", re.IGNORECASE)
+_DATA = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
+_REMOTE = re.compile(r"(https?|ftp)://", re.IGNORECASE)
 
 
 def is_inline(name: str) -> bool:
@@ -44,7 +45,8 @@ def picture_file(picture: bytes | str, base: Place | None) -> bytes:
 
 
 def _decoded(text: str) -> bytes:
-    head, name = _DATA.match(text), f"{text[:40]}..."
+    head = _DATA.match(text)
+    name = f"{text[:40]}..."
     if head and not head[0].lower().endswith(";base64,"):
         raise BadRecord(name, "base64", f"{head[0][:40]!r} says that it is not base64")
     packed = re.sub(r"\s+", "", text[head.end() if head else 0 :]).translate(str.maketrans("-_", "+/"))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from open_pisces.data.images import contact_sheet
 from open_pisces.data.shards import ShardError, open_dataset
+from open_pisces.sheets import contact_sheet
 
 
 def look(path: str | Path, out: str | Path = "look.png", count: int = 40, columns: int = 8) -> Path:

@@ -1,4 +1,4 @@
-"""What readers of datasets share: a record, why one cannot be used, its fields, and the place its files lie at."""
+"""What all readers share: `Record`, `BadRecord`, reading of fields, and `Place`, a file on disk or behind fsspec."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any, TextIO
 
 import fsspec
 
-from open_pisces.batch import Question
-from open_pisces.data.captions import CaptionError, captions_of, one_text
+from open_pisces.batch import CaptionError, Question, captions_of, one_text
 from open_pisces.errors import PiscesError
 
 _FIRST = 100  # rows looked at to learn which fields there are
@@ -28,9 +27,11 @@ class BadRecord(PiscesError):
     """A record that cannot be used: its name, the cause it is counted under, and what helps ("" if nothing special)."""
 
     def __init__(self, name: str, cause: str, detail: str = "", remedy: str = "") -> None:
-        name, detail = (text.encode(errors="replace").decode() for text in (name, detail))  # to be printed anywhere
-        super().__init__(f"{name}: {cause}{f' ({detail})' if detail else ''}")
-        self.name, self.cause, self.detail, self.remedy = name, cause, detail, remedy
+        self.name = name.encode(errors="replace").decode()  # half a surrogate pair could not be printed
+        self.cause = cause
+        self.detail = detail.encode(errors="replace").decode()
+        self.remedy = remedy
+        super().__init__(f"{self.name}: {cause}{f' ({self.detail})' if detail else ''}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def words_of(value: Any) -> str:
+def text_of(value: Any) -> str:
     """A text field's value; "" for what is missing or no text."""
     return value.strip() if isinstance(value, str) else ""
 
@@ -83,7 +84,8 @@ def captions_in(name: str, short: Any, detailed: Any = None) -> dict[str, Any]:
         BadRecord: "caption" for a value of no known form.
     """
     try:
-        captions, long = captions_of(short), one_text(detailed)
+        captions = captions_of(short)
+        long = one_text(detailed)
     except CaptionError as error:
         raise BadRecord(name, "caption", str(error)) from None
     return {"short": captions[0] if captions else "", "more_captions": captions[1:], "detailed": long}
@@ -111,7 +113,10 @@ def choose_field(asked: str, usual: Sequence[str], found: Collection[str], where
 def with_fields(rows: Iterator[dict[str, Any] | BadRecord]) -> tuple[list[str], Iterator[dict[str, Any] | BadRecord]]:
     """The fields of the first `_FIRST` rows, and all the rows: for formats without a header."""
     first = list(islice(rows, _FIRST))
-    names = dict.fromkeys(name for row in first if isinstance(row, dict) for name in row)
+    names: dict[str, None] = {}
+    for row in first:
+        if isinstance(row, dict):
+            names |= dict.fromkeys(row)
     return list(names), chain(first, rows)
 
 

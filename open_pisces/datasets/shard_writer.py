@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -16,9 +15,11 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from open_pisces.batch import Sample
 from open_pisces.data.shards import KINDS, TABLES, VERSION, ShardError
+from open_pisces.files import replace_folder, sha256_of, whole_file, write_whole
 
 _BLOCK = 512  # tar's unit: headers and padded contents
 
@@ -27,10 +28,13 @@ class IndexWriter:
     """Collects what an index says of each sample, and writes it: shared by our own shards and those of others."""
 
     def __init__(self, licences: Iterable[dict[str, Any]] = (), fields: dict[str, str] | None = None) -> None:
-        self.licences, self.fields = list(licences), fields or {}
+        self.licences = list(licences)
+        self.fields = fields or {}
         self.shards: list[dict[str, Any]] = []
         # Packed as they are on disk: 20 bytes a sample and 21 a member, so that writing millions stays small.
-        self._samples, self._members, self._keys = bytearray(), bytearray(), bytearray()
+        self._samples = bytearray()
+        self._members = bytearray()
+        self._keys = bytearray()
 
     def __len__(self) -> int:
         return len(self._samples) // TABLES["samples"].itemsize
@@ -52,18 +56,15 @@ class IndexWriter:
         raw = {"samples": self._samples + self._row(len(self.shards)), "members": self._members, "keys": self._keys}
         tables = {name: np.frombuffer(bytes(raw[name]), dtype) for name, dtype in TABLES.items()}
         (folder / "index").mkdir(parents=True, exist_ok=True)
-        (folder / "index.json").unlink(missing_ok=True)
-        for name, table in tables.items():  # renamed into place: a reader keeps the table that it has mapped
-            part = folder / "index" / f".{os.getpid()}.{name}.npy"
-            np.save(part, table, allow_pickle=False)
-            part.replace(folder / "index" / f"{name}.npy")
+        (folder / "index.json").unlink(missing_ok=True)  # tables that are half new have no index
+        for name, table in tables.items():
+            with whole_file(folder / "index" / f"{name}.npy") as part:  # a reader keeps the table that it has mapped
+                np.save(part, table, allow_pickle=False)
         spelled = json.dumps(self.fields, sort_keys=True).encode()
-        digest = hashlib.sha256(tables["members"].tobytes() + tables["keys"].tobytes() + spelled).hexdigest()
+        digest = sha256_of(tables["members"].tobytes() + tables["keys"].tobytes() + spelled)
         index = {"version": VERSION, "samples": len(self), "digest": digest, "shards": self.shards}
         index |= {"licences": self.licences, **({"fields": self.fields} if self.fields else {})}
-        part = folder / f".index.json.{os.getpid()}"
-        part.write_text(json.dumps(index, indent=1))
-        part.replace(folder / "index.json")
+        write_whole(folder / "index.json", json.dumps(index, indent=1))
 
 
 class ShardWriter:
@@ -81,16 +82,14 @@ class ShardWriter:
         if "://" in str(folder):
             raise ShardError(f"{folder}: datasets are written to a local folder; copy it to its address afterwards")
         self.folder = Path(folder).absolute()
-        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not self._is_dataset()):
+        is_dataset = (self.folder / "index.json").is_file()
+        if self.folder.is_file() or (self.folder.is_dir() and any(self.folder.iterdir()) and not is_dataset):
             raise ShardError(f"{self.folder} is there and is no dataset; choose another folder or empty it")
         self._work = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.part")
         self._per_shard = samples_per_shard
         self._index = IndexWriter(licences)
         self._keys: set[str] = set()
         self._tar: tarfile.TarFile | None = None
-
-    def _is_dataset(self) -> bool:
-        return (self.folder / "index.json").is_file()
 
     def __enter__(self) -> ShardWriter:
         shutil.rmtree(self._work, ignore_errors=True)  # of a killed process that had this one's number
@@ -118,14 +117,20 @@ class ShardWriter:
         """
         if not sample.key or sample.key in self._keys or set("./\\") & set(sample.key):
             raise ShardError(f"sample key {sample.key!r}: keys are unique and hold no dots or slashes")
-        pictures = encoded or tuple(_png(image) for image in sample.images)
-        several = len(pictures) > 1
-        names = [f".{i}.{_suffix(raw)}" if several else f".{_suffix(raw)}" for i, raw in enumerate(pictures)]
-        members = [*zip(names, pictures, ["image"] * len(names), strict=True), (".json", _text_of(sample), "json")]
+        pictures = encoded or tuple(png_of(image.convert("RGB")) for image in sample.images)
+        members = []
+        for number, raw in enumerate(pictures):
+            numbered = f"{sample.key}.{number}" if len(pictures) > 1 else sample.key
+            members.append((f"{numbered}.{_suffix(raw)}", raw, "image"))
+        members.append((f"{sample.key}.json", _json_of(sample), "json"))
+        # All that can be refused has been: from here on the sample is in the shards.
         if len(self._index) == len(self._index.shards) * self._per_shard:
-            self._next_shard()
+            self._close_shard()
+            name = f"{len(self._index.shards):05d}.tar"
+            self._index.shards.append({"file": name})
+            self._tar = tarfile.open(self._work / name, "w")
         self._keys.add(sample.key)
-        self._index.add(sample.key, [(*self._add(f"{sample.key}{name}", raw), kind) for name, raw, kind in members])
+        self._index.add(sample.key, [(*self._add(name, raw), kind) for name, raw, kind in members])
 
     def _add(self, name: str, content: bytes) -> tuple[int, int, int]:
         """Append a member; its offset, size and CRC-32."""
@@ -136,12 +141,6 @@ class ShardWriter:
         self._tar.members.clear()  # type: ignore[attr-defined]  # else the tar file keeps a record of every member in memory
         padded = -(-len(content) // _BLOCK) * _BLOCK
         return self._tar.offset - padded, len(content), zlib.crc32(content)
-
-    def _next_shard(self) -> None:
-        self._close_shard()
-        name = f"{len(self._index.shards):05d}.tar"
-        self._index.shards.append({"file": name})
-        self._tar = tarfile.open(self._work / name, "w")
 
     def _close_shard(self) -> None:
         if self._tar is None:
@@ -158,24 +157,17 @@ class ShardWriter:
             if kind is None:
                 self._close_shard()
                 self._index.write(self._work)
-                self._put_in_place()
+                replace_folder(self._work, self.folder)
         finally:
             if self._tar is not None:
                 self._tar.close()
             shutil.rmtree(self._work, ignore_errors=True)
 
-    def _put_in_place(self) -> None:
-        """Two renames: a reader finds the old dataset or the new one, never a mixture."""
-        old = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.old")
-        if self.folder.exists():
-            self.folder.rename(old)
-        self._work.rename(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
 
-
-def _png(image: Any) -> bytes:
+def png_of(image: Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -197,7 +189,7 @@ def _suffix(raw: bytes) -> str:
     return ending
 
 
-def _text_of(sample: Sample) -> bytes:
+def _json_of(sample: Sample) -> bytes:
     """A sample's JSON member: all fields but key and pictures."""
     fields: dict[str, Any] = {
         "short": sample.short,
@@ -213,9 +205,3 @@ def _text_of(sample: Sample) -> bytes:
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as error:
         raise ShardError(f"sample {sample.key!r}: a text that is no Unicode ({error}): clean it first") from None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What a dataset holds, in figures: lengths, sizes, tasks, copies, licences; as a dictionary, a table, and a picture.
+"""Statistics of a dataset: lengths, sizes, tasks, copies, licences; as a dictionary, a table and a histogram PNG.
 
 Counts are kept by value (length -> samples), so that memory does not grow with the dataset, except for what finding
 copies needs: some 500 bytes a picture.
@@ -6,21 +6,18 @@ copies needs: some 500 bytes a picture.
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image as Pillow
-from PIL.Image import Image
 
 from open_pisces.batch import Sample
 from open_pisces.data.shards import DamagedSample, ShardError, open_dataset
+from open_pisces.datasets.duplicates import CopyCounter
+from open_pisces.datasets.language import words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,12 +27,6 @@ TEXTS = ("short", "detailed", "questions", "answers", "conversation")
 _COMMON = 8  # image sizes and kinds of questions that are listed one by one
 _TEXTS_AT_ONCE = 512  # given to the tokenizer
 
-# ---------------------------------------------------------------------------------------------- reading and words
-
-_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_PIECE = re.compile(f"[{_IDEOGRAPHS}]|[^\\s{_IDEOGRAPHS}]+")
-_EDGES = string.punctuation + "“”‘’«»…—–·¡¿。、，．！？：；（）「」『』"
-
 
 def checked(sample: Sample) -> Sample:
     """The sample, its captions, questions and answers known to be text.
@@ -43,72 +34,12 @@ def checked(sample: Sample) -> Sample:
     Raises:
         DamagedSample: if they are not.
     """
-    texts = [
-        sample.short,
-        *sample.more_captions,
-        sample.detailed,
-        *(text for q in sample.questions for text in (q.question, q.answer)),
-    ]
+    texts: list[Any] = [sample.short, *sample.more_captions, sample.detailed]
+    for asked in sample.questions:
+        texts += (asked.question, asked.answer)
     if not all(isinstance(text, str) for text in texts):
         raise DamagedSample(f"sample {sample.key!r}: a caption, question or answer is no text: correct it", "text")
     return sample
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text in lower case: what spaces part, less punctuation; Han characters and kana one by one."""
-    pieces = (piece.strip(_EDGES) for piece in _PIECE.findall(text.casefold()))
-    return [piece for piece in pieces if any(map(str.isalnum, piece))]
-
-
-# ------------------------------------------------------------------------------------------- copies of pictures
-
-_SIDE = 32  # pixels of the grey square the hash is taken from
-_DEAD_ZONE = 8.0, 0.2  # a frequency counts as present above this amplitude, and above this share of all of them
-_SAME_COLOUR = 16  # of 255: JPEG at quality 60 moves a sixteenth of a 64-pixel picture by up to 13
-
-
-class Appearance(NamedTuple):
-    """What a picture looks like: copies of it, re-encoded or resized, differ little."""
-
-    hash: int
-    """64 bits, see `perceptual_hash`."""
-    colours: np.ndarray
-    """uint8 (48,): mean colours of a grid of 4 x 4 cells."""
-
-
-def appearance_of(image: Image) -> Appearance:
-    """The hash and the coarse colours of an RGB picture."""
-    cells = image.resize((4, 4), Pillow.Resampling.BOX)
-    return Appearance(perceptual_hash(image), np.asarray(cells, np.uint8).reshape(-1))
-
-
-def alike(colours: np.ndarray, others: np.ndarray) -> bool:
-    """Whether any of some rows of coarse colours is near these: what tells a red heart from a blue one."""
-    return bool((np.abs(others.astype(np.int16) - colours).max(-1, initial=0) <= _SAME_COLOUR).any())
-
-
-def perceptual_hash(image: Image) -> int:
-    """A 64-bit DCT hash: which of the 64 lowest frequencies of the picture, in grey at 32 x 32, are clearly positive.
-
-    The usual hash compares with the median; drawings have many frequencies near zero, whose bits then are noise. Here
-    they are 0 until they reach the dead zone's end. Colour is not in the hash: `alike` compares it apart.
-    """
-    grey = np.asarray(image.convert("L").resize((_SIDE, _SIDE), Pillow.Resampling.BILINEAR), np.float64)
-    cosines, lowest = _frequencies()
-    found = (cosines @ grey @ cosines.T)[lowest]
-    least, share = _DEAD_ZONE
-    bits = found > max(least, share * float(np.sqrt(np.mean(found**2))))
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-@cache
-def _frequencies() -> tuple[np.ndarray, tuple[list[int], list[int]]]:
-    """The orthonormal DCT-II as a matrix; rows and columns of the 64 lowest frequencies but the mean."""
-    place = np.arange(_SIDE)
-    matrix = np.cos(np.pi * (2 * place[None] + 1) * place[:, None] / (2 * _SIDE)) * np.sqrt(2 / _SIDE)
-    matrix[0] /= np.sqrt(2)
-    lowest = sorted(((i, j) for i in range(12) for j in range(12) if i + j), key=lambda at: (sum(at), at))[:64]
-    return matrix, ([row for row, _ in lowest], [column for _, column in lowest])
 
 
 # --------------------------------------------------------------------------------------------------------- counting
@@ -182,7 +113,8 @@ class Tally:
 
 def summary(counts: Counter[int]) -> dict[str, float]:
     """Count, total, mean and percentiles (the smallest value that so many per cent do not exceed); zeros for none."""
-    number, total = counts.total(), sum(value * count for value, count in counts.items())
+    number = counts.total()
+    total = sum(value * count for value, count in counts.items())
     values = sorted(counts) or [0]
     upto = np.cumsum([counts[value] for value in values])
     percents = {"min": 0, "p5": 5, "p50": 50, "p95": 95, "max": 100}
@@ -205,7 +137,7 @@ def stats(
     Returns:
         ``samples``, ``shards``, ``bytes`` of the whole dataset; of the ``read`` samples ``pictures``, ``sizes``,
         ``words``, ``tokens``, ``tasks`` and ``question_kinds`` (samples that hold them), ``duplicates`` (pictures:
-        ``exact`` have the size and CRC-32 of an earlier one, ``near`` only look like one: the same hash and colours),
+        ``exact`` have the size and CRC-32 of an earlier one, ``near`` only look like one: the same hash and colors),
         ``licences``, ``damaged``.
 
     Raises:
@@ -224,7 +156,8 @@ def measure(path: str | Path, tokenizer: Any = None, limit: int | None = None) -
     reader = open_dataset(path)
     shards = reader._shards
     tally = Tally(str(path), len(reader), len(shards), sum(shard["size"] for shard in shards), reader.licences)
-    tokens, copies = _Tokens(tokenizer), _Copies()
+    tokens = _Tokens(tokenizer)
+    copies = CopyCounter()
     tally.read = len(reader) if limit is None else min(limit, len(reader))
     for number in range(tally.read):
         index = number * len(reader) // tally.read
@@ -237,7 +170,8 @@ def measure(path: str | Path, tokenizer: Any = None, limit: int | None = None) -
         tokens.add(texts_of(sample))
         copies.add(reader.image_members(index), sample.images)
     tally.tokens = tokens.finish() if tokenizer is not None else None
-    tally.exact, tally.near = copies.exact, copies.near
+    tally.exact = copies.exact
+    tally.near = copies.near
     return tally
 
 
@@ -251,28 +185,6 @@ def texts_of(sample: Sample) -> Iterator[tuple[str, str]]:
         content = turn.get("content") if isinstance(turn, dict) else None
         parts = content if isinstance(content, list) else [content]
         yield from (("conversation", part) for part in parts if isinstance(part, str))
-
-
-class _Copies:
-    """Counts pictures that were there before: as the same file, or only looking the same."""
-
-    def __init__(self) -> None:
-        self.exact = self.near = 0
-        self._files: set[tuple[int, int]] = set()
-        self._colours: dict[int, np.ndarray] = {}
-
-    def add(self, files: list[tuple[int, int]], images: tuple[Image, ...]) -> None:
-        for file, image in zip(files, images, strict=True):
-            if file in self._files:
-                self.exact += 1
-                continue
-            self._files.add(file)
-            look = appearance_of(image)
-            others = self._colours.get(look.hash, np.zeros((0, 48), np.uint8))
-            if alike(look.colours, others):
-                self.near += 1
-            else:
-                self._colours[look.hash] = np.concatenate([others, look.colours[None]])
 
 
 class _Tokens:
@@ -323,20 +235,25 @@ def describe(figures: dict[str, Any]) -> str:
         "damaged": figures["damaged"],
     }
     columns = ("count", "total", "mean", "p5", "p50", "p95", "max")
+    listed = [f"{name:<20}{_listed(value)}" for name, value in lines.items() if value or name == "damaged"]
     return "\n".join(
         [
             f"{figures['path']}: {figures['samples']:,} samples{read} in {shards}",
             "",
             " " * 20 + "".join(f"{name:>11}" for name in columns),
-            *(f"{name:<20}" + "".join(f"{_short(row[column]):>11}" for column in columns) for name, row in rows),
+            *(_row(name, [row[column] for column in columns]) for name, row in rows),
             "",
-            *(f"{name:<20}{_listed(value)}" for name, value in lines.items() if value or name == "damaged"),
+            *listed,
         ]
     )
 
 
-def _short(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+def _row(name: str, values: list[float]) -> str:
+    """A line of the table: whole numbers as they are, others with one decimal."""
+    line = f"{name:<20}"
+    for value in values:
+        line += f"{value:>11,}" if isinstance(value, int) else f"{value:>11,.1f}"
+    return line
 
 
 def _listed(value: Any) -> str:
@@ -347,7 +264,7 @@ def _listed(value: Any) -> str:
 
 # --------------------------------------------------------------------------------------------------------- picture
 
-_COLOURS = ("#3b6ea5", "#e08a3c", "#5a9e6f", "#a05195", "#8c8c8c")
+_COLORS = ("#3b6ea5", "#e08a3c", "#5a9e6f", "#a05195", "#8c8c8c")
 _BARS = 60  # of a histogram whose values do not get one each
 
 
@@ -387,17 +304,18 @@ def _spread(axes: Axes, named: dict[str, Counter[int]], title: str, unit: str, o
     _dress(axes, title, unit, of, "" if named else why_empty or f"no {of}")
     if not named:
         return
-    low, longest = min(map(min, named.values())), max(map(max, named.values()))
+    low = min(map(min, named.values()))
+    longest = max(map(max, named.values()))
     high = min(longest, 2 * max(int(summary(counts)["p95"]) for counts in named.values()))
     if high < longest:  # a few very long ones would press all others into one bar
         axes.set_xlabel(f"{unit} (the last bar: {high:,} to {longest:,})")
     step = -(-(high - low + 1) // _BARS)
     edges = np.arange(low, high + step + 1, step) - 0.5
-    for (name, counts), colour in zip(named.items(), _COLOURS, strict=False):
+    for (name, counts), color in zip(named.items(), _COLORS, strict=False):
         heights, _ = np.histogram([min(value, high) for value in counts], edges, weights=list(counts.values()))
         label = f"{name} (median {summary(counts)['p50']:,})"
-        axes.stairs(heights, edges, fill=True, alpha=0.35, color=colour)
-        axes.stairs(heights, edges, color=colour, linewidth=1.4, label=label)
+        axes.stairs(heights, edges, fill=True, alpha=0.35, color=color)
+        axes.stairs(heights, edges, color=color, linewidth=1.4, label=label)
     axes.legend(frameon=False)
 
 
@@ -418,7 +336,7 @@ def _bars(axes: Axes, rows: list[tuple[str, int]], title: str, of: str) -> None:
     _dress(axes, title, of, "", "" if rows else f"no {of}")
     if not rows:
         return
-    bars = axes.barh(range(len(rows)), [count for _, count in rows], color=_COLOURS[0], height=0.6)
+    bars = axes.barh(range(len(rows)), [count for _, count in rows], color=_COLORS[0], height=0.6)
     axes.bar_label(bars, labels=[f"{count:,}" for _, count in rows], padding=4)
     axes.set_ylim(max(5, len(rows)) - 0.5, -0.5)  # the first on top; a single bar does not fill the panel
     axes.set_xlim(0, 1.15 * max(1, *(count for _, count in rows)))

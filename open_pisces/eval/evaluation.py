@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Console
 from rich.progress import track
 
+from open_pisces.eval.intervals import Interval
 from open_pisces.eval.run import Manifest, Row, RunError, RunFolder, model_hash
+
+if TYPE_CHECKING:
+    from open_pisces.generate.generator import Generator
 
 HOMES = {
     "scenes/vqa": "open_pisces.eval.scenes.vqa",
@@ -48,6 +53,48 @@ class Score:
     def row(self) -> Row:
         """The fields as plain values, as they stand in ``scores.json``."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Counted(Interval):
+    """An interval, and how many units are behind it."""
+
+    n: int
+
+
+def rounded(interval: Interval, digits: int = 4) -> Interval:
+    """An interval as scores hold it."""
+    return Interval(**interval.rounded(digits))
+
+
+def missing(run: RunFolder, stage: str, size: int) -> Iterable[list[Row]]:
+    """The batches of ``size`` items whose rows of a stage are not there yet, with a bar on standard error."""
+    # A list: the bar wants to know how many there are.
+    left = list(run.batches(stage, size))
+    return track(left, f"{run.manifest.task}: {stage}", console=Console(stderr=True), disable=not left)
+
+
+def draw(generator: Generator, run: RunFolder, batch: Sequence[Row], seed: int | None = None) -> None:
+    """Draw and keep the pictures of a batch: those of every item's ``prompt``, by the settings of the manifest.
+
+    Picture j of every prompt starts from noise of (seed, j), as GenEval's official sampler resets its seed before each
+    prompt. The settings are ``n`` (pictures of a prompt, 1 if it is not set), ``steps``, ``guidance_scale``, ``seed``.
+
+    Args:
+        generator: anything with ``image(prompts, n, steps, guidance_scale, seed)``.
+        run: where the pictures are kept.
+        batch: items with ``key`` and ``prompt``.
+        seed: of this batch; None takes the manifest's. A protocol that wants other noise in every batch gives it here.
+    """
+    settings = run.manifest.settings
+    drawn = generator.image(
+        [item["prompt"] for item in batch],
+        n=settings.get("n", 1),
+        steps=settings["steps"],
+        guidance_scale=settings["guidance_scale"],
+        seed=settings["seed"] if seed is None else seed,
+    )
+    run.save_images({item["key"]: images for item, images in zip(batch, drawn, strict=True)})
 
 
 class Evaluation(ABC):
@@ -104,19 +151,25 @@ class Evaluation(ABC):
         start = time.time()
         run = self.open(model, folder)
         self.complete(run)
+        # From the rows, although they were just made: a run and its rescoring cannot differ then.
         scores = run.write_scores(self.score(run).row())
         return {**scores, "seconds": round(time.time() - start, 1), "folder": str(run.folder)}
 
     def open(self, model: str | Path, folder: str | Path | None = None) -> RunFolder:
         """The run folder of this evaluation, begun or found."""
-        manifest = Manifest(self.task, str(model), model_hash(model), self.settings, device=self.device)
-        return RunFolder.open(folder, manifest, self.items())
+        # Items first: what cannot be asked is refused before a folder is made.
+        items = self.items()
+        manifest = Manifest(self.task, str(model), self.hash_of(model), self.settings, device=self.device)
+        return RunFolder.open(folder, manifest, items)
+
+    def hash_of(self, model: str | Path) -> str:
+        """What identifies the model in the manifest."""
+        return model_hash(model)
 
     def complete(self, run: RunFolder) -> None:
         """Answer what a run still lacks, stage by stage, with a bar on standard error."""
         for stage in self.stages:
-            left = list(run.batches(stage, self.batch_size))
-            for batch in track(left, stage, console=Console(stderr=True), disable=not left):
+            for batch in missing(run, stage, self.batch_size):
                 self.answer(run, stage, batch)
 
 
@@ -129,7 +182,8 @@ def rescore(folder: str | Path, model: str | None = None, **options: Any) -> Row
         options: passed to the task's ``score_run``, such as GenEval's ``rules``; those that are None are left out.
 
     Raises:
-        RunError: if the run is of another model, is not complete, or has no score (a gallery).
+        RunError: if the run is of another model, is not complete, has no score (a gallery), or is scored without one
+            of the options.
     """
     run = RunFolder.load(folder)
     if model is not None and run.manifest.model_hash != model:
@@ -141,5 +195,10 @@ def rescore(folder: str | Path, model: str | None = None, **options: Any) -> Row
     if home is None:
         raise RunError(f"{folder}: a run of {run.manifest.task} has pictures and no score")
     given = {name: value for name, value in options.items() if value is not None}
-    score: Score = import_module(home).score_run(run, **given)
+    # Imported here: to score a run of one task the networks of the others need not be loaded.
+    score_run = import_module(home).score_run
+    unknown = [name for name in given if name not in signature(score_run).parameters]
+    if unknown:
+        raise RunError(f"{folder}: a run of {run.manifest.task} is scored without {unknown[0]}: leave it out")
+    score: Score = score_run(run, **given)
     return {**run.write_scores(score.row()), "folder": str(run.folder)}

@@ -14,7 +14,6 @@ cut short is done again as a whole. So a run that was interrupted gives the same
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from PIL.Image import Image
 
 from open_pisces.data.images import ImageError, open_image
 from open_pisces.errors import PiscesError
+from open_pisces.files import sha256_of, write_whole
 from open_pisces.model.folder import read_card
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ class RunError(PiscesError):
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return sha256_of(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
 
 
 def model_hash(folder: str | Path) -> str:
@@ -93,7 +93,10 @@ class RunFolder:
     """One evaluation's folder; see the head of this file."""
 
     def __init__(self, folder: Path, manifest: Manifest, items: list[Row]) -> None:
-        self.folder, self.manifest, self.items = folder, manifest, items
+        self.folder = folder
+        self.manifest = manifest
+        self.items = items
+        self._written: dict[str, list[Row]] = {}
 
     # -------------------------------------------------------------------------------------------- opening
 
@@ -115,7 +118,9 @@ class RunFolder:
             found = cls.load(folder)
             _refuse_another(folder, asdict(found.manifest), asdict(manifest))
             return found
-        if folder.is_dir() and any(not _begun(file) for file in folder.iterdir()):
+        # A run that was ended before its manifest was written leaves its items, whole or half written.
+        begun = re.compile(r"items\.jsonl|\.\d+-(items\.jsonl|manifest\.json)")
+        if folder.is_dir() and not all(begun.fullmatch(file.name) for file in folder.iterdir()):
             raise RunError(f"{folder} holds something else: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "items.jsonl", "".join(_line(row) for row in rows))
@@ -150,8 +155,9 @@ class RunFolder:
 
     def batches(self, name: str, size: int) -> Iterator[list[Row]]:
         """Items in batches of ``size``, in order, without those batches whose rows in NAME.jsonl are all there."""
-        done = {row["key"] for row in _read(self.folder / f"{name}.jsonl")}
+        done = {row["key"] for row in self.written(name)}
         for start in range(0, len(self.items), size):
+            # Again as a whole where a row is missing: padding and noise are a batch's, not an item's.
             batch = self.items[start : start + size]
             if not all(item["key"] in done for item in batch):
                 yield batch
@@ -164,6 +170,17 @@ class RunFolder:
             file.write("".join(_line(row) for row in rows))
             file.flush()
             os.fsync(file.fileno())
+        self._written.pop(name, None)
+
+    def written(self, name: str) -> list[Row]:
+        """All rows of NAME.jsonl in the order of writing, none without the file; read once until rows are added.
+
+        Raises:
+            RunError: if a line is damaged.
+        """
+        if name not in self._written:
+            self._written[name] = _read(self.folder / f"{name}.jsonl")
+        return self._written[name]
 
     def rows(self, name: str) -> list[Row]:
         """The rows of NAME.jsonl, one for each item and in their order; the last one written of a key counts.
@@ -171,7 +188,7 @@ class RunFolder:
         Raises:
             RunError: if some are missing.
         """
-        found = {row["key"]: row for row in _read(self.folder / f"{name}.jsonl")}
+        found = {row["key"]: row for row in self.written(name)}
         missing = [item["key"] for item in self.items if item["key"] not in found]
         if missing:
             raise RunError(
@@ -182,12 +199,13 @@ class RunFolder:
 
     def has(self, name: str) -> bool:
         """Whether NAME.jsonl holds a row for every item."""
-        found = {row["key"] for row in _read(self.folder / f"{name}.jsonl")}
+        found = {row["key"] for row in self.written(name)}
         return all(item["key"] in found for item in self.items)
 
     def drop(self, name: str) -> None:
         """Forget the rows of NAME.jsonl, to make them anew."""
         (self.folder / f"{name}.jsonl").unlink(missing_ok=True)
+        self._written.pop(name, None)
 
     def note(self, name: str, value: Row) -> None:
         """Keep something that belongs to the whole run and to no item, as NAME.json."""
@@ -224,9 +242,9 @@ class RunFolder:
             files = {f"{number:04d}.png": image for number, image in enumerate(images)}
             for name, image in files.items():
                 image.save(folder / "samples" / name)
-            sums = {name: _sha256(folder / "samples" / name) for name in files}
+            sums = {name: sha256_of(folder / "samples" / name) for name in files}
             rows.append({"key": key, "sha256": sums})
-        self.append("images", rows)
+        self.append("images", rows)  # after the files: a row says that its pictures are whole
         self.__dict__.pop("_sums", None)
 
     def images(self, key: str) -> list[Image]:
@@ -242,7 +260,7 @@ class RunFolder:
                 pictures.append(open_image(path))
             except ImageError as error:
                 raise RunError(f"{error}; or delete {self.folder}/images.jsonl and run the command again") from None
-            if _sha256(path) != expected:
+            if sha256_of(path) != expected:
                 raise RunError(f"{path} was changed after it was made: scores of it would be of another picture")
         return pictures
 
@@ -305,29 +323,28 @@ def _check_keys(folder: Path, rows: Sequence[Row]) -> None:
     raise RunError(f"{folder}: a run needs items, each with its own `key`; {what if rows else 'found no items'}")
 
 
-def _begun(file: Path) -> bool:
-    """Whether ``file`` is what a run leaves that was ended before its manifest was written."""
-    return file.name == "items.jsonl" or re.fullmatch(r"\.\d+-(items\.jsonl|manifest\.json)", file.name) is not None
-
-
 def _refuse_another(folder: Path, found: Row, asked: Row) -> None:
     """Raise if two manifests differ in anything but where the model lies."""
-    a, b = _flat(found), _flat(asked)
-    parts = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    what = [f"{key[1]} = {_brief(a.get(key), b.get(key))}, now {_brief(b.get(key), a.get(key))}" for key in parts]
+    before = _flat(found)
+    now = _flat(asked)
+    what = []
+    for key in {**before, **now}:
+        old = before.get(key)
+        new = now.get(key)
+        if old != new:
+            what.append(f"{key[1]} = {_brief(old, new)}, now {_brief(new, old)}")
     if what:
         raise RunError(f"{folder} is a run of something else ({', '.join(what)}): name another folder, or delete it")
 
 
 def _flat(manifest: Row) -> dict[tuple[str, str], str]:
     """What decides a manifest: each value as JSON, by where it stands and its name."""
-    groups = {"": manifest, "versions": manifest["versions"], "settings": manifest["settings"]}
-    return {
-        (group, key): json.dumps(value, sort_keys=True, ensure_ascii=False)
-        for group, values in groups.items()
-        for key, value in values.items()
-        if group or key not in ("model", "versions", "settings")
-    }
+    plain = {key: value for key, value in manifest.items() if key not in ("model", "versions", "settings")}
+    flat = {}
+    for group, values in {"": plain, "versions": manifest["versions"], "settings": manifest["settings"]}.items():
+        for key, value in values.items():
+            flat[group, key] = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return flat
 
 
 def _brief(text: str | None, other: str | None) -> str:
@@ -364,17 +381,3 @@ def _mend(path: Path) -> None:
     if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         with path.open("r+b") as file:
             file.truncate(content.rfind(b"\n") + 1)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    hidden = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        hidden.write_text(text, encoding="utf-8")
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

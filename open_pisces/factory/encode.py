@@ -1,13 +1,11 @@
-"""``pisces data encode``: the outputs of a recipe's frozen encoders, written once for every picture of its datasets."""
+"""``pisces data encode``: run a recipe's frozen encoders over its datasets and keep the outputs as feature stores."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,23 @@ from open_pisces.data.features import picture_rows, store_folder
 from open_pisces.data.images import ImageError, generation_bytes, open_image, understanding_bytes
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.device import pick_device
-from open_pisces.factory.encoders import FrozenEncoder, encoder_keys, load_encoders
+from open_pisces.factory.encoders import FrozenEncoder, fingerprints, load_encoders, store_keys
+from open_pisces.files import locked, whole_file, write_whole
 
 FLUSH = 64
-"""Batches after which an interrupted run can go on."""
+"""Batches between two points from which an interrupted run can go on."""
 
 
 def encode(config: RunConfig, batch_size: int = 64, device: str = "auto") -> list[dict[str, Any]]:
-    """Write the feature stores that a recipe with ``data.features`` reads; those that are there are kept.
+    """Write the feature stores that a recipe with ``data.features`` reads; existing ones are kept.
 
     Args:
         config: the recipe's settings.
         batch_size: pictures encoded together.
-        device: where.
+        device: where the encoders run, a name for `pick_device`.
 
     Returns:
-        For each source and kind: path, pictures, how many could not be read, folder, and whether it was there.
+        For each source and kind: ``source, kind, pictures, unreadable, folder, was_there``.
 
     Raises:
         ConfigError: if the recipe reads no features.
@@ -44,87 +43,79 @@ def encode(config: RunConfig, batch_size: int = 64, device: str = "auto") -> lis
         raise ConfigError(f"{config.name}: data.features is not set: give data.features=float32 or float16")
     where = pick_device(device)
     encoders = load_encoders(config)
+    prints = fingerprints(config, encoders)
     done = []
     for source in config.data.sources:
         reader = open_dataset(source.path)
-        for kind, key in encoder_keys(config, reader, encoders).items():
+        for kind, key in store_keys(config, reader, prints).items():
             folder = store_folder(key)
-            there = (folder / "key.json").is_file()
-            if not there:
+            was_there = (folder / "key.json").is_file()
+            if not was_there:
                 _write(reader, key, folder, encoders[kind].to(where), batch_size)
-            bad = int((~np.load(folder / "valid.npy")).sum())
-            pictures = int(picture_rows(reader)[-1])
-            done.append(
-                {"source": source.path, "kind": kind, "pictures": pictures, "unreadable": bad, "folder": str(folder)}
-                | {"was_there": there}
-            )
+            row = {"source": source.path, "kind": kind, "pictures": int(picture_rows(reader)[-1])}
+            row["unreadable"] = int((~np.load(folder / "valid.npy")).sum())
+            done.append({**row, "folder": str(folder), "was_there": was_there})
     return done
 
 
 def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: FrozenEncoder, batch_size: int) -> None:
-    """Encode all pictures into ``folder``, which appears when it is whole; what an interrupted run did is kept.
+    """Encode all pictures into ``folder``, which appears when it is whole; an interrupted run is continued.
 
     Two runs that want the same store take turns; the second finds it there.
     """
-    work = folder.with_name(f".{folder.name}.part")
-    rows, side, kind = int(picture_rows(reader)[-1]), encoder.image_size, encoder.kind
+    part = folder.with_name(f".{folder.name}.part")
+    rows = int(picture_rows(reader)[-1])
+    side = encoder.image_size
+    cut = generation_bytes if encoder.kind == "generation" else understanding_bytes
     device = next(encoder.parameters()).device
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), torch.inference_mode():
+    with locked(folder.with_name(f".{folder.name}.lock")), torch.inference_mode():
         if (folder / "key.json").is_file():
             return
         shape = tuple(encoder(torch.zeros(1, 3, side, side, device=device)).shape[1:])
-        values, valid, start = _open(work, (rows, *shape), key["dtype"])
-        cut = generation_bytes if kind == "generation" else understanding_bytes
-        batches = list(range(start, rows, batch_size))
-        for number, at in enumerate(track(batches, f"{Path(str(reader.folder)).name}: {kind}", disable=not batches), 1):
+        values, valid, start = _open_part(part, (rows, *shape), key["dtype"])
+        starts = range(start, rows, batch_size)
+        name = f"{Path(str(reader.folder)).name}: {encoder.kind}"
+        for number, at in enumerate(track(starts, name, disable=not starts), 1):
             end = min(at + batch_size, rows)
-            pixels, good = zip(*_pictures(reader, at, end, cut, side), strict=True)
+            pixels, readable = zip(*_pictures(reader, at, end, cut, side), strict=True)
             found = encoder(torch.from_numpy(np.stack(pixels)).to(device)).float().cpu().numpy()
-            values[at:end], valid[at:end] = found.astype(key["dtype"]), good
+            values[at:end] = found.astype(key["dtype"])
+            valid[at:end] = readable
             if number % FLUSH == 0:
-                _note(work, values, valid, end)
-        _note(work, values, valid, rows)
-        (work / "done").unlink()
-        (work / "key.json").write_text(json.dumps(key, indent=1))
-        os.replace(work, folder)
+                _save_progress(part, values, valid, end)
+        _save_progress(part, values, valid, rows)
+        # `FeatureStore` takes a folder with key.json for finished, so it is written last.
+        (part / "done").unlink()
+        (part / "key.json").write_text(json.dumps(key, indent=1))
+        os.replace(part, folder)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time, machine-wide; the lock goes with the process that holds it."""
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _open(work: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """The arrays of an unfinished store, and from which row to go on."""
-    done = work / "done"
+def _open_part(part: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """The arrays of an unfinished store, and the first row that is still to be encoded."""
+    done = part / "done"
     if done.is_file():
-        values = np.lib.format.open_memmap(work / "features.npy", "r+")
-        if values.shape == shape:
-            return values, np.load(work / "valid.npy"), int(done.read_text())
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    values = np.lib.format.open_memmap(work / "features.npy", "w+", dtype=dtype, shape=shape)
+        values = np.lib.format.open_memmap(part / "features.npy", "r+")
+        if values.shape == shape:  # the name is a hash of the key, so only a damaged part differs
+            return values, np.load(part / "valid.npy"), int(done.read_text())
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    values = np.lib.format.open_memmap(part / "features.npy", "w+", dtype=dtype, shape=shape)
     return values, np.zeros(shape[0], bool), 0
 
 
-def _note(work: Path, values: Any, valid: np.ndarray, end: int) -> None:
-    """What is on disk up to ``end`` counts from now on."""
+def _save_progress(part: Path, values: Any, valid: np.ndarray, end: int) -> None:
+    """Flush the rows before ``end``, then write ``end`` into ``done``, so that it never names rows not on disk."""
     values.flush()
-    np.save(work / "valid.part.npy", valid)
-    (work / "valid.part.npy").replace(work / "valid.npy")
-    part = work / ".done"
-    part.write_text(str(end))
-    part.replace(work / "done")
+    with whole_file(part / "valid.npy") as hidden:
+        np.save(hidden, valid)
+    write_whole(part / "done", str(end))
 
 
 def _pictures(
     reader: ShardReader, start: int, end: int, cut: Callable[[Any, int], np.ndarray], side: int
 ) -> Iterator[tuple[np.ndarray, bool]]:
-    """The pixels of pictures ``start`` to ``end``; a blank, and False, for one that cannot be read."""
+    """Pixels of pictures ``start`` to ``end``, with True; for one that cannot be read, zeros with False."""
     rows = picture_rows(reader)
     sample = int(np.searchsorted(rows, start, side="right")) - 1
     for row in range(start, end):
@@ -133,5 +124,5 @@ def _pictures(
         try:
             raw = reader.pictures(sample)[row - int(rows[sample])]
             yield cut(open_image(raw), side), True
-        except (DamagedSample, ImageError):
+        except (DamagedSample, ImageError):  # keeps its row, so that rows stay those of the dataset's index
             yield np.zeros((3, side, side), np.uint8), False

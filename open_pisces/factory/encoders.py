@@ -1,26 +1,28 @@
-"""The frozen encoders of a recipe as functions of pixels, and what names their outputs in the feature cache."""
+"""The frozen encoders of a recipe as functions of pixels, and the keys of their outputs in the feature cache."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from open_pisces.config import ConfigError, RunConfig
-from open_pisces.data.features import FeatureStore, Kind, feature_key
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.features import Kind, feature_key
 from open_pisces.data.shards import ShardReader
 from open_pisces.model.bridge import VisualTokenPooler
 from open_pisces.model.folder import get_part, in_start, weights_digest
 
 
 class FrozenEncoder(nn.Module):
-    """Pixels to what the cache holds: N x width of the understanding tower, or gen-CLIP's M x E after pooling."""
+    """Pixels to what the cache holds: N x width of the understanding tower, or M x E of gen-CLIP after pooling."""
 
     def __init__(self, kind: Kind, encoder: Any, pool: int) -> None:
         super().__init__()
-        self.kind, self.encoder, self.pooler = kind, encoder, VisualTokenPooler(pool)
+        self.kind = kind
+        self.encoder = encoder
+        self.pooler = VisualTokenPooler(pool)
 
     @property
     def image_size(self) -> int:
@@ -28,11 +30,12 @@ class FrozenEncoder(nn.Module):
         return self.encoder.image_size
 
     def architecture(self) -> dict[str, Any]:
-        """What its outputs depend on besides weights: heads, activations, norms."""
+        """What its outputs depend on beside the weights: heads, activations, norms."""
+        # Two encoders may have equal weights and differ here alone: an activation has no tensor.
         if self.kind == "generation":
             return self.encoder.config.model_dump(exclude={"source"})
-        asked = ("num_attention_heads", "num_hidden_layers", "hidden_act", "layer_norm_eps", "patch_size")
-        return {name: getattr(self.encoder.tower.config, name) for name in asked}
+        names = ("num_attention_heads", "num_hidden_layers", "hidden_act", "layer_norm_eps", "patch_size")
+        return {name: getattr(self.encoder.tower.config, name) for name in names}
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """``(B, 3, H, W)`` in [0, 1] to ``(B, vectors, width)``."""
@@ -41,17 +44,31 @@ class FrozenEncoder(nn.Module):
         return self.pooler(self.encoder.features(pixels_BCHW))
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an encoder's outputs depend on, apart from the pictures."""
+
+    weights: str
+    """`weights_digest` of the encoder in float32."""
+    preprocessing: dict[str, Any]
+
+
 def cached_kinds(config: RunConfig) -> list[Kind]:
-    """The encoders whose outputs a recipe reads from the cache: those it needs and does not train."""
-    kinds: list[Kind] = ["generation"]
-    if config.objective == "pisces" and "understanding" in config.data.feature_kinds:
-        kinds.append("understanding")
-    trained = [kind for kind in kinds if config.objective == "pisces" and f"{kind}_encoder" not in config.train.freeze]
-    if config.objective == "contrastive" or trained:
+    """The encoders whose outputs a recipe reads from the cache: those it needs and does not train.
+
+    Raises:
+        ConfigError: if the recipe trains one of its encoders, so that no output could be kept.
+    """
+    trains_llm = config.objective == "pisces"
+    needed: list[Kind] = ["generation"]
+    if trains_llm and "understanding" in config.data.feature_kinds:
+        needed.append("understanding")
+    is_trained = trains_llm and any(f"{kind}_encoder" not in config.train.freeze for kind in needed)
+    if config.objective == "contrastive" or is_trained:
         raise ConfigError(
             f"{config.name}: data.features is for frozen encoders, this recipe trains one: leave it empty"
         )
-    return [kind for kind in kinds if kind in config.data.feature_kinds]
+    return [kind for kind in needed if kind in config.data.feature_kinds]
 
 
 def load_encoders(config: RunConfig) -> dict[Kind, FrozenEncoder]:
@@ -66,36 +83,43 @@ def load_encoders(config: RunConfig) -> dict[Kind, FrozenEncoder]:
         part = config.model.generation if kind == "generation" else config.model.understanding
         if not in_start(config.model, name) and not part.source:
             raise ConfigError(f"{config.name}: model.start holds no {name}: train it first, or set its source")
-        encoders[kind] = FrozenEncoder(kind, get_part(name, config.model), config.model.generation.pool)
-    return {kind: encoder.requires_grad_(False).eval() for kind, encoder in encoders.items()}
+        encoder = FrozenEncoder(kind, get_part(name, config.model), config.model.generation.pool)
+        encoders[kind] = encoder.requires_grad_(False).eval()
+    return encoders
 
 
-def encoder_keys(
-    config: RunConfig, reader: ShardReader, encoders: dict[Kind, FrozenEncoder]
-) -> dict[Kind, dict[str, Any]]:
-    """The cache's key of each encoder for one dataset."""
-    keys: dict[Kind, dict[str, Any]] = {}
-    for kind, encoder in encoders.items():
-        preprocessing: dict[str, Any] = {"size": encoder.image_size, "resample": "bicubic", "colors": "srgb"}
-        preprocessing |= {"architecture": encoder.architecture()}
-        if kind == "understanding":
-            preprocessing |= {"shape": "stretched to a square"}
-            preprocessing |= {"mean": config.model.understanding_mean, "std": config.model.understanding_std}
-        else:
-            preprocessing |= {"shape": "short side, centre crop", "pool": config.model.generation.pool}
-            preprocessing |= {"mean": config.model.generation_mean, "std": config.model.generation_std}
-        keys[kind] = feature_key(reader, kind, weights_digest(encoder.encoder), preprocessing, config.data.features)
-    return keys
+def fingerprints(config: RunConfig, encoders: dict[Kind, FrozenEncoder] | None = None) -> dict[Kind, Fingerprint]:
+    """The fingerprint of each encoder of a recipe; it hashes all weights.
 
-
-def open_features(config: RunConfig, mixture: Mixture) -> list[FeatureStore]:
-    """The feature store of each source, or an empty list where a recipe reads pixels.
+    Args:
+        config: the recipe.
+        encoders: its encoders, if they are loaded already.
 
     Raises:
-        FeatureError: for a store that is missing, or of other weights, pictures or settings.
+        ConfigError: as `load_encoders`.
     """
-    if not config.data.features:
-        return []
-    with torch.random.fork_rng():  # building an encoder draws numbers; a run with the cache draws as one without
-        encoders = load_encoders(config)
-    return [FeatureStore(reader, encoder_keys(config, reader, encoders)) for reader in mixture.readers]
+    if encoders is None:
+        # Building an encoder draws random numbers; a run with the cache has to draw the same as one without.
+        with torch.random.fork_rng():
+            encoders = load_encoders(config)
+    model = config.model
+    found: dict[Kind, Fingerprint] = {}
+    for kind, encoder in encoders.items():
+        preprocessing: dict[str, Any] = {"size": encoder.image_size, "resample": "bicubic", "colors": "srgb"}
+        preprocessing["architecture"] = encoder.architecture()
+        if kind == "understanding":
+            preprocessing |= {"shape": "stretched to a square"}
+            preprocessing |= {"mean": model.understanding_mean, "std": model.understanding_std}
+        else:
+            preprocessing |= {"shape": "short side, centre crop", "pool": model.generation.pool}
+            preprocessing |= {"mean": model.generation_mean, "std": model.generation_std}
+        found[kind] = Fingerprint(weights_digest(encoder.encoder), preprocessing)
+    return found
+
+
+def store_keys(config: RunConfig, reader: ShardReader, found: dict[Kind, Fingerprint]) -> dict[Kind, dict[str, Any]]:
+    """The cache's key of each encoder for one dataset."""
+    return {
+        kind: feature_key(reader, kind, one.weights, one.preprocessing, config.data.features)
+        for kind, one in found.items()
+    }

@@ -13,8 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from open_pisces.data.collate import collate
-from open_pisces.data.prompts import Renderer, Turn, generation_turns
+from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
@@ -31,7 +30,8 @@ class Generator:
 
     def __init__(self, pisces: Pisces, tokenizer: Any, device: str = "auto") -> None:
         self.device = pick_device(device)
-        self.pisces, self.tokenizer = pisces.eval(), tokenizer
+        self.pisces = pisces.eval()
+        self.tokenizer = tokenizer
         if next(pisces.parameters()).device != self.device:  # being moved, a sharded model would let go of its parts
             pisces.to(self.device)
         self.renderer = Renderer(
@@ -136,6 +136,7 @@ class Generator:
     ) -> Iterator[list[int]]:
         """One token of every row at a time."""
         hidden_BD, cache, mask_BS = self._read(conversations, images, "", vectors)
+        # A stream for each row on the CPU: the same on every device, and independent of the other rows.
         draws = [torch.Generator().manual_seed(seed) for _ in conversations]
         # Text holds none of the template's tokens but the one that ends it.
         banned = [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]
@@ -248,11 +249,13 @@ class Generator:
                     f"the prompt '{words[:30]} ... {words[-30:]}' takes {len(r.ids)} tokens with its pictures; "
                     f"this model takes {self.max_prompt_tokens}: shorten it"
                 )
+        # Padded on the left: the last place of every row is where the next token goes.
         batch = collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
         batch = replace(batch, generation_vectors_BME=vectors)
         mask_BS = (batch.ids_BS != self.renderer.pad).long()
         inputs_BSD, _ = self.pisces.embed(batch)
         cache = DynamicCache(config=self.pisces.llm.config)
+        # Real tokens count from 0 in every row, so padding changes no rotary angle.
         positions_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
         hidden_BSD = self.pisces.hidden(
             inputs_BSD, attention_mask=mask_BS, position_ids=positions_BS, past_key_values=cache, use_cache=True

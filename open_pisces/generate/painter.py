@@ -29,8 +29,10 @@ class Painter:
         decoder: ImageDecoder,
         device: torch.device,
     ) -> None:
-        self.settings, self.device = config.decoder, device
-        self.encoder, self.bridge = encoder.eval().to(device), bridge.eval().to(device)
+        self.settings = config.decoder
+        self.device = device
+        self.encoder = encoder.eval().to(device)
+        self.bridge = bridge.eval().to(device)
         self.decoder = decoder.eval().to(device)
 
     @classmethod
@@ -78,8 +80,10 @@ class Painter:
             guidance_scale: 1 turns guidance off; None takes the model's own.
             seed: of the noise.
         """
-        leave, scale = self.bridge.statistics.destandardize, guidance_scale
+        leave = self.bridge.statistics.destandardize
+        scale = guidance_scale
         scale = self.settings.guidance_scale if scale is None else scale
+        # A prime stride keeps (seed, j) apart for neighboring seeds; drawn on the CPU, the same on every device.
         draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
         noise = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])
         pixels = self.decoder.sample(

@@ -19,9 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from open_pisces.data.collate import collate
 from open_pisces.data.images import ImageError
-from open_pisces.data.prompts import IGNORED
+from open_pisces.data.prompts import IGNORED, collate
 from open_pisces.device import upcast
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.messages import Conversation, HarnessError, read_messages
@@ -51,8 +50,11 @@ def read_decoding(kwargs: Mapping[str, Any], max_new_tokens: int) -> Decoding:
 
     Beams and cut-off sampling are not ours: a task that asks for them is told so in a warning.
     """
-    sample, heat = kwargs.get("do_sample"), kwargs.get("temperature")
-    temperature = 0.0 if sample is False else float(heat if heat is not None else 1.0 if sample else 0.0)
+    sample = kwargs.get("do_sample")
+    temperature = kwargs.get("temperature")
+    if temperature is None:  # harnesses say do_sample without a temperature when they mean 1
+        temperature = 1.0 if sample else 0.0
+    temperature = 0.0 if sample is False else float(temperature)
     plain = {"num_beams": (None, 1)} | ({"top_p": (None, 0, 1), "top_k": (None, 0)} if temperature else {})
     for name, values in plain.items():
         if kwargs.get(name) not in values:
@@ -64,7 +66,8 @@ def read_decoding(kwargs: Mapping[str, Any], max_new_tokens: int) -> Decoding:
 
 def cut(answer: str, until: Sequence[str]) -> str:
     """The answer up to the first of the strings that end it."""
-    return answer[: min((at for at in map(answer.find, until) if at >= 0), default=len(answer))].strip()
+    places = [place for place in map(answer.find, until) if place >= 0]
+    return answer[: min(places, default=len(answer))].strip()
 
 
 @torch.inference_mode()
@@ -83,7 +86,8 @@ def log_likelihoods(
     Raises:
         PromptError: for a conversation that is too long with its continuation.
     """
-    pisces, renderer = generator.pisces, generator.renderer
+    pisces = generator.pisces
+    renderer = generator.renderer
     rendered = [renderer.render(conversation.turns, answer_next=True) for conversation in conversations]
     counts = []
     for row, words in zip(rendered, continuations, strict=True):
@@ -148,7 +152,9 @@ class Requests:
             raise HarnessError(f"choices={choices}: give loss or log_probability")
         self.generator = Generator.from_pretrained(pretrained or WEIGHTS, own_device(device))
         self.device = self.generator.device
-        self.batch_size, self.seed, self.choices = int(batch_size), int(seed), choices
+        self.batch_size = int(batch_size)
+        self.seed = int(seed)
+        self.choices = choices
         self.max_new_tokens = int(max_new_tokens)
 
     def clean(self) -> None:
@@ -198,7 +204,8 @@ class Requests:
         """
         found: list[Any] = []
         for numbers in self._bar(list(_slices(range(len(requests)), self.batch_size))):
-            rows, continuations = [], []
+            rows = []
+            continuations = []
             for i in numbers:
                 context, target, *where = requests[i].args
                 continuations.append(str(target(self._doc(where))) if callable(target) else target)
@@ -249,7 +256,9 @@ class Requests:
             decoding = read_decoding(request.args[self.settings_at] or {}, self.max_new_tokens)
             groups.setdefault((decoding, seen[id(request)]), []).append(i)  # a repeated request is the same object
             seen[id(request)] += 1
-        batches = [(*key, part) for key, group in groups.items() for part in _slices(group, self.batch_size)]
+        batches: list[tuple[Decoding, int, list[int]]] = []
+        for key, group in groups.items():
+            batches += [(*key, part) for part in _slices(group, self.batch_size)]
         for decoding, repetition, numbers in self._bar(batches):
             yield decoding, self.seed + repetition, numbers
 
@@ -264,7 +273,8 @@ class Requests:
             if row is not None:
                 alike.setdefault(self._limited(decoding, self._length(row)), []).append((i, row))
         for limited, some in alike.items():
-            turns, images = [row.turns for _, row in some], [row.images for _, row in some]
+            turns = [row.turns for _, row in some]
+            images = [row.images for _, row in some]
             found = self.generator.answer(turns, images, limited.max_new_tokens, limited.temperature, seed)
             answers |= {i: cut(answer, limited.until) for (i, _), answer in zip(some, found, strict=True)}
         return answers
@@ -319,7 +329,9 @@ def simple_messages(context: str, visuals: Sequence[Any] | None) -> Messages:
     texts = [{"type": "text", "text": text} for text in context.split(PLACE)]
     if len(texts) != len(pictures) + 1:
         texts = [{"type": "text", "text": ""} for _ in pictures] + [{"type": "text", "text": context}]
-    content = [item for pair in zip(texts, pictures, strict=False) for item in pair] + texts[-1:]
+    content = texts[:1]
+    for picture, text in zip(pictures, texts[1:], strict=True):
+        content += [picture, text]
     return [{"role": "user", "content": content}]
 
 

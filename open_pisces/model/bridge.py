@@ -9,10 +9,9 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from open_pisces.config import ModelConfig
-from open_pisces.device import upcast
+from open_pisces.device import FloatBuffers, upcast
 from open_pisces.errors import PiscesError
 from open_pisces.model.heads import GenerationHead, VectorHead
-from open_pisces.model.precision import FloatBuffers
 
 
 class VisualTokenPooler(nn.Module):
@@ -34,6 +33,7 @@ class VisualTokenPooler(nn.Module):
         side = int(features_BGE.shape[1] ** 0.5)
         if side * side != features_BGE.shape[1] or side % self.kernel:
             raise PiscesError(f"{features_BGE.shape[1]} features are no square grid that {self.kernel} divides")
+        # Patches come row by row, so the sequence is the grid flattened.
         grid = rearrange(features_BGE, "b (h w) e -> b h w e", h=side)
         pooled = reduce(grid, "b (h k) (w l) e -> b h w e", "mean", k=self.kernel, l=self.kernel)
         return rearrange(pooled, "b h w e -> b (h w) e")
@@ -44,7 +44,8 @@ class VisualProjector(nn.Module):
 
     def __init__(self, width: int, llm_width: int) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(width, llm_width), nn.Linear(llm_width, llm_width)
+        self.first = nn.Linear(width, llm_width)
+        self.second = nn.Linear(llm_width, llm_width)
 
     def forward(self, vectors: Tensor) -> Tensor:
         """``(..., width)`` to ``(..., D)``."""
@@ -62,6 +63,7 @@ class TargetSums(NamedTuple):
     @classmethod
     def of(cls, raw_KME: Tensor) -> TargetSums:
         """The sums over raw pooled features ``(pictures, M, E)``."""
+        # float64: the variance below is a difference of large sums.
         raw = raw_KME.double()
         return cls(raw.new_tensor(len(raw)), raw.sum(0), raw.square().sum((0, 1)))
 
@@ -105,7 +107,9 @@ class TargetStatistics(FloatBuffers):
             mean_E = sums.vectors_ME.sum(0) / vectors
             variance_E = (sums.squares_E - vectors * mean_E.square()).clamp_min(0) / (vectors - 1)
             self.mean_E.copy_(mean_E)
+            # A channel that never varies would be divided by 0.
             self.std_E.copy_(variance_E.sqrt().clamp_min(1e-6))
+        # In the LLM's space, where squared error without a caption converges to the mean.
         self.null_ME.copy_((sums.vectors_ME / sums.pictures - self.mean_E) / self.std_E)
         self.taken.fill_(float(sums.pictures))
 

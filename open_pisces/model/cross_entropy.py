@@ -28,6 +28,7 @@ def head_cross_entropy(head: nn.Module, hidden_KD: Tensor, labels_K: Tensor, ker
 
     A head that is more than a matrix (a bias, an adapter, a shard that gathers itself when it is called) is called.
     """
+    # Exactly nn.Linear: a PEFT layer is a subclass whose weight alone would leave the adapter out.
     if type(head) is nn.Linear and head.bias is None:
         return linear_cross_entropy(hidden_KD, head.weight, labels_K, kernel=kernel)
     return F.cross_entropy(upcast(head(hidden_KD)), labels_K, reduction="sum")
@@ -74,20 +75,20 @@ class _Chunked(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_KD: Tensor, weight_VD: Tensor, labels_K: Tensor, chunk: int, learns: list[bool]
     ) -> Tensor:
-        into = [
-            torch.empty_like(tensor) if learn else None
-            for tensor, learn in zip((hidden_KD, weight_VD), learns, strict=True)
-        ]
-        loss = _sum_chunks(hidden_KD, weight_VD, labels_K, chunk, *into)
-        ctx.save_for_backward(*into)
+        grad_KD = torch.empty_like(hidden_KD) if learns[0] else None
+        grad_VD = torch.empty_like(weight_VD) if learns[1] else None
+        loss = _sum_chunks(hidden_KD, weight_VD, labels_K, chunk, grad_KD, grad_VD)
+        ctx.save_for_backward(grad_KD, grad_VD)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # In place, for another tensor as large as the head is worth avoiding.
-        grads = [None if grad is None else grad.mul_(upstream) for grad in ctx.saved_tensors]
-        return *grads, None, None, None
+        grad_KD, grad_VD = ctx.saved_tensors
+        for grad in (grad_KD, grad_VD):
+            if grad is not None:
+                grad.mul_(upstream)  # in place: another tensor as large as the head is worth avoiding
+        return grad_KD, grad_VD, None, None, None
 
 
 def _sum_chunks(
@@ -99,10 +100,12 @@ def _sum_chunks(
     grad_VD: Tensor | None = None,
 ) -> Tensor:
     """The summed loss; its gradients are written into the tensors given for them."""
-    hidden_KD, weight_VD = _cast(hidden_KD), _cast(weight_VD)
+    hidden_KD = _cast(hidden_KD)
+    weight_VD = _cast(weight_VD)
     loss = torch.zeros((), dtype=torch.promote_types(hidden_KD.dtype, torch.float32), device=hidden_KD.device)
     for start in range(0, max(len(labels_K), 1), chunk):
         at = slice(start, start + chunk)
+        # log_softmax in float32 from logits in the dtype of the products: what autocast does to F.cross_entropy.
         labels_K1 = labels_K[at, None]
         log_KV = torch.log_softmax(hidden_KD[at] @ weight_VD.T, -1, dtype=loss.dtype)
         right_K1 = log_KV.gather(-1, labels_K1)

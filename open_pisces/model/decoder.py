@@ -27,6 +27,7 @@ class PixelUnshuffleVAE:
 
     def encode(self, pixels_BCHW: Tensor) -> SimpleNamespace:
         """``(B, 3, H, W)`` in [-1, 1] to a "distribution" of ``(B, 3 f f, H / f, W / f)`` with one possible value."""
+        # A distribution with one value: callers take `.mode()` as they do of AutoencoderKL's Gaussian.
         latents = F.pixel_unshuffle(pixels_BCHW, self.factor)
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
@@ -64,9 +65,12 @@ class ImageDecoder(nn.Module):
         clean: bool = False,
     ) -> None:
         super().__init__()
-        self.unet, self.scheduler = unet, scheduler
+        self.unet = unet
+        self.scheduler = scheduler
         self.vae = vae
-        self.image_size, self.spatial, self.clean = image_size, spatial, clean
+        self.image_size = image_size
+        self.spatial = spatial
+        self.clean = clean
         self.grid = int(vectors**0.5)
         self.condition = PositionTable(vectors, unet.config.cross_attention_dim)
         self._noiser: Any = None if self.is_flow else _noiser(scheduler)
@@ -82,6 +86,7 @@ class ImageDecoder(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of a latent."""
+        # AutoencoderKL halves the picture once between each two of its levels.
         channels = self.vae.config.latent_channels
         blocks = getattr(self.vae.config, "block_out_channels", None)
         factor = 2 ** (len(blocks) - 1) if blocks else self.vae.factor
@@ -112,14 +117,17 @@ class ImageDecoder(nn.Module):
         here. Times and sizes never are, the U-Net casts their embeddings: above 512 bfloat16 holds every fourth number.
         """
         size = float(self.image_size)
+        # SDXL's micro-conditioning: original size, crop corner, target size. Ours never crops, so they are constant.
         ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=vectors_BME.device)
         pooled = {"text_embeds": vectors_BME.mean(1), "time_ids": ids.expand(len(vectors_BME), 6)}
         if self.spatial:
             grid = vectors_BME.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            # Bilinear: nearest neighbors would hand the U-Net a grid of hard borders.
             grid = F.interpolate(grid, noisy_BCHW.shape[-2:], mode="bilinear", align_corners=False)
             noisy_BCHW = torch.cat([noisy_BCHW, grid.to(noisy_BCHW.dtype)], 1)
         context = vectors_BME + self.condition.positions_ME
         kind = noisy_BCHW.device.type
+        # `is_autocast_enabled` raises for devices that have no autocast.
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             dtype = self.condition.positions_ME.dtype
             noisy_BCHW = noisy_BCHW.to(dtype)
@@ -137,10 +145,14 @@ class ImageDecoder(nn.Module):
         """
         if self.is_flow:
             at = times_B.view(-1, 1, 1, 1)
-            noisy, steps = (1 - at) * latents_BCHW + at * noise_BCHW, times_B * 1000
+            noisy = (1 - at) * latents_BCHW + at * noise_BCHW
+            # diffusers counts a flow's time from 0 to 1000, and so the U-Net embeds it.
+            steps = times_B * 1000
+            # Straight path from picture to noise: its velocity is the difference (rectified flow).
             target = latents_BCHW if self.clean else noise_BCHW - latents_BCHW
         else:
             count = self._noiser.config.num_train_timesteps
+            # Whole steps, as SDXL was trained: the schedule is a table.
             steps = (times_B * count).long().clamp_max(count - 1)
             noisy = self._noiser.add_noise(latents_BCHW, noise_BCHW, steps)
             target = noise_BCHW
@@ -161,6 +173,7 @@ class ImageDecoder(nn.Module):
         the empty caption's vectors as the null condition (paper: inference, after Emu2). A scale of 1 skips it and
         needs no null condition. Latents, times and noise levels stay float32 whatever the U-Net computes in.
         """
+        # A scheduler of its own for each call: it keeps the state of one sampling, and calls may run side by side.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=vectors_BME.device)
         guided = guidance_scale != 1.0
@@ -169,6 +182,7 @@ class ImageDecoder(nn.Module):
                 raise PiscesError(
                     f"guidance_scale {guidance_scale} needs the null condition: pass null_ME or a scale of 1"
                 )
+            # Both halves in one batch: one U-Net call a step.
             vectors_BME = torch.cat([vectors_BME, null_ME.expand_as(vectors_BME)])
         latents = noise_BCHW.float() * getattr(scheduler, "init_noise_sigma", 1.0)
         for time in scheduler.timesteps:
@@ -179,6 +193,7 @@ class ImageDecoder(nn.Module):
                 conditioned, null = predicted.chunk(2)
                 predicted = null + guidance_scale * (conditioned - null)
             if self.clean:
+                # latents = (1 - t) clean + t noise, so the velocity noise - clean is (latents - clean) / t.
                 predicted = (latents - predicted) / (time / 1000)
             latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
         return self.decode(latents)
@@ -191,7 +206,8 @@ def _noiser(scheduler: Any) -> DDPMScheduler:
         PiscesError: for a ``prediction_type`` that has no target here, or that the sampler cannot take a step with.
     """
     noiser = DDPMScheduler.from_config(scheduler.config)
-    kind, name = noiser.config.prediction_type, type(scheduler).__name__
+    kind = noiser.config.prediction_type
+    name = type(scheduler).__name__
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise PiscesError(
             f"decoder.scheduler.prediction_type = {kind!r} is not known: set epsilon, v_prediction or sample"

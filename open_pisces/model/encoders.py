@@ -15,8 +15,8 @@ from transformers import SiglipVisionModel
 
 from open_pisces.batch import unit_pixels
 from open_pisces.config import ConfigError, GenerationEncoderConfig
+from open_pisces.device import FloatBuffers
 from open_pisces.errors import PiscesError
-from open_pisces.model.precision import FloatBuffers
 
 
 class PixelNorm(FloatBuffers):
@@ -94,6 +94,7 @@ class Attention(nn.Module):
     def forward(self, x_BSE: Tensor) -> Tensor:
         """``(B, S, E)`` to the same shape; every position sees every other."""
         B, S, E = x_BSE.shape
+        # The fused projection is laid out as q, k, v, each with its heads: published towers are read into this order.
         q, k, v = self.qkv(x_BSE).view(B, S, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, S, E))
 
@@ -103,10 +104,13 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_width: int, norm: str, activation: str) -> None:
         super().__init__()
-        self.norm, self.activation = norm, activation
+        self.norm = norm
+        self.activation = activation
         self.attention = Attention(width, heads)
-        self.norm1, self.norm2 = layer_norm(width, norm), layer_norm(width, norm)
-        self.expand, self.contract = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.norm1 = layer_norm(width, norm)
+        self.norm2 = layer_norm(width, norm)
+        self.expand = nn.Linear(width, mlp_width)
+        self.contract = nn.Linear(mlp_width, width)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
         """``(B, S, E)`` to the same shape."""
@@ -118,6 +122,7 @@ class Block(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         x = self.expand(x)
+        # x * sigmoid(1.702 x) is the quick GELU of OpenAI's CLIP; OpenCLIP and EVA use the exact one.
         return self.contract(F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x))
 
 
@@ -129,6 +134,7 @@ class GenerationEncoder(nn.Module):
         self.config = config
         self.normalize = PixelNorm(mean, std)
         self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
+        # 0.02: the deviation that BERT, ViT and MAE start from.
         self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
         self.positions = nn.Parameter(torch.randn(1 + config.grid**2, config.width) * 0.02)
         self.entry_norm = layer_norm(config.width, config.norm) if config.entry_norm else nn.Identity()
@@ -160,9 +166,11 @@ class GenerationEncoder(nn.Module):
         if pixels_BCHW.shape[-2:] != (self.image_size, self.image_size):
             raise PiscesError(f"pictures of {tuple(pixels_BCHW.shape[-2:])}; this encoder takes {self.image_size} px")
         pixels_BCHW = self.normalize(pixels_BCHW).to(self.patches.weight.dtype)
+        # Positions are added before patches are dropped: each visible patch keeps its own place.
         x = self.patches(pixels_BCHW).flatten(2).transpose(1, 2) + self.positions[1:]
         if keep_BK is not None:
             x = x.gather(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]))
+        # The class token is never dropped: the contrastive term reads it, in both passes the same way.
         first = (self.class_token + self.positions[0]).expand(x.shape[0], 1, -1)
         x = self.entry_norm(torch.cat([first.to(x.dtype), x], 1))
         for block in self.blocks:

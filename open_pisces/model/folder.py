@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from open_pisces.config import ModelConfig, validate
+from open_pisces.files import sha256_of, whole_folder
 from open_pisces.model import adapters
 from open_pisces.model.parts import PARTS, ModelFolderError, build_part
 
@@ -63,9 +64,9 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def load_part(
-    folder: str | Path, name: str, config: ModelConfig | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path, name: str, config: ModelConfig | None = None, dtype: torch.dtype | None = torch.float32
 ) -> nn.Module:
-    """One part of a model folder; its weights are read in ``dtype``, without a copy in another one.
+    """One part of a model folder; its weights are read in ``dtype`` (None: as stored), without a copy in another one.
 
     Checksums are not compared here, `verify` does that: it costs a second read of all weights.
 
@@ -101,7 +102,9 @@ def load_parts(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
 
 def check_widths(folder: Path, parts: dict[str, Any]) -> None:
     """Refuse parts that cannot be joined, naming both."""
-    bridge, llm_width = parts["bridge"], parts["llm"].config.hidden_size
+    bridge = parts["bridge"]
+    llm_width = parts["llm"].config.hidden_size
+    # Parts may come from different folders; a width that differs would fail deep inside a matrix product.
     wants = {
         "llm": (llm_width, bridge.head.llm_width),
         "understanding_encoder": (
@@ -125,13 +128,14 @@ def verify(folder: str | Path) -> int:
     Raises:
         ModelFolderError: naming the first file that is missing or differs.
     """
-    folder, compared = Path(folder), 0
+    folder = Path(folder)
+    compared = 0
     for name, files in read_card(folder)["parts"].items():
         for file, expected in files.items():
             path = folder / name / file
             if not path.is_file():
                 raise ModelFolderError(f"{folder}: the part {name}/ lacks its file {file}: fetch the folder again")
-            if _sha256(path) != expected:
+            if sha256_of(path) != expected:
                 raise ModelFolderError(
                     f"{path}: differs from what config.json recorded: fetch it again, or, if you changed it on "
                     f"purpose, take its line out of config.json"
@@ -173,19 +177,10 @@ def write_folder(
         raise ModelFolderError(
             f"{folder} exists and is no model folder: name a new one, it would be replaced as a whole"
         )
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
+    # Written beside and renamed: a killed process leaves the old folder or the new one, never half of each.
+    # One name for all processes: what a killed one left, perhaps gigabytes, goes with the next write.
+    with whole_folder(folder, folder.with_name(folder.name + ".new")) as fresh:
         _fill(fresh, config, parts, tokenizer, start, record, dtype)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fill(
@@ -200,6 +195,7 @@ def _fill(
     before = read_card(start) if start else {"record": [], "parts": {}}
     taken_over: set[str] = set()
     for name in FOLDERS:
+        # Parts that this training did not change are linked, not copied: an 8b folder has tens of GB.
         owner = "llm" if name == "adapter" else name  # an adapter belongs to the LLM it was trained on
         written = owner in parts or (name == "tokenizer" and tokenizer is not None)
         if start and not written and (Path(start) / name).is_dir():
@@ -281,12 +277,7 @@ def _readme(folder: Path, records: list[dict[str, Any]]) -> str:
 
 def _hashes(part: Path) -> dict[str, str]:
     files = sorted(p for p in part.rglob("*") if p.is_file())
-    return {str(p.relative_to(part)): _sha256(p) for p in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(p.relative_to(part)): sha256_of(p) for p in files}
 
 
 def present(folder: Path) -> str:
@@ -299,10 +290,12 @@ def in_start(model: ModelConfig, name: str) -> bool:
     return bool(model.start) and (Path(model.start or "") / name).is_dir()
 
 
-def get_part(name: str, model: ModelConfig, vocabulary: int | None = None) -> Any:
-    """The part as the start folder has it, or else a new one."""
+def get_part(
+    name: str, model: ModelConfig, vocabulary: int | None = None, dtype: torch.dtype | None = torch.float32
+) -> Any:
+    """The part as the start folder has it, in ``dtype`` (None: as stored), or else a new one in float32."""
     if in_start(model, name):
-        return load_part(model.start or "", name, model)
+        return load_part(model.start or "", name, model, dtype)
     return build_part(name, model, vocabulary)
 
 

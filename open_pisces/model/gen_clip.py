@@ -38,14 +38,18 @@ class MaskedAutoencoder(nn.Module):
     def forward(self, tokens_BSE: Tensor, keep_BK: Tensor) -> Tensor:
         """The encoder's ``(B, 1 + K, E)`` and the kept indices to normalised pixels ``(B, grid * grid, 3 p p)``."""
         x = self.enter(tokens_BSE)
+        # Every place starts as the hidden token; what the encoder saw is written over it (MAE, section 3).
         places = self.hidden_token.to(x.dtype).expand(x.shape[0], self.positions.shape[0] - 1, -1)
         places = places.scatter(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
+        # The class token goes along, as in MAE, and is dropped from the output.
         return self.leave(self.blocks(torch.cat([x[:, :1], places], 1) + self.positions))[:, 1:]
 
     def targets(self, pixels_BCHW: Tensor) -> Tensor:
         """Each patch's pixels with their own mean and deviation taken out (MAE's normalised targets)."""
         patches = rearrange(unit_pixels(pixels_BCHW), "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        mean, variance = patches.mean(-1, keepdim=True), patches.var(-1, keepdim=True)
+        mean = patches.mean(-1, keepdim=True)
+        variance = patches.var(-1, keepdim=True)
+        # 1e-4 on pixels in [0, 1]: flat patches stay near 0 instead of amplifying rounding.
         return (patches - mean) / (variance + 1e-4).sqrt()
 
 
@@ -84,10 +88,12 @@ class GenCLIP(nn.Module):
         self, vision: GenerationEncoder | UnderstandingEncoder, config: ContrastiveConfig, vocabulary: int
     ) -> None:
         super().__init__()
-        self.config, self.vision = config, vision
+        self.config = config
+        self.vision = vision
         # The tower's own pooling looks for these ids; ours takes the last token and does not use it.
         ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
         self.text = CLIPTextModel(CLIPTextConfig(**{**config.text, **ids, "vocab_size": vocabulary}))
+        # Without bias, as CLIP: both land on one sphere.
         self.vision_projection = nn.Linear(vision.width, config.width, bias=False)
         self.text_projection = nn.Linear(self.text.config.hidden_size, config.width, bias=False)
         self.temperature = Temperature()
@@ -113,11 +119,13 @@ class GenCLIP(nn.Module):
         predicted = upcast(self.mae(self.vision(pixels_BCHW, keep_BK), keep_BK))
         error_BS = (predicted - self.mae.targets(pixels_BCHW)).pow(2).mean(-1)
         hidden_BS = torch.ones_like(error_BS).scatter(1, keep_BK, 0.0)
+        # Only hidden patches count: guessing what was seen is copying (MAE, section 3).
         return (error_BS * hidden_BS).sum(1) / hidden_BS.sum(1)
 
     def forward(self, batch: PairBatch, keep_BK: Tensor) -> Embedded:
         """Everything the losses need of a micro-batch; ``keep_BK`` names the patches that the MAE pass sees."""
-        images, texts = self.embed_images(batch.pixels_BCHW), self.embed_texts(batch.ids_BS, batch.mask_BS)
+        images = self.embed_images(batch.pixels_BCHW)
+        texts = self.embed_texts(batch.ids_BS, batch.mask_BS)
         masked = self.reconstruct(batch.pixels_BCHW, keep_BK) if self.mae is not None else None
         return Embedded(images, texts, self.temperature(), masked)
 
@@ -144,8 +152,10 @@ def contrast(
     mine_R = torch.arange(len(images_KE), device=images_KE.device)[first:][:count]
     twins_RK = captions_K[mine_R][:, None] == captions_K[None]
     twins_RK = twins_RK.scatter(1, mine_R[:, None], False)
-    loss, found = scale.new_zeros(()), scale.new_zeros(())
+    loss = scale.new_zeros(())
+    found = scale.new_zeros(())
     with torch.autocast(images_KE.device.type, enabled=False):
+        # Both directions weigh the same, as in CLIP.
         for ours, others in ((images_KE, texts_KE), (texts_KE, images_KE)):
             scores_RK = (scale * ours[mine_R] @ others.T).masked_fill(twins_RK, float("-inf"))
             loss = loss + F.cross_entropy(scores_RK, mine_R, reduction="sum")

@@ -35,7 +35,8 @@ class VectorHead(nn.Module):
 
     def __init__(self, llm_width: int, width: int) -> None:
         super().__init__()
-        self.llm_width, self.width = llm_width, width
+        self.llm_width = llm_width
+        self.width = width
 
     def loss(self, hidden_KD: Tensor, target_KE: Tensor, draws_KR: Tensor | None = None) -> HeadLoss:
         """The error of each vector, to be summed over the global batch and divided by its vectors.
@@ -62,7 +63,8 @@ class GenerationHead(VectorHead):
 
     def __init__(self, llm_width: int, width: int) -> None:
         super().__init__(llm_width, width)
-        self.first, self.second = nn.Linear(llm_width, llm_width), nn.Linear(llm_width, width)
+        self.first = nn.Linear(llm_width, llm_width)
+        self.second = nn.Linear(llm_width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(..., D)`` to ``(..., E)``."""
@@ -71,6 +73,7 @@ class GenerationHead(VectorHead):
     def loss(self, hidden_KD: Tensor, target_KE: Tensor, draws_KR: Tensor | None = None) -> HeadLoss:
         """Squared error, mean over channels."""
         predicted_KE = self(hidden_KD)
+        # Mean over channels, so that the weight of the loss does not depend on gen-CLIP's width.
         return HeadLoss((upcast(predicted_KE) - target_KE).pow(2).mean(-1), predicted_KE)
 
     def sample(self, hidden_BD: Tensor, draws_BR: Tensor | None = None) -> Tensor:

@@ -55,7 +55,8 @@ def translate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if "class_token" not in ours or "positions" not in ours:
         example = next(iter(weights), "nothing at all")
         raise ConfigError(f"model.generation.source: neither CLIP's nor EVA-CLIP's names, for example {example}")
-    ours["class_token"], ours["positions"] = ours["class_token"].flatten(), ours["positions"].flatten(0, -2)
+    ours["class_token"] = ours["class_token"].flatten()
+    ours["positions"] = ours["positions"].flatten(0, -2)
     for block in sorted({int(key.split(".")[1]) for key in ours if key.startswith("blocks.")}):
         _fuse(ours, f"blocks.{block}.attention.")
     return ours

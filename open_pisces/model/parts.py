@@ -17,6 +17,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
@@ -40,8 +41,8 @@ class Part:
 
     build: Callable[[ModelConfig, int | None], nn.Module]
     """From the settings of the whole model, and the tokens of the tokenizer (None keeps the LLM's own embeddings)."""
-    load: Callable[[Path, ModelConfig, torch.dtype], nn.Module]
-    """From its folder, weights in a dtype."""
+    load: Callable[[Path, ModelConfig, torch.dtype | None], nn.Module]
+    """From its folder, weights in a dtype; None keeps the one they are stored in."""
     save: Callable[[Any, Path], None]
     """Into its folder."""
     source: Callable[[ModelConfig], str | None]
@@ -91,7 +92,8 @@ def _build_llm(config: ModelConfig, vocabulary: int | None) -> nn.Module:
 
 
 def _build_understanding(config: ModelConfig, vocabulary: int | None) -> nn.Module:
-    values, source = siglip_config(config), config.understanding.source
+    values = siglip_config(config)
+    source = config.understanding.source
     if source:
         head = getattr(values, "vision_use_head", True)
         tower = SiglipVisionModel.from_pretrained(source, vision_use_head=head, dtype=torch.float32)
@@ -113,13 +115,15 @@ def _build_bridge(config: ModelConfig, vocabulary: int | None) -> nn.Module:
 
 def build_decoder(config: ModelConfig, vocabulary: int | None = None) -> ImageDecoder:
     """The decoder; U-Net widths that follow from gen-CLIP are filled in here, so recipes cannot contradict them."""
-    settings, width = config.decoder, config.generation.width
+    settings = config.decoder
+    width = config.generation.width
     if "unshuffle" in settings.vae:
         vae: Any = PixelUnshuffleVAE(**settings.vae)
     elif settings.source:
         vae = AutoencoderKL.from_pretrained(settings.source, subfolder="vae").requires_grad_(False)
     else:
         vae = AutoencoderKL(**settings.vae).requires_grad_(False)
+    # The VAE decides how many channels the U-Net denoises.
     unet = _unet(config, vae.config.latent_channels, width)
     arguments = dict(settings.scheduler)
     scheduler = _scheduler(arguments.pop("class", "EulerDiscreteScheduler"), arguments)
@@ -174,6 +178,7 @@ def _scheduler(name: str, arguments: dict[str, Any]) -> Any:
     kind = getattr(diffusers, name, None)
     if kind is None or not name.endswith("Scheduler"):
         raise ConfigError(f"model.decoder.scheduler.class = {name!r}: diffusers has no scheduler of that name")
+    # Also inside `torch.device("meta")`.
     with torch.device("cpu"):  # a scheduler computes with its tables even where parameters are on the meta device
         return kind(**arguments)
 
@@ -191,21 +196,21 @@ def _refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) ->
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def _load_llm(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+def _load_llm(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
+    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or _stored_dtype(path), output_loading_info=True)
     _complete(path, info)
     if (path.parent / "adapter").is_dir():
         adapters.load_adapter(llm, path.parent / "adapter")
     return llm
 
 
-def _load_understanding(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    tower, info = SiglipVisionModel.from_pretrained(path, dtype=dtype, output_loading_info=True)
+def _load_understanding(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
+    tower, info = SiglipVisionModel.from_pretrained(path, dtype=dtype or _stored_dtype(path), output_loading_info=True)
     _complete(path, info)
     return UnderstandingEncoder(tower, config.understanding_mean, config.understanding_std)
 
 
-def _load_generation(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def _load_generation(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
     settings = validate(GenerationEncoderConfig, json.loads((path / "config.json").read_text()), {"": str(path)})
     with init_empty_weights(include_buffers=False):
         encoder = GenerationEncoder(settings, config.generation_mean, config.generation_std)
@@ -213,7 +218,7 @@ def _load_generation(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.
     return encoder
 
 
-def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
     weights = load_file(path / "model.safetensors")
     understanding_width = weights["understanding_projector.first.weight"].shape[1]
     llm_width = weights["generation_projector.second.weight"].shape[0]
@@ -223,27 +228,36 @@ def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Modu
     return bridge
 
 
-def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=dtype, output_loading_info=True)
+def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
+    kind = dtype or _stored_dtype(path / "unet")
+    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=kind, output_loading_info=True)
     _complete(path / "unet", info)
     values = json.loads((path / "vae" / "config.json").read_text())
     if "unshuffle" in values:
         vae: Any = PixelUnshuffleVAE(**values)
     else:
-        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=dtype).requires_grad_(False)
-    kind = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
-    scheduler = getattr(diffusers, kind).from_pretrained(path / "scheduler")
+        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=kind).requires_grad_(False)
+    scheduler_class = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
+    scheduler = getattr(diffusers, scheduler_class).from_pretrained(path / "scheduler")
     decoder = _decoder_of(config, unet, vae, scheduler)
     _assign(decoder.condition, load_file(path / "condition.safetensors"), dtype)
     return decoder
 
 
-def _assign(module: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Give a module weights in ``dtype``, without ever holding them twice; buffers stay float32."""
+def _assign(module: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
+    """Give a module weights in ``dtype`` (None: as they are), without ever holding them twice; buffers stay float32."""
+    # One tensor at a time: the file's copy of each is let go of as soon as it is cast.
     buffers = dict(module.named_buffers())
     for name, value in weights.items():
-        weights[name] = value.to(torch.float32 if name in buffers else dtype)
+        weights[name] = value.to(torch.float32 if name in buffers else dtype or value.dtype)
     module.load_state_dict(weights, assign=True)
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first weight in a folder. The config.json beside it may say another one, or none."""
+    file = min(folder.glob("*.safetensors"))
+    with safe_open(file, "pt") as weights:
+        return weights.get_tensor(next(iter(weights.keys()))).dtype
 
 
 def _complete(path: Path, info: dict[str, Any]) -> None:

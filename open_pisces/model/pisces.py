@@ -11,7 +11,7 @@ from torch import Tensor
 
 from open_pisces.batch import Losses, SequenceBatch
 from open_pisces.config import LossConfig, ModelConfig
-from open_pisces.device import upcast
+from open_pisces.device import FloatBuffers, upcast
 from open_pisces.errors import PiscesError
 from open_pisces.model.adapters import adopt_adapter
 from open_pisces.model.bridge import Bridge
@@ -20,7 +20,6 @@ from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.folder import load_parts, write_folder
 from open_pisces.model.parts import PARTS
-from open_pisces.model.precision import FloatBuffers
 
 
 class Pisces(FloatBuffers):
@@ -46,10 +45,13 @@ class Pisces(FloatBuffers):
         weights: LossConfig | None = None,
     ) -> None:
         super().__init__()
-        self.settings, self.weights = config, weights or LossConfig()
+        self.settings = config
+        self.weights = weights or LossConfig()
         self.llm = llm
-        self.understanding_encoder, self.generation_encoder = understanding_encoder, generation_encoder
-        self.bridge, self.decoder = bridge, decoder
+        self.understanding_encoder = understanding_encoder
+        self.generation_encoder = generation_encoder
+        self.bridge = bridge
+        self.decoder = decoder
         self.folder: Path | None = None
         """Where it was loaded from, if from a folder: its tokenizer and training record belong to it."""
 
@@ -91,6 +93,7 @@ class Pisces(FloatBuffers):
 
     def understand(self, pixels_BCHW: Tensor) -> Tensor:
         """Pictures in [0, 1] to what the LLM reads of them, ``(B, N, D)``: no pooling, a long sequence."""
+        # A frozen tower needs no graph, and its activations would be the largest of the step.
         frozen = not any(p.requires_grad for p in self.understanding_encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             vectors_BNE = self.understanding_encoder(pixels_BCHW)
@@ -109,6 +112,7 @@ class Pisces(FloatBuffers):
         Returns:
             ``(B, S, D)`` embeddings, image places filled; ``(pictures, M, E)`` targets in float32.
         """
+        # Places of pictures hold a placeholder's embedding, which is written over below.
         words_BSD = self.llm.get_input_embeddings()(batch.ids_BS)
         flat = words_BSD.flatten(0, 1)
         if batch.understanding_features_BNE is not None:
@@ -140,15 +144,19 @@ class Pisces(FloatBuffers):
             draws_KR: ``(vectors, head.loss_draws)`` standard normal numbers, for a head whose loss is random.
         """
         inputs_BSD, targets_BME = self.embed(batch)
+        # 0 in the paper's stages: teacher forcing.
         for _ in range(self.weights.own_passes):
             inputs_BSD = self.feed_own(inputs_BSD, batch)
         hidden_KD = self.hidden(inputs_BSD, **self.packing(batch)).flatten(0, 1)
-        head, kernel = self.llm.get_output_embeddings(), self.weights.kernel
+        head = self.llm.get_output_embeddings()
+        kernel = self.weights.kernel
         summed = head_cross_entropy(head, hidden_KD[batch.text_at_K], batch.labels_K, kernel)
         text = summed / max(batch.total_text, 1)
         # One left of each vector's place sits what predicts it: [IMG], or the vector before.
-        targets_KE, drawn = targets_BME.flatten(0, 1), max(batch.total_vectors, 1)
+        targets_KE = targets_BME.flatten(0, 1)
+        drawn = max(batch.total_vectors, 1)
         error_K, predicted_KE = self.bridge.head.loss(hidden_KD[batch.generation_at_K - 1], targets_KE, draws_KR)
+        # Divided by the vectors of the global batch, not of this one: accumulation changes nothing.
         vectors = error_K.sum() / drawn
         loss = self.weights.text * text + self.weights.vectors * vectors
         # Squared error shrinks what it cannot know: the two norms drift apart before pictures turn grey.

@@ -3,7 +3,7 @@
 ::
 
     state/latest              the name of the newest
-    state/step-00000500/      PyTorch's distributed checkpoint: shards of any number of processes
+    state/step-00000500/      PyTorch's distributed checkpoint: shards of any number of ranks
         progress.json         how far the run is
         manifest.json         sizes and sha256 of all files; names and shapes of all tensors
 
@@ -13,18 +13,16 @@ its run (PyTorch's index is a pickle): what is shared is the model folder.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
-import socket
 import sys
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from open_pisces.errors import PiscesError
+from open_pisces.files import LockHeldError, locked, sha256_of, sync, whole_file
 from open_pisces.train.optim import AveragedWeights
 from open_pisces.train.world import World
 
@@ -74,6 +73,7 @@ def state_of(module: nn.Module, optimizer: torch.optim.Optimizer, average: Avera
 
 def find(state: Path) -> list[Found]:
     """The checkpoints of a run that have a manifest, the newest first; their files are not yet verified."""
+    # `latest` moves last, so the folder it names is complete; the others are what a damaged one falls back to.
     latest = state / "latest"
     named = latest.read_text().strip() if latest.is_file() else ""
     folders = sorted(state.glob("step-*"), key=lambda folder: (folder.name == named, folder.name), reverse=True)
@@ -107,13 +107,13 @@ def faults(found: Found, part: int = 0, parts: int = 1) -> list[str]:
             wrong.append(f"{path}: missing")
         elif path.stat().st_size != expected["size"]:
             wrong.append(f"{path}: {path.stat().st_size} bytes instead of {expected['size']}")
-        elif _sha256(path) != expected["sha256"]:
+        elif sha256_of(path) != expected["sha256"]:
             wrong.append(f"{path}: differs from its checksum")
     return wrong
 
 
 def load_latest(state: Path, tensors: dict[str, Tensor], world: World) -> dict[str, Any] | None:
-    """Put the newest good checkpoint back in place, for whatever number of processes; returns its progress.
+    """Put the newest good checkpoint back in place, for any number of ranks; returns its progress.
 
     Damaged ones are put aside, and the file is named on standard error. None means that there is no checkpoint.
 
@@ -128,7 +128,8 @@ def load_latest(state: Path, tensors: dict[str, Tensor], world: World) -> dict[s
                 f"{found.folder}: written by another version (format {found.manifest.get('format')}, this one reads "
                 f"{FORMAT}): update open_pisces, or choose another out=FOLDER"
             )
-        wrong = [line for lines in world.gather_objects(faults(found, world.rank, world.ranks)) for line in lines]
+        own_faults = faults(found, world.rank, world.ranks)  # each rank reads its share of the files
+        wrong = list(chain.from_iterable(world.gather_objects(own_faults)))
         if not wrong:
             _check_fit(found, tensors)
             dcp.load({"all": tensors}, checkpoint_id=found.folder, process_group=world.saving, no_dist=world.ranks == 1)
@@ -146,7 +147,8 @@ def load_latest(state: Path, tensors: dict[str, Tensor], world: World) -> dict[s
 
 
 def _check_fit(found: Found, tensors: dict[str, Tensor]) -> None:
-    written, wanted = found.manifest["tensors"], {name: list(value.shape) for name, value in tensors.items()}
+    written = found.manifest["tensors"]
+    wanted = {name: list(value.shape) for name, value in tensors.items()}
     odd = sorted(name for name in {*written, *wanted} if written.get(name) != wanted.get(name))
     if odd:
         was, now = (shapes.get(odd[0], "not there") for shapes in (written, wanted))
@@ -163,20 +165,26 @@ class Checkpoints:
 
     Args:
         state: the folder.
-        world: the processes that write together.
+        world: the ranks that write together.
         keep: how many to keep.
         background: return when the tensors are copied; otherwise when all is on disk.
     """
 
     def __init__(self, state: Path, world: World, keep: int = 2, background: bool = True) -> None:
-        self.state, self.world, self.keep, self.background = state, world, keep, background
+        self.state = state
+        self.world = world
+        self.keep = keep
+        self.background = background
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[None] | None = None
         self._stager = DefaultStager(StagingOptions(False, False, False, False))  # keeps its memory for the next one
         if world.is_first:
             state.mkdir(parents=True, exist_ok=True)
             for left in state.glob(".*"):  # of a process that died while it wrote
-                shutil.rmtree(left, ignore_errors=True)
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
 
     def save(
         self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], before: Callable[[], None] = lambda: None
@@ -187,7 +195,7 @@ class Checkpoints:
             step: the number it is known by.
             tensors: what changes.
             progress: how far the run is, as JSON takes it.
-            before: what the first process writes before the checkpoint counts: the model folder.
+            before: what rank 0 writes before the checkpoint counts: the model folder.
 
         Raises:
             CheckpointError: if this or the one before could not be written; those already there are untouched.
@@ -200,12 +208,14 @@ class Checkpoints:
         whole = {"all": tensors}  # PyTorch notes in its log when it begins and ends each entry at the top
         if not self.background:
             return self._finish(fresh, shapes, progress, before, lambda: dcp.save(whole, **options))
+        # The tensors are copied before this returns, so training may go on changing them.
         written: Any = dcp.async_save(whole, **options, async_stager=self._stager)
         self._job = self._pool.submit(self._finish, fresh, shapes, progress, before, written.result)
 
     def wait(self) -> None:
         """Until the checkpoint under way is on disk; raises what went wrong with it."""
-        job, self._job = self._job, None
+        job = self._job
+        self._job = None
         if job is not None:
             job.result()
 
@@ -225,20 +235,25 @@ class Checkpoints:
         before: Callable[[], None],
         write: Callable[[], Any],
     ) -> None:
-        problem, files = "", {}
-        for act in (before if self.world.is_first else lambda: None, write):
+        problem = ""
+        files = {}
+        # All ranks have to come to the collective below, so no error leaves here before it.
+        for act in (before, write) if self.world.is_first else (write,):
             try:
                 act()
             except BaseException as error:
                 problem = problem or f"{fresh}: cannot be written: {_cause(error)}"
         if not problem:
-            own = [*fresh.glob(f"__{self.world.rank}_*"), *(fresh.glob(".metadata") if self.world.is_first else ())]
-            files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in own}
+            own = list(fresh.glob(f"__{self.world.rank}_*"))
+            if self.world.is_first:
+                own += fresh.glob(".metadata")
+            files = {path.name: {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in own}
         gathered = self.world.gather_objects((problem, files), self.world.saving)
         problem = next((told for told, _ in gathered if told), "")
         if not problem and self.world.is_first:
+            every = dict(ChainMap(*(part for _, part in gathered)))
             try:
-                self._commit(fresh, {k: v for _, part in gathered for k, v in part.items()}, shapes, progress)
+                self._commit(fresh, every, shapes, progress)
             except OSError as error:
                 problem = f"{error.filename or fresh}: cannot be written: {_cause(error)}"
         problem = self.world.gather_objects(problem, self.world.saving)[0]
@@ -251,19 +266,22 @@ class Checkpoints:
     def _commit(
         self, fresh: Path, files: dict[str, Any], shapes: dict[str, list[int]], progress: dict[str, Any]
     ) -> None:
-        _write(fresh / "progress.json", json.dumps(progress))
         told = fresh / "progress.json"
-        files[told.name] = {"size": told.stat().st_size, "sha256": _sha256(told)}
+        told.write_text(json.dumps(progress))
+        sync(told)
+        files[told.name] = {"size": told.stat().st_size, "sha256": sha256_of(told)}
         manifest = {"format": FORMAT, "processes": self.world.ranks, "files": files, "tensors": shapes}
-        _write(fresh / "manifest.json", json.dumps(manifest))
-        _sync(fresh)
+        (fresh / "manifest.json").write_text(json.dumps(manifest))
+        sync(fresh / "manifest.json")
+        sync(fresh)
         place = self.state / fresh.name.removeprefix(".")
         if place.exists():  # a run that went back comes by again
             place.rename(self.state / f".old-{place.name}")
         fresh.rename(place)
-        _write(self.state / ".latest", place.name)
-        os.replace(self.state / ".latest", self.state / "latest")
-        _sync(self.state)
+        with whole_file(self.state / "latest") as hidden:
+            hidden.write_text(place.name)
+            sync(hidden)
+        sync(self.state)
         for old in sorted(self.state.glob("step-*"), reverse=True)[self.keep :]:
             old.rename(self.state / f".old-{old.name}")
         for old in self.state.glob(".old-*"):
@@ -271,35 +289,11 @@ class Checkpoints:
 
 
 def _cause(error: BaseException) -> str:
-    """What lies at the bottom of PyTorch's wrapping: the first process's own error."""
+    """What lies at the bottom of PyTorch's wrapping: the first rank's own error."""
     failures = getattr(error, "failures", None)
     if failures:
         error = next(iter(failures.values()))[0]
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make renames inside a folder last."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ one writer
 
 
 @contextmanager
@@ -313,29 +307,13 @@ def own_folder(folder: Path, world: World) -> Iterator[None]:
         problem = ""
         if world.is_first:
             try:
-                held.enter_context(_lock(folder))
-            except (CheckpointError, OSError) as error:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(folder / ".lock", wait=False))
+            except LockHeldError as error:
+                problem = f"{folder}: {error.holder} is training into it: wait for it, or choose another out=FOLDER"
+            except OSError as error:
                 problem = str(error)
         problem = world.gather_objects(problem)[0]
         if problem:
             raise CheckpointError(problem)
-        yield
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise CheckpointError(
-                f"{folder}: {holder} is training into it: wait for it, or choose another out=FOLDER"
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         yield

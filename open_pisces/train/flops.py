@@ -37,7 +37,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
     """The same structure with every parameter and buffer an empty tensor on the meta device; copies no weight.
 
     Tensors and modules that are shared stay shared, what is frozen stays frozen. Of sharded modules come the whole
-    shapes; neither the sharding nor any hook comes along. So a twin can be run for its shapes, or filled with
+    shapes; neither the sharding nor any hook comes along. So a copy can be run for its shapes, or filled with
     gathered weights and saved.
     """
     return copy_with(module, lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
@@ -71,28 +71,30 @@ def _kept(part: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def structure_of(module: nn.Module) -> nn.Module:
-    """The same structure with its buffers, and with parameters that are empty tensors on the meta device."""
+    """The same structure with its buffers, and with parameters that are `stand_in`s."""
+    return copy_with(module, lambda tensor: stand_in(tensor) if isinstance(tensor, nn.Parameter) else tensor)
 
-    def make(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    return copy_with(module, make)
+def stand_in(weight: Tensor) -> Tensor:
+    """An empty tensor on the meta device for a weight that is still to come.
+
+    Weights that lie in half precision, as published ones do, are trained in float32: they are upcast as they arrive.
+    """
+    dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+    return torch.empty(weight.shape, dtype=dtype, device="meta")
 
 
 def take_weights(module: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """Take a module's weights out of it: what stays are empty parameters on the meta device, shared as they were.
+    """Take a module's weights out of it: what stays are `stand_in`s, shared as the weights were.
 
     Returns:
-        The weights by the parameter that stands for them.
+        The weights, in their own dtype, by the parameter that stands for them.
     """
     stand_ins: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             if parameter not in stand_ins:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-                stand_ins[parameter] = nn.Parameter(empty, parameter.requires_grad)
+                stand_ins[parameter] = nn.Parameter(stand_in(parameter), parameter.requires_grad)
             part._parameters[name] = stand_ins[parameter]
     return {empty: real.detach() for real, empty in stand_ins.items()}
 
@@ -197,7 +199,7 @@ class Costs:
         return {part: flops for part, flops in found.items() if flops}
 
     def step(self, given: StepBatches) -> float:
-        """FLOPs of training on a process's part of a step."""
+        """FLOPs of training on a rank's part of a step."""
         return sum(self.training(counts_of(batch)) for batch in given.batches)
 
 
@@ -206,8 +208,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) ->
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
-def twin_of(module: nn.Module, name: str) -> Any:
-    """A twin of a part, in evaluation mode: nothing drops out."""
+def meta_part(module: nn.Module, name: str) -> Any:
+    """`meta_copy` of a part, in evaluation mode: nothing drops out."""
     return meta_copy(getattr(module, name)).float().eval()
 
 
@@ -216,27 +218,30 @@ def learns(*parts: nn.Module) -> bool:
     return any(p.requires_grad for part in parts for p in part.parameters())
 
 
-def once(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -> Cost:
+def unit_cost(part: str, unit: str, run: Callable[[], Tensor], again: int = 0) -> Cost:
     """The cost of ``run``, which does one unit; ``again`` passes come on top that are forward only."""
     forward, training = flops_of(run)
     return Cost(part, unit, forward, training + again * forward)
 
 
-def line(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
+def length_costs(part: str, units: tuple[str, str], run: Callable[[int], Tensor], again: int = 0) -> Iterator[Cost]:
     """The costs of a transformer for each token and for each pair of tokens, from two lengths."""
     short = 8
-    one, two = once(part, units[0], lambda: run(short), again), once(part, units[0], lambda: run(2 * short), again)
-    pair = [(b - 2 * a) / (2 * short**2) for a, b in ((one.forward, two.forward), (one.training, two.training))]
-    token = [(a / short - each * short) for a, each in zip((one.forward, one.training), pair, strict=True)]
-    yield Cost(part, units[0], *token)
-    yield Cost(part, units[1], *pair)
+    # Two short lengths are enough: the cost of a transformer is exactly linear plus quadratic in its length.
+    one = unit_cost(part, units[0], lambda: run(short), again)
+    two = unit_cost(part, units[0], lambda: run(2 * short), again)
+    # cost(length) = token * length + pair * length ** 2, at two lengths of which one is twice the other
+    forward_pair = (two.forward - 2 * one.forward) / (2 * short**2)
+    training_pair = (two.training - 2 * one.training) / (2 * short**2)
+    yield Cost(part, units[0], one.forward / short - forward_pair * short, one.training / short - training_pair * short)
+    yield Cost(part, units[1], forward_pair, training_pair)
 
 
 def frozen_generation_encoder(module: nn.Module) -> Cost:
     """gen-CLIP as a frozen encoder."""
-    encoder = twin_of(module, "generation_encoder").requires_grad_(False)
+    encoder = meta_part(module, "generation_encoder").requires_grad_(False)
     picture = meta(1, 3, encoder.image_size, encoder.image_size)
-    return once("generation_encoder", "drawn_pictures", lambda: encoder.features(picture))
+    return unit_cost("generation_encoder", "drawn_pictures", lambda: encoder.features(picture))
 
 
 # -------------------------------------------------------------------------------------------- what a device can do
@@ -253,7 +258,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.1) 
     size = 8192 if device.type == "cuda" else 1024
     numbers = torch.Generator().manual_seed(0)  # zeros would draw less power, and run faster, than any model
     left, right = (torch.randn(size, size, generator=numbers).to(device, dtype) for _ in range(2))
-    out, best, end = left @ right, 0.0, float("inf")
+    out = left @ right
+    best = 0.0
+    end = float("inf")
     while (start := time.perf_counter()) < end:
         _wait(device)
         start = time.perf_counter()

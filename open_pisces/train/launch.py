@@ -1,4 +1,7 @@
-"""Several processes of one training on this machine, without torchrun: ``pisces train RECIPE --nproc N``."""
+"""Several processes of one training on this machine, without torchrun: ``pisces train RECIPE --nproc N``.
+
+Not `torch.distributed.run`: after a signal it exits with 1 although all ranks have saved; it hides their codes (LOG).
+"""
 
 from __future__ import annotations
 

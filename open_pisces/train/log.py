@@ -72,20 +72,23 @@ class Metrics:
 
 
 class Log:
-    """What a run tells: the bar, ``metrics.jsonl``, ``events.jsonl``, TensorBoard and trackers; by the first process.
+    """What a run tells: the bar, ``metrics.jsonl``, ``events.jsonl``, TensorBoard and trackers; by rank 0.
 
     Args:
         config: the recipe.
         costs: what its parts cost in FLOPs.
-        world: the processes.
+        world: the ranks.
         step: the step the run begins at.
         before: seconds of training before it was interrupted.
     """
 
     def __init__(self, config: RunConfig, costs: Costs, world: World, step: int, before: float) -> None:
-        self.config, self.world, self.first_step = config, world, step
+        self.config = config
+        self.world = world
+        self.first_step = step
         self.start = time.monotonic() - before
         self.costs = costs
+        # Measured, not looked up: what a device does on this machine, with these clocks.
         self.rate = matmul_rate(world.device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
         self.window = Window(time.monotonic())
         self.told: list[Any] = []
@@ -143,8 +146,8 @@ class Log:
         Args:
             step: from 0.
             row: losses and what else is true of this step alone; empty if it was left out.
-            batches: this process's micro-batches.
-            whole: counts of all processes.
+            batches: this rank's micro-batches.
+            whole: counts of all ranks.
             skipped: samples left out so far, by cause.
             last: whether no step follows.
         """
@@ -169,7 +172,8 @@ class Log:
 
     def _figures(self, skipped: dict[str, int]) -> dict[str, float]:
         """Speed, use of the device, memory, data."""
-        window, seconds = self.window, max(time.monotonic() - self.window.begun, 1e-9)
+        window = self.window
+        seconds = max(time.monotonic() - self.window.begun, 1e-9)
         figures = {
             "samples_per_second": window.samples / seconds,
             "mfu": window.flops / seconds / self.rate,
@@ -205,7 +209,7 @@ class Window:
     tokens: int = 0
     places: int = 0
     flops: float = 0.0
-    """Of this process alone."""
+    """Of this rank alone."""
 
     def add(self, whole: StepBatches, flops: float) -> None:
         """Count a step."""

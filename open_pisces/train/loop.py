@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,9 +29,9 @@ from open_pisces.train.objectives.base import Objective
 from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at
 from open_pisces.train.probes import Probe, probe
 from open_pisces.train.resume import changed_settings, check_order, order_of
-from open_pisces.train.sharding import checkpoint_activations, compile_parts, gather_full, reduce_gradients, shard
+from open_pisces.train.sharding import checkpoint_activations, compile_parts, shard
 from open_pisces.train.signals import Stop, stop_signals
-from open_pisces.train.world import World, join_world
+from open_pisces.train.world import World, gather_full, join_world, reduce_gradients
 
 LOSSES = ("text", "vectors", "diffusion", "contrastive", "mae")
 """What is watched for spikes."""
@@ -89,8 +90,8 @@ def is_done(config: RunConfig) -> bool:
 def train(config: RunConfig, probes: Sequence[Probe] = (probe,)) -> Path:
     """Run one training, or continue it from its last checkpoint; returns the run folder.
 
-    Under torchrun all its processes train together. SIGINT, SIGTERM and SIGUSR1 end it after the current step with
-    everything saved; the same command then continues to the bit, with any number of processes. The run folder holds
+    Under torchrun all ranks train together. SIGINT, SIGTERM and SIGUSR1 end it after the current step with
+    everything saved; the same command then continues to the bit, with any number of ranks. The run folder holds
     ``model/`` (the model folder), ``state/`` (to resume), ``config.yaml``, ``versions.json``, ``metrics.jsonl``,
     ``events.jsonl``, ``tensorboard/`` and ``samples/``.
 
@@ -98,8 +99,6 @@ def train(config: RunConfig, probes: Sequence[Probe] = (probe,)) -> Path:
         config: the recipe.
         probes: called every ``train.probe_every`` steps, to judge the run by looking.
     """
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     with join_world(config) as world, own_folder(config.folder, world):
         run = start(config, world, probes)
         try:
@@ -117,15 +116,19 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     settings = config.train
     training = build_training(config, world)
     module = training.module.double() if settings.precision == "fp64" else training.module
+    # The order matters: copies and costs see the whole model; checkpointing and compilation come before sharding.
     if world.mesh is None:
         module.to(world.device)  # otherwise sharding takes it there block by block: a device never holds all of it
-    copies, costs = {name: meta_copy(part) for name, part in training.parts.items()}, costs_of(module, config)
+    copies = {name: meta_copy(part) for name, part in training.parts.items()}
+    costs = costs_of(module, config)
     checkpoint_activations(module, settings.checkpointing)
     if settings.compile and training.compiled is not None:
         # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
         compile_parts(training.compiled, world, dynamic=None if config.data.row_length else False)
     shard(module.train(), world, settings, training.weights)
-    optimizer, average = build_optimizer(module, settings), AveragedWeights(module, settings.ema)
+    # After sharding: the optimizer's moments are shards like their weights.
+    optimizer = build_optimizer(module, settings)
+    average = AveragedWeights(module, settings.ema)
     state = config.folder / "state"
     found = load_latest(state, state_of(module, optimizer, average), world)
     progress = Progress(**found) if found else Progress()
@@ -138,7 +141,7 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     if found:
         log.event(progress.step, "resumed", processes=world.ranks, changed=changed)
     checkpoints = Checkpoints(state, world, settings.keep, settings.save_async)
-    licences = [entry for source in config.data.sources for entry in open_dataset(source.path).licences]
+    licences = list(chain.from_iterable(open_dataset(source.path).licences for source in config.data.sources))
     return Run(config, world, training, optimizer, average, checkpoints, log, copies, progress, probes, licences)
 
 
@@ -148,7 +151,8 @@ def _changes(config: RunConfig, before: dict[str, Any], now: dict[str, Any], wor
     Raises:
         ConfigError: on all ranks, if there is none.
     """
-    problem, changed = "", list[str]()
+    problem = ""
+    changed = list[str]()
     if world.is_first:  # only its view counts: ranks on other machines may see the folder a little later
         try:
             changed = list(dict.fromkeys([*check_order(config, before, now), *changed_settings(config)]))
@@ -164,7 +168,9 @@ def _changes(config: RunConfig, before: dict[str, Any], now: dict[str, Any], wor
 
 def run_until_done(run: Run, stop: Stop) -> bool:
     """Train until the last step. Returns False after a rewind: call it again."""
-    settings, progress = run.config.train, run.progress
+    settings = run.config.train
+    progress = run.progress
+    # A resumed run has already skipped some: the allowed share is of the whole run.
     tally = SkipTally(run.config.data.max_bad, progress.read)
     tally.causes.update(progress.skipped)
     left_out = set(progress.left_out)
@@ -174,10 +180,12 @@ def run_until_done(run: Run, stop: Stop) -> bool:
         row: dict[str, float] = {}
         batches, whole, ended = run.world.equalize_micro_batches(given, run.training.load, stop.asked)
         tally.add(whole)
-        progress.read, progress.skipped = tally.read, dict(tally.causes)
+        progress.read = tally.read
+        progress.skipped = dict(tally.causes)
         try:
             with run.world.name_missing_ranks():
                 row = train_step(run, batches, step)
+            # Only here: a step that was refused must not move the average.
             run.average.update(step)
         except BadStep as bad:
             if not handle_bad_step(run, step, bad):
@@ -205,27 +213,31 @@ def run_until_done(run: Run, stop: Stop) -> bool:
 
 
 def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
-    """One optimizer step over this process's micro-batches of one global batch; returns what to log.
+    """One optimizer step over this rank's micro-batches of one global batch; returns what to log.
 
     Every micro-batch's loss is already a share of the global one, so gradients add up to the whole batch's.
 
     Raises:
         BadStep: for a loss or gradient that is not finite anywhere, or a spike; nothing has changed then.
     """
-    training, settings, world = run.training, run.config.train, run.world
+    training = run.training
+    settings = run.config.train
+    world = run.world
     floats = torch.float64 if settings.precision == "fp64" else None
     batches = [batch.to(world.device, floats) for batch in batches]
     parts: dict[str, Tensor] = {}
+    # Outside the loop below: a contrastive loss compares all micro-batches before the first one's backward pass.
     with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         batches = training.prepare(batches)
     for number, batch in enumerate(batches):
         reduce_gradients(training.module, settings.reduce_each or number == len(batches) - 1)
         with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             losses = training.losses(batch)
-        (losses.loss * world.ranks).backward()  # sharded gradients are averaged over processes
+        (losses.loss * world.ranks).backward()  # sharded gradients are averaged over ranks
         parts = {name: value + parts.get(name, 0) for name, value in losses.parts.items()}
     drop_gradients(training.idle(batches[0]))
     row = clip_and_sum(run, parts)
+    # Every rank sees the same sums, so all of them skip the step or none does.
     why = check_step(run, row)
     if why:
         run.optimizer.zero_grad(set_to_none=True)
@@ -241,13 +253,13 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
 
 def clip_and_sum(run: Run, parts: dict[str, Tensor]) -> dict[str, float]:
     """Clip the gradient; returns its norm and the losses summed over ranks, the same numbers on each."""
-    learning = [p for group in run.optimizer.param_groups for p in group["params"]]
+    learning = list(chain.from_iterable(group["params"] for group in run.optimizer.param_groups))
     norm = gather_full(nn.utils.clip_grad_norm_(learning, run.config.train.clip))
     names = sorted(parts)
     mine = torch.stack([norm.double(), *(parts[name].double() for name in names)]).tolist()
-    rows = run.world.gather(mine)
-    sums = {name: sum(row[1 + at] for row in rows) for at, name in enumerate(names)}
-    return {**{name: sums[name] for name in parts}, "norm": rows[0][0]}
+    norms, *columns = zip(*run.world.gather(mine), strict=True)
+    sums = {name: sum(column) for name, column in zip(names, columns, strict=True)}
+    return {**{name: sums[name] for name in parts}, "norm": norms[0]}
 
 
 def check_step(run: Run, row: dict[str, float]) -> str:
@@ -275,7 +287,8 @@ def handle_bad_step(run: Run, step: int, bad: BadStep) -> bool:
     Raises:
         BadStep: if the settings say so, or it happens too often.
     """
-    settings, names = run.config.train, run.training.load.mixture.names(step, run.config.train.batch_size)
+    settings = run.config.train
+    names = run.training.load.mixture.names(step, run.config.train.batch_size)
     run.log.event(step, "bad step", why=str(bad), policy=settings.on_bad, samples=names)
     left_out = sorted({*run.progress.left_out, step})
     if settings.on_bad == "fatal" or len(left_out) > settings.max_bad_steps:
@@ -310,7 +323,8 @@ def save(run: Run, seconds: float | None = None) -> None:
     In this order, because the checkpoint says how far the run is: killed in between, it goes back a little and writes
     both.
     """
-    config, progress = run.config, run.progress
+    config = run.config
+    progress = run.progress
     progress.seconds = round(run.log.seconds if seconds is None else seconds, 2)
     run.checkpoints.wait()
     averages = run.average.by_parameter()
@@ -348,7 +362,8 @@ def fill_weights(copy: nn.Module, part: nn.Module, averages: dict[int, Tensor], 
 
 def training_record(run: Run) -> dict[str, Any]:
     """What the model folder says of this training."""
-    config, progress = run.config, run.progress
+    config = run.config
+    progress = run.progress
     done = progress.step - len([step for step in progress.left_out if step < progress.step])
     return {
         "name": config.name,

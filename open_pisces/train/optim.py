@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from open_pisces.config import TrainConfig
-from open_pisces.train.sharding import local_shard
+from open_pisces.train.world import local_shard
 
 
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -21,6 +21,7 @@ def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW
         {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
     ]
     betas = (config.betas[0], config.betas[1])
+    # fused: one kernel for all tensors, on the CPU as well.
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
     for p in learning:  # as AdamW would at its first step; a checkpoint then always holds the same tensors
         zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
@@ -58,6 +59,7 @@ class AveragedWeights:
     def update(self, step: int) -> None:
         """Move towards the weights after optimizer step ``step`` (from 0)."""
         if self.values:
+            # The warm-up of TensorFlow's ExponentialMovingAverage: 0.1 at the first step, 0.91 at the hundredth.
             keep = min(self.decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self._averages(), self._now(), 1 - keep)
 

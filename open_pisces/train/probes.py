@@ -18,7 +18,7 @@ COUNT = 8
 
 
 Probe = Callable[[RunConfig, Objective, Path, int, World], None]
-"""Recipe, training, folder, step, processes: all of them call it, because together they hold the model."""
+"""Recipe, training, folder, step, world. All ranks call it: together they hold the model."""
 
 
 @torch.no_grad()

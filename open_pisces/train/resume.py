@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from open_pisces.config import ConfigError, RunConfig
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 
 UNTOLD = ("out", "device", "name", "train.reorder")
 """Settings that change nothing that is learnt."""

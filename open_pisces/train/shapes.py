@@ -29,9 +29,9 @@ class Shape:
     caption: int = 0
     """Tokens of the captions, padding included."""
     own: int = 0
-    """Pairs of all this process's micro-batches, which a contrastive loss compares ..."""
+    """Pairs of all this rank's micro-batches, which a contrastive loss compares ..."""
     everywhere: int = 0
-    """... with those of all processes."""
+    """... with those of all ranks."""
 
 
 def shape_of(batch: SequenceBatch | PairBatch, understanding: int = 1, generation: int = 1) -> Shape:
@@ -52,8 +52,10 @@ def shape_of(batch: SequenceBatch | PairBatch, understanding: int = 1, generatio
 
 def empty_sequences(module: Any, config: RunConfig, shape: Shape) -> SequenceBatch:
     """A micro-batch of the LLM stages, with nothing in it."""
-    encoders, kinds = (module.understanding_encoder, module.generation_encoder), ("understanding", "generation")
-    counts, vectors = (shape.seen, shape.drawn), (module.understanding_encoder.vectors, config.model.generation.vectors)
+    encoders = (module.understanding_encoder, module.generation_encoder)
+    kinds = ("understanding", "generation")
+    counts = (shape.seen, shape.drawn)
+    vectors = (module.understanding_encoder.vectors, config.model.generation.vectors)
     cached = [bool(config.data.features) and kind in config.data.feature_kinds for kind in kinds]
     sides = [encoder.image_size for encoder in encoders]
     pixels = [torch.empty(n, 3, side, side, dtype=torch.uint8) for n, side in zip(counts, sides, strict=True)]
@@ -79,7 +81,8 @@ def empty_sequences(module: Any, config: RunConfig, shape: Shape) -> SequenceBat
 def empty_pairs(sizes: tuple[int, int], config: RunConfig, shape: Shape) -> PairBatch:
     """A micro-batch of gen-CLIP's or the decoder's training, with nothing in it."""
     cached = bool(config.data.features) and config.objective == "decoder"
-    ids, settings = torch.zeros(shape.pictures, shape.caption, dtype=torch.long), config.model.generation
+    ids = torch.zeros(shape.pictures, shape.caption, dtype=torch.long)
+    settings = config.model.generation
     pixels, targets = (torch.empty(shape.pictures, 3, side, side, dtype=torch.uint8) for side in sizes)
     return PairBatch(
         pixels_BCHW=pixels,

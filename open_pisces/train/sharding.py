@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from open_pisces.config import TrainConfig
@@ -26,11 +25,14 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
     transformers and diffusers name them (``_no_split_modules``); our own encoder's are called ``Block``.
     """
+    # Our own encoder and text tower blocks; the libraries' are named by themselves.
     names = {"Block"}
     for part in module.modules():
         names |= set(getattr(part, "_no_split_modules", None) or ())
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
-    found = {block for part in lists for block in part if type(block).__name__ in names}
+    found: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList | nn.Sequential):
+            found |= {block for block in part if type(block).__name__ in names}
     return [part for part in module.modules() if part in found][::-1]
 
 
@@ -96,15 +98,18 @@ def shard(
         # may not: casting it would round noise levels and diffusion times. Autocast casts where it is computed with.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         root_policy = replace(policy, cast_forward_inputs=False)
+    # Rank 0 sends each block just before it is sharded: at most one block is whole on a device at a time.
     receive = partial(receive_weights, _owners(module), weights or {}, world)
     whole, spread = split_frozen(module, config.shard_frozen_above)
     for part in whole:
         receive(part)
+    # Small frozen parts stay whole on each rank: gathering them every step would cost more than the memory they take.
     kept = {p for part in whole for p in part.to(world.device).parameters()}
     for part in module.modules():
         if getattr(part, "keep_float32", False):
             receive(part)
             fully_shard(part, mesh=mesh)
+    # Inner blocks first: FSDP2 gives each group the parameters that no inner group has taken.
     inner = blocks(module)
     for part in [*inner, *spread, module]:
         receive(part)
@@ -137,6 +142,7 @@ def receive_weights(
             whole = weights.pop(parameter).to(world.device, parameter.dtype)
         else:
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        # Cast on the device, after the copy: half-precision weights cross the bus as they are stored.
         arrived = nn.Parameter(world.broadcast(whole.contiguous()), parameter.requires_grad)
         for owner, name in owners.pop(parameter):
             owner._parameters[name] = arrived
@@ -157,7 +163,8 @@ def split_frozen(module: nn.Module, most: int) -> tuple[list[nn.Module], list[nn
     spread: list[nn.Module] = []
     for child in module.children():
         found = split_frozen(child, most)
-        whole, spread = whole + found[0], spread + found[1]
+        whole = whole + found[0]
+        spread = spread + found[1]
     return whole, spread
 
 
@@ -172,19 +179,3 @@ def gathered(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.reshard()
-
-
-def reduce_gradients(module: nn.Module, now: bool) -> None:
-    """Whether the next backward pass reduces gradients over ranks: once a step is enough."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(now)
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, or the tensor itself where nothing is sharded; shares memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def gather_full(tensor: Tensor) -> Tensor:
-    """The full tensor, all-gathered: a collective, so every rank has to call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -28,7 +28,9 @@ def stop_signals(grace: float) -> Iterator[Stop]:
     The process that has not left this block ``grace`` seconds after the first signal ends at once with code 1: a
     scheduler must not take it for saved.
     """
-    stop, timer = Stop(), threading.Timer(grace, _give_up, (grace,))
+    stop = Stop()
+    timer = threading.Timer(grace, _give_up, (grace,))
+    # A daemon, so that a run which ends in time is not kept alive by its own timer.
     timer.daemon = True
 
     def caught(number: int, frame: object) -> None:
@@ -38,6 +40,7 @@ def stop_signals(grace: float) -> Iterator[Stop]:
 
     try:
         before = {number: signal.signal(number, caught) for number in SIGNALS}
+    # Python sets signal handlers in the main thread only: a training in another one cannot be asked.
     except ValueError:
         yield stop
         return

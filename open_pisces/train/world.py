@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from open_pisces.batch import StepBatches
 from open_pisces.config import ConfigError, RunConfig
@@ -67,6 +69,7 @@ class World:
         """
         if self.ranks == 1:
             return [values]
+        # float64: counts of tokens pass 2 ** 24, where float32 stops counting.
         mine = torch.tensor(values, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.ranks)]
         with self.name_missing_ranks():
@@ -158,15 +161,35 @@ class World:
             The micro-batches; counts and skipped samples of the global step; whether any rank was told to stop.
         """
         counts = [given.read, len(given.skipped), given.real_tokens, given.all_tokens, *given.totals.values()]
-        columns = list(zip(*self.gather([len(given.batches), stop, *counts]), strict=True))
-        most, stops = (int(max(column)) for column in columns[:2])
-        read, skipped, real, places, *sums = (int(sum(column)) for column in columns[2:])
+        sizes, stops, *columns = zip(*self.gather([len(given.batches), stop, *counts]), strict=True)
+        most = int(max(sizes))
+        read, skipped, real, places, *sums = (int(sum(column)) for column in columns)
         totals = dict(zip(given.totals, sums, strict=True))
+        # At least one: a rank without samples still has to run every collective.
         blanks = [load.blank() for _ in range(max(most, 1) - len(given.batches))]
         batches = replace(given, batches=[*given.batches, *blanks]).with_totals(totals)
         named = self.gather_objects(given.skipped) if skipped else []
-        whole = StepBatches([], read, tuple(skip for part in named for skip in part), totals, real, places)
-        return batches, whole, bool(stops)
+        whole = StepBatches([], read, tuple(itertools.chain.from_iterable(named)), totals, real, places)
+        return batches, whole, any(stops)
+
+
+# ------------------------------------------------------------------------------------------- sharded tensors
+
+
+def reduce_gradients(module: nn.Module, now: bool) -> None:
+    """Whether the next backward pass reduces gradients over ranks: once a step is enough."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or the tensor itself where nothing is sharded; shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_full(tensor: Tensor) -> Tensor:
+    """The full tensor, all-gathered: a collective, so every rank has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---------------------------------------------------------------------------------------------- begin and end
@@ -188,6 +211,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
         return
     _check_ranks(config, ranks)
     device = _own_device(config.device)
+    # gloo beside NCCL: small host tensors, objects and the checkpoint's threads must not wait for the device's stream.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     wait = timedelta(seconds=config.train.timeout)
     meeting, rank = _meet(ranks, config.train.timeout)
@@ -216,7 +240,8 @@ def _meet(ranks: int, timeout: float) -> tuple[Any, int]:
         WorldError: if the others do not come in time, or torchrun's variables are incomplete.
     """
     rank = _environment("RANK", None)
-    host, port = os.environ.get("MASTER_ADDR", ""), _environment("MASTER_PORT", None)
+    host = os.environ.get("MASTER_ADDR", "")
+    port = _environment("MASTER_PORT", None)
     others = f"{ranks - 1} other rank{'s' if ranks > 2 else ''} at {host}:{port}"
     remedy = f"start them (torchrun, or pisces train --nproc), or unset {' '.join(VARIABLES)} to train in one process"
     if not host:

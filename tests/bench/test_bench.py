@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from open_pisces.bench import compile, mixed_batch, pairs, stage_batches, stage_step, supervised_logits
-from open_pisces.bench.pairs import compare, interval
+from open_pisces.bench.pairs import compare, summarize
 from open_pisces.generate.generator import Generator
 
 
@@ -36,9 +36,11 @@ def test_a_ratio_says_how_many_times_faster_ours_is(monkeypatch: pytest.MonkeyPa
 
 def test_the_interval_is_that_of_the_median() -> None:
     ratios = np.random.default_rng(0).normal(2.0, 0.1, 41)
-    low, high = interval(ratios)
-    assert low < np.median(ratios) < high and 0.02 < high - low < 0.15
-    assert interval(np.ones(5)) == (1.0, 1.0)
+    found = summarize("a", np.stack([np.full(41, 2.0), 2 * ratios], axis=1), {"threads": 1})
+    assert found["ratio"] == pytest.approx(np.median(ratios)) and found["n"] == 41
+    assert found["low"] < found["ratio"] < found["high"] and 0.02 < found["high"] - found["low"] < 0.15
+    same = summarize("b", np.ones((5, 2)), {})
+    assert (same["low"], same["ratio"], same["high"]) == (1.0, 1.0, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------- training steps

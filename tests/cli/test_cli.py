@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from open_pisces.cli import commands as cli
+from open_pisces.cli import bench, generate
 from open_pisces.cli.commands import main
 from open_pisces.model.bridge import VisualTokenPooler
 
@@ -67,11 +67,23 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_answers_without_heavy_imports() -> None:
     code = "import sys; from open_pisces.cli.commands import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "heavy = {'torch', 'transformers', 'diffusers', 'numpy', 'PIL', 'rich', 'pydantic'} & set(sys.modules)\n"
-    code += "own = [name for name in sys.modules if name.startswith('open_pisces')]\n"
-    code += "assert not heavy and len(own) < 10, (heavy, own)"
+    code += "light = tuple('open_pisces.' + name for name in ('cli', 'errors', 'files', 'datasets.formats'))\n"
+    code += "own = {name for name in sys.modules if name.startswith('open_pisces.') and not name.startswith(light)}\n"
+    code += "assert not heavy and own == {'open_pisces.datasets'}, (heavy, own)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout
+
+
+def test_every_bench_that_can_run_is_a_choice_and_what_they_share_is_none() -> None:
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    from open_pisces import bench as room
+
+    modules = [module.name for module in iter_modules(room.__path__)]
+    run = [name for name in modules if hasattr(import_module(f"open_pisces.bench.{name}"), "run")]
+    assert bench.bench_names() == run and "pairs" not in run
 
 
 def test_the_console_script_is_this_main() -> None:
@@ -346,7 +358,7 @@ def test_pictures_appear_together_or_not_at_all(work: Path) -> None:
 
     good = Image.new("RGB", (4, 4))
     with pytest.raises(OSError, match="disk full"):
-        cli._save({work / "a.png": good, work / "b.png": Broken()})  # type: ignore[dict-item]
+        generate.save_together({work / "a.png": good, work / "b.png": Broken()})  # type: ignore[dict-item]
     assert list(work.iterdir()) == []
 
 
@@ -355,7 +367,7 @@ def test_programming_errors_keep_their_traceback(photo: str, monkeypatch: pytest
     def fail(args: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(cli, "_generator", fail)
+    monkeypatch.setattr(generate, "load_generator", fail)
     with pytest.raises(type(error), match=str(error).strip("'")):
         main(["ask", photo, "What is it?"])
 
@@ -365,7 +377,7 @@ def test_an_error_of_a_part_of_the_model_is_one_line(photo: str, capsys: pytest.
         VisualTokenPooler(2)(torch.zeros(1, 10, 4))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_generator", fail)
+        patch.setattr(generate, "load_generator", fail)
         assert main(["ask", photo, "What is it?"]) == 2
     assert capsys.readouterr().err == "pisces: 10 features are no square grid that 2 divides\n"
 

@@ -15,7 +15,6 @@ from PIL import Image
 
 from open_pisces.data.images import (
     ImageError,
-    contact_sheet,
     generation_pixels,
     open_image,
     to_pil,
@@ -155,15 +154,3 @@ def test_to_pil_refuses_what_is_no_picture() -> None:
         to_pil(np.zeros((16, 16, 3), np.float32))
     with pytest.raises(ImageError, match="NaN"):
         to_pil(np.full((3, 2, 2), np.nan, np.float32))
-
-
-def test_a_sheet_shows_every_picture_and_caption() -> None:
-    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-    sheet = contact_sheet([Image.new("RGB", (64, 64), c) for c in colours], ["a", "b " * 40, "c"], columns=2, cell=64)
-    blank = contact_sheet([Image.new("RGB", (64, 64), c) for c in colours], ["", "", ""], columns=2, cell=64)
-    counts = {c: int((np.asarray(sheet) == c).all(-1).sum()) for c in colours}
-    assert counts == dict.fromkeys(colours, 64 * 64)
-    assert sheet.height > blank.height and sheet.width == blank.width  # captions wrap under the pictures
-    assert (np.asarray(sheet).max(-1) < 120).sum() > 20 > (np.asarray(blank).max(-1) < 120).sum()
-    with pytest.raises(ImageError, match="2 for 1"):
-        contact_sheet([noise(4, 4)], ["a", "b"], 2)

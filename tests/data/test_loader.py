@@ -21,9 +21,16 @@ from PIL import Image
 from open_pisces.batch import Question, Sample, SequenceBatch, Skip, StepBatches
 from open_pisces.config import ConfigError, DataConfig, ModelConfig, SourceConfig, load_config
 from open_pisces.data.lengths import COLUMNS, check_lengths, token_table
-from open_pisces.data.loader import PairLoader, SequenceLoader, SkipTally, TooManyDamaged
-from open_pisces.data.mixture import Mixture
-from open_pisces.data.packing import PackingError, first_fit_decreasing, pack
+from open_pisces.data.loader import (
+    PackingError,
+    PairLoader,
+    SequenceLoader,
+    SkipTally,
+    TooManyDamaged,
+    first_fit_decreasing,
+    pack,
+)
+from open_pisces.data.order import Mixture
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.prompts import LengthError, Renderer
 from open_pisces.data.shards import ShardError, ShardReader

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from open_pisces.batch import Sample
 from open_pisces.config import DataConfig, SourceConfig
-from open_pisces.data.mixture import BLOCK, Mixture, block_counts
+from open_pisces.data.order import BLOCK, Mixture, block_counts
 from open_pisces.data.shards import ShardError
 
 SIZES = {"a": 7, "b": 130, "c": 1, "empty": 0}

@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from open_pisces.batch import Question, Sample
-from open_pisces.data.collate import collate
-from open_pisces.data.draws import stream
 from open_pisces.data.images import generation_bytes, understanding_bytes
-from open_pisces.data.prompts import IGNORED, Rendered, Renderer, Turn, generation_turns, sample_turns, wordings
+from open_pisces.data.order import stream
+from open_pisces.data.prompts import (
+    IGNORED,
+    Rendered,
+    Renderer,
+    Turn,
+    collate,
+    generation_turns,
+    sample_turns,
+    wordings,
+)
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 
 TEMPLATES = ("tiny", "llama3")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from open_pisces.batch import Question, Sample
 from open_pisces.data import shards
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.data.shards import DamagedSample, ShardError, ShardReader, data_path, open_dataset
 from open_pisces.datasets.indexing import index_folder
 from open_pisces.datasets.look import look

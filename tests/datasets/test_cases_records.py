@@ -16,14 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_pisces.batch import Question, Sample
+from open_pisces.batch import CaptionError, Question, Sample, captions_of, draw_caption
 from open_pisces.cli.commands import main
 from open_pisces.config import DataConfig, SourceConfig
-from open_pisces.data.captions import CaptionError, captions_of, draw_caption
-from open_pisces.data.draws import stream
 from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import PairLoader, SequenceLoader
-from open_pisces.data.mixture import Draw, Mixture
+from open_pisces.data.order import Draw, Mixture, stream
 from open_pisces.data.prompts import LengthError, Renderer, SystemTurnError, Turn, TurnsError, sample_turns
 from open_pisces.data.shards import DamagedSample, ShardError, ShardReader
 from open_pisces.data.tokenizer import byte_tokenizer

@@ -18,18 +18,15 @@ from PIL import Image, ImageDraw
 
 from open_pisces.batch import Question, Sample
 from open_pisces.data.shards import ShardError, ShardReader
-from open_pisces.datasets.curate import NearIndex, RuleError, filter_dataset, in_language, parse_rule, repeated_share
+from open_pisces.datasets.curate import RuleError, filter_dataset, parse_rule
 from open_pisces.datasets.indexing import index_folder
 from open_pisces.datasets.shard_writer import ShardWriter
 from open_pisces.datasets.stats import (
-    Appearance,
-    appearance_of,
     describe,
     histograms,
     measure,
     stats,
     summary,
-    words_of,
 )
 
 MIT = [{"package": "a", "licence": "MIT"}]
@@ -101,72 +98,10 @@ def test_caption_lengths_are_kept_with_both_ends(tmp_path: Path) -> None:
     assert kept(tmp_path, "caption_length=3:5", entries) == "three five wordless none"
 
 
-def test_words_are_counted_in_scripts_without_spaces_too() -> None:
-    assert words_of('The "Red" dog\'s ball — 3.5 m, well-known!') == [
-        "the",
-        "red",
-        "dog's",
-        "ball",
-        "3.5",
-        "m",
-        "well-known",
-    ]
-    assert words_of("一只猫，two ねこ。") == ["一", "只", "猫", "two", "ね", "こ"]
-    assert words_of("एक लाल कुत्ता") == ["एक", "लाल", "कुत्ता"] and words_of(" -- … ") == []
-
-
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("", 0),
-        ("one two three four five", 0),
-        ("dog dog", 1),
-        ("a big big dog", 1 / 3),
-        ("a cat sat. A cat sat", 1 / 4),  # runs: a-cat-sat twice, of four
-        ("go on go on go on go", 3 / 5),
-    ],
-)
-def test_repetition_is_the_share_of_what_came_before(text: str, share: float) -> None:
-    assert repeated_share(text) == pytest.approx(share)
-
-
 def test_repetition_at_its_boundary(tmp_path: Path) -> None:
     ten = "a b c d e f g a b c d e"  # three of ten runs were there before
     entries = [entry("at", short=ten), entry("over", short="x", detailed=ten + " f"), entry("none")]
     assert kept(tmp_path, "repetition=0.3", entries) == "at none"
-
-
-@pytest.mark.parametrize(
-    ("text", "codes"),
-    [
-        ("A small brown dog is sitting on the grass in front of a house.", "en"),
-        ("Ein kleiner brauner Hund sitzt auf dem Gras vor einem Haus.", "de"),
-        ("Un petit chien brun est assis dans l'herbe devant une maison avec des fleurs.", "fr"),
-        ("Un perro pequeño está sentado en la hierba delante de una casa con las flores.", "es"),
-        ("Un piccolo cane è seduto sul prato davanti a una casa con i fiori della nonna.", "it"),
-        ("Um pequeno cão está sentado na grama em frente a uma casa com as flores.", "pt"),
-        ("Een kleine bruine hond zit op het gras voor een huis met de bloemen.", "nl"),
-        ("一只小狗坐在草地上", "zh"),
-        ("小さな犬が草の上に座っている", "ja"),
-        ("작은 개가 잔디에 앉아 있다", "ko"),
-        ("Маленькая собака сидит на траве", "ru"),
-        ("كلب صغير يجلس على العشب", "ar"),
-        ("a red circle", "en pt"),  # "a" is a word of both
-        ("zwykły mały pies siedzi przed domem swojej rodziny", ""),
-    ],
-)
-def test_languages_that_are_plainly_told_apart(text: str, codes: str) -> None:
-    known = ("en", "de", "fr", "es", "it", "pt", "nl", "zh", "ja", "ko", "ru", "ar")
-    assert [code for code in known if in_language(text, code)] == codes.split()
-
-
-def test_what_the_language_heuristic_cannot_judge_passes() -> None:
-    assert (
-        in_language("Golden Gate Bridge", "en")
-        and in_language("Golden Gate Bridge", "de")
-        and in_language("12:30", "ru")
-    )
-    assert in_language("abcdefgh猫猫", "en") and not in_language("abcdefg猫猫", "en")  # 8 of 10 letters, 7 of 9
 
 
 def test_language_of_every_caption_counts(tmp_path: Path) -> None:
@@ -251,39 +186,6 @@ def test_only_what_was_kept_has_copies(tmp_path: Path) -> None:
     for rules in (["caption_length=2:9", "duplicate=0"], ["duplicate=0", "caption_length=2:9"]):
         result = filter_dataset(source, tmp_path / "out", rules)
         assert keys(tmp_path / "out") == ["a"] and result["dropped"] == {"caption_length": 1, "duplicate": 1}
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(0, 16))
-def test_bands_find_what_comparing_all_with_all_finds(data: st.DataObject, distance: int) -> None:
-    number = st.integers(0, 2**64 - 1)
-    centre = data.draw(number)
-    flips = st.sets(st.integers(0, 63), max_size=distance + 2).map(lambda bits: sum(1 << bit for bit in bits))
-    hashes = data.draw(st.lists(st.one_of(number, flips.map(lambda bits: centre ^ bits)), max_size=20))
-    index = NearIndex(distance)
-    for one in hashes:
-        index.add(Appearance(one, np.zeros(48, np.uint8)))
-    expected = [place for place, one in enumerate(hashes) if (one ^ centre).bit_count() <= distance]
-    assert index.near(centre).tolist() == expected
-
-
-@pytest.mark.parametrize("distance", range(1, 17))
-def test_bands_find_differences_that_are_spread_evenly(distance: int) -> None:
-    index = NearIndex(distance)
-    for offset in range(64 // distance):  # one bit in each of `distance` equal parts: one band fewer would miss these
-        bits = sum(1 << 64 * part // distance + offset for part in range(distance))
-        index.add(Appearance(bits, np.zeros(48, np.uint8)))
-    assert len(index.near(0)) == len(index) == 64 // distance
-
-
-def test_an_index_grows_and_looks_at_colours() -> None:
-    index, grey = NearIndex(2), np.full(48, 100, np.uint8)
-    assert Appearance(0, grey) not in index
-    for one in range(1500):
-        index.add(Appearance(one << 20, grey))
-    assert len(index) == 1500 and len(index.near(1499 << 20)) > 1
-    assert Appearance(1499 << 20 | 3, grey + 16) in index and Appearance(1499 << 20 | 3, grey + 17) not in index
-    assert Appearance(1499 << 20 | 0b1110000 << 40, grey) not in index
 
 
 # --------------------------------------------------------------------------------------------------------- filtering
@@ -530,13 +432,3 @@ def test_histograms_are_a_picture_also_of_little(tmp_path: Path) -> None:
         stats(source, out_png=tmp_path / "no" / "stats.png")
     with pytest.raises(ShardError, match="no dataset"):
         stats(tmp_path / "nowhere")
-
-
-def test_the_hash_does_not_depend_on_size_or_encoding_much() -> None:
-    for seed in range(20):
-        one = picture(seed, 128, 96)
-        for copy in (file_of(one, "JPEG", quality=60), file_of(one.resize((64, 48)), "PNG")):
-            bits = appearance_of(one).hash ^ appearance_of(Image.open(io.BytesIO(copy)).convert("RGB")).hash
-            assert bits.bit_count() <= 4
-    hashes = [appearance_of(picture(seed)).hash for seed in range(40)]
-    assert min((a ^ b).bit_count() for i, a in enumerate(hashes) for b in hashes[:i]) > 8

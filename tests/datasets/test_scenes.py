@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from open_pisces.batch import Sample
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.data.shards import ShardError, ShardReader, data_path
 from open_pisces.datasets.scenes import composer as scenes
 from open_pisces.datasets.scenes.composer import Composer, Cutouts, build, load_cutouts

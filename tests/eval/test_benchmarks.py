@@ -15,11 +15,12 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 
 from open_pisces.data.prompts import Turn
+from open_pisces.eval.evaluation import rescore
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import RunError, RunFolder
 from open_pisces.eval.understanding import evaluate as understanding
 from open_pisces.eval.understanding.benchmarks import Benchmark, benchmarks, choose, read_row
-from open_pisces.eval.understanding.evaluate import evaluate, score
+from open_pisces.eval.understanding.evaluate import evaluate
 from open_pisces.eval.understanding.questions import QuestionsError, read_questions
 from open_pisces.generate.generator import Generator, PromptError
 
@@ -290,7 +291,7 @@ class Pupil:
 
 def run_one(pupil: Any, name: str, model: Path, folder: Path, **how: Any) -> dict[str, Any]:
     """The result of one benchmark over the fixtures."""
-    found = evaluate(pupil, name, model=model, folder=folder, progress=False, **how)
+    found = evaluate(pupil, name, model=model, folder=folder, **how)
     row: dict[str, Any] = found["rows"][name]
     return row
 
@@ -320,10 +321,23 @@ def test_a_run_keeps_what_was_sent_and_said_and_scores_again_from_it(nano_folder
     assert settings["row"] == benchmarks()["pope"].hash and read_row(settings["benchmark"]) == benchmarks()["pope"]
     assert all(len(row["pictures"]) == 1 for row in run.rows("answers"))
     (tmp_path / "pope" / "scores.json").unlink()
-    assert score(RunFolder.load(tmp_path / "pope")) == found
+    assert rescore(tmp_path / "pope") == {**found, "folder": str(tmp_path / "pope")}
     assert run_one(Pupil({}), "pope", nano_folder, tmp_path) == found  # answers that are there are not asked again
     with pytest.raises(RunError, match="limit"):
         run_one(Pupil(POPE), "pope", nano_folder, tmp_path, limit=2)
+
+
+def test_a_benchmark_is_an_evaluation_with_a_typed_score(nano_folder: Path, tmp_path: Path) -> None:
+    one = understanding.Understanding(Pupil(POPE), benchmarks()["pope"], limit=4, batch_size=3)
+    assert (one.task, one.stages, one.batch_size, one.device) == ("understanding/pope", ("answers",), 3, "cpu")
+    found = one.run(nano_folder, tmp_path / "pope")
+    assert found["folder"] == str(tmp_path / "pope") and found["seconds"] >= 0 and "4 of 6 units asked" in found["why"]
+    score = one.score(RunFolder.load(tmp_path / "pope"))
+    assert isinstance(score, understanding.BenchmarkScore) and score.name == "understanding/pope" and score.n == 4
+    assert all(found[key] == value for key, value in score.row().items())
+    assert score.score is not None and found["score"] == round(score.score, 4)
+    with pytest.raises(QuestionsError, match="has no folder pope"):
+        understanding.Understanding(Pupil(), benchmarks()["pope"], tmp_path / "none")
 
 
 def test_an_interrupted_run_goes_on_with_the_same_batches(nano_folder: Path, tmp_path: Path) -> None:
@@ -340,7 +354,7 @@ def test_an_interrupted_run_goes_on_with_the_same_batches(nano_folder: Path, tmp
     with pytest.raises(KeyboardInterrupt):
         run_one(Stopped(POPE), "pope", nano_folder, tmp_path / "b", batch_size=2)
     with pytest.raises(RunError, match=r"rows of answers\.jsonl are missing"):
-        score(RunFolder.load(tmp_path / "b" / "pope"))
+        rescore(tmp_path / "b" / "pope")
     rest = Pupil(POPE)
     assert run_one(rest, "pope", nano_folder, tmp_path / "b", batch_size=2) == expected
     assert rest.batches == whole.batches[1:]
@@ -372,11 +386,11 @@ def test_questions_that_the_model_refuses_are_said_and_counted(nano_folder: Path
 
 def test_a_set_that_is_missing_does_not_stop_the_others(nano_folder: Path, tmp_path: Path) -> None:
     root = copied(tmp_path / "data", "pope")
-    found = evaluate(Pupil(POPE), ["gqa", "pope"], model=nano_folder, data=root, folder=tmp_path, progress=False)
+    found = evaluate(Pupil(POPE), ["gqa", "pope"], model=nano_folder, data=root, folder=tmp_path)
     assert found["rows"]["gqa"]["score"] is None and "has no folder gqa" in found["rows"]["gqa"]["why"]
     assert found["rows"]["pope"]["score"] is not None and found["rows"]["pope"]["why"] == "" and found["not_run"] == 1
     by_name = {"pope": root, "gqa": "fixtures"}
-    found = evaluate(Pupil(), ["gqa", "pope"], model=nano_folder, data=by_name, folder=tmp_path / "b", progress=False)
+    found = evaluate(Pupil(), ["gqa", "pope"], model=nano_folder, data=by_name, folder=tmp_path / "b")
     assert found["not_run"] == 0 and found["data"] == {"pope": str(root), "gqa": "fixtures"}
 
 
@@ -422,9 +436,7 @@ def test_two_pictures_with_one_prompt_are_two_questions(nano_folder: Path, tmp_p
 
 
 def test_all_rows_run_on_a_real_model_or_say_why_not(nano_folder: Path, tmp_path: Path) -> None:
-    found = evaluate(
-        Generator.from_pretrained(nano_folder, "cpu"), model=nano_folder, limit=1, folder=tmp_path, progress=False
-    )
+    found = evaluate(Generator.from_pretrained(nano_folder, "cpu"), model=nano_folder, limit=1, folder=tmp_path)
     assert list(found["rows"]) == list(benchmarks()) and found["not_run"] == 4 + 1  # CV-Bench needs three sources
     for name, row in found["rows"].items():
         assert (row["score"] is None) == (name in JUDGED | {"cv_bench"}) and row["why"]

@@ -15,11 +15,11 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from open_pisces.eval.drawing import judged_run as geneval_runs
 from open_pisces.eval.drawing.detection import Detection, DetectorError
+from open_pisces.eval.drawing.judged_run import detect, items_of, rows_name, score_run
 from open_pisces.eval.drawing.mask2former import (
-    GREY,
-    ColourReader,
+    GRAY,
+    ColorReader,
     Mask2FormerClip,
     Segmenter,
     class_names,
@@ -28,7 +28,8 @@ from open_pisces.eval.drawing.mask2former import (
     mask_box,
     prepare,
 )
-from open_pisces.eval.drawing.prompts import PromptSetError, generate, tables
+from open_pisces.eval.drawing.official_layout import GenEvalOfFolder
+from open_pisces.eval.drawing.prompts import PromptSetError, generate, tables, to_row
 from open_pisces.eval.run import Manifest, RunFolder
 
 # COCO's 80 classes as COCO spells them, and where darknet, and with it the published Mask2Former, spells otherwise.
@@ -199,7 +200,7 @@ def test_crops_show_the_object_on_grey() -> None:
     mask[3:7, 5:9] = mask[5:10, 8:15] = True
     crop = np.asarray(cut_out(image, Detection("cat", mask_box(mask), 0.9, mask=mask)))
     expected = np.where(mask[..., None], np.asarray(image), np.uint8(0x99))[3:10, 5:15]
-    assert mask_box(mask) == (5, 3, 15, 10) and GREY == (0x99, 0x99, 0x99)
+    assert mask_box(mask) == (5, 3, 15, 10) and GRAY == (0x99, 0x99, 0x99)
     assert np.array_equal(crop, expected)
     plain = np.asarray(cut_out(image, Detection("cat", (4.5, 2.4, 10.5, 7.6), 0.9)))  # no mask: the box alone
     assert np.array_equal(plain, np.asarray(image)[2:8, 4:10])  # rounded as Pillow's crop does: 4.5 -> 4, 10.5 -> 10
@@ -210,12 +211,12 @@ def test_crops_show_the_object_on_grey() -> None:
 
 def test_colours_are_the_mean_of_three_texts(folders: tuple[Path, Path]) -> None:
     """Against CLIP's own forward pass, whose embeddings are normalised."""
-    reader = ColourReader(folders[1], torch.device("cpu"))
+    reader = ColorReader(folders[1], torch.device("cpu"))
     crop, name = noise(32, 32, 3), "wine glass"
     (found,) = reader.probabilities([crop], [name])
     texts = [
-        [f"a photo of a {colour} {name}", f"a photo of a {colour}-colored {name}", f"a photo of a {colour} object"]
-        for colour in found
+        [f"a photo of a {color} {name}", f"a photo of a {color}-colored {name}", f"a photo of a {color} object"]
+        for color in found
     ]
     tokens = reader.tokenizer(sum(texts, []), padding=True, return_tensors="pt")
     mean, deviation = np.array([0.4815, 0.4578, 0.4082]), np.array([0.2686, 0.2613, 0.2758])
@@ -231,7 +232,7 @@ def test_colours_are_the_mean_of_three_texts(folders: tuple[Path, Path]) -> None
 
 
 def test_colours_do_not_depend_on_the_batch(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = ColourReader(folders[1], torch.device("cpu"), ("red", "blue"))
+    reader = ColorReader(folders[1], torch.device("cpu"), ("red", "blue"))
     crops, names = [noise(9 + k, 30 - k, k) for k in range(7)], ["cat", "dog", "cat", "cow", "cat", "dog", "cow"]
     monkeypatch.setattr("open_pisces.eval.drawing.mask2former._CROPS", 3)
     together = reader.probabilities(crops, names)
@@ -247,7 +248,7 @@ def test_colours_do_not_depend_on_the_batch(folders: tuple[Path, Path], monkeypa
 def test_the_twin_detects(detector: Mask2FormerClip) -> None:
     images = [noise(50, 40, k) for k in range(3)] + [noise(30, 70, 9)]
     found = detector.detect(images, [{"couch": 1}, {}, {"couch": 2, "person": 1}, {"person": 99}])
-    assert detector.classes == ("person", "motorcycle", "couch") and len(detector.colours) == 10
+    assert detector.classes == ("person", "motorcycle", "couch") and len(detector.colors) == 10
     assert (detector.threshold, detector.counting_threshold) == (0.3, 0.9)
     assert detector.name == "transformers Mask2Former (mask2former) + CLIP (clip)"
     for image, detections in zip(images, found, strict=True):
@@ -255,14 +256,12 @@ def test_the_twin_detects(detector: Mask2FormerClip) -> None:
         assert 0 < len(detections) <= 18 and scores == sorted(scores, reverse=True) and min(scores) > 0.01
         for d in detections:
             assert d.mask is not None and d.mask.shape == (image.height, image.width) and d.box == mask_box(d.mask)
-            assert d.name in detector.classes and (not d.colours or set(d.colours) == set(detector.colours))
-    counts = [
-        {name: sum(d.name == name and bool(d.colours) for d in row) for name in detector.classes} for row in found
-    ]
+            assert d.name in detector.classes and (not d.colors or set(d.colors) == set(detector.colors))
+    counts = [{name: sum(d.name == name and bool(d.colors) for d in row) for name in detector.classes} for row in found]
     assert counts[0] == {"person": 0, "motorcycle": 0, "couch": 1} and not any(counts[1].values())
     assert counts[2] == {"person": 1, "motorcycle": 0, "couch": 2}
     assert counts[3]["person"] == sum(d.name == "person" for d in found[3])
-    couches = [bool(d.colours) for d in found[2] if d.name == "couch"]
+    couches = [bool(d.colors) for d in found[2] if d.name == "couch"]
     assert couches[:2] == [True, True] and not any(couches[2:])  # of the most confident
 
 
@@ -274,7 +273,7 @@ def test_batches_change_nothing(folders: tuple[Path, Path], detector: Mask2Forme
     for one, other in zip(together, alone, strict=True):
         assert [(d.name, d.box) for d in one] == [(d.name, d.box) for d in other]
         np.testing.assert_allclose([d.score for d in one], [d.score for d in other], atol=1e-5)
-        assert [d.colour for d in one] == [d.colour for d in other]
+        assert [d.color for d in one] == [d.color for d in other]
     assert detector.detect([], []) == []
 
 
@@ -292,19 +291,21 @@ def test_the_network_is_transformers_own(folders: tuple[Path, Path], tmp_path: P
 
 
 def test_it_judges_a_run(detector: Mask2FormerClip, tmp_path: Path) -> None:
-    prompts = generate(detector.classes, detector.colours, 2, coloured=detector.classes)
+    prompts = generate(detector.classes, detector.colors, 2, colored=detector.classes)
     manifest = Manifest("geneval", "m", "m", {"n": 2, "batch_size": 5})
-    run = RunFolder.open(tmp_path / "run", manifest, geneval_runs.items_of(prompts))
-    run.save_images({p.key: [noise(40, 40, k), noise(40, 40, k + 50)] for k, p in enumerate(prompts)})
-    rows = run.rows(geneval_runs.detect(detector, run))
-    found = geneval_runs.score(run)
-    assert found["n"] == 24 and found["detector"] == detector.name and 0 <= found["score"] <= 1
+    run = RunFolder.open(tmp_path / "run", manifest, items_of(prompts))
+    pictures = [[noise(40, 40, k), noise(40, 40, k + 50)] for k in range(len(prompts))]
+    detect(detector, run, run.items, pictures)
+    rows = run.rows(rows_name(detector.name))
+    found = score_run(run)
+    assert found.n == 24 and found.detector == detector.name and 0 <= (found.score or 0) <= 1
     assert rows[0]["threshold"] == 0.3 and len(rows[0]["pictures"]) == 2
     assert {"class", "box", "score", "colours"} == set(rows[0]["pictures"][0][0])
+    (tmp_path / "cat/00000/samples").mkdir(parents=True)
+    noise(8, 8, 0).save(tmp_path / "cat/00000/samples/0000.png")
+    (tmp_path / "cat/00000/metadata.jsonl").write_text(json.dumps(to_row(generate(["cat"], [], 1)[0])))
     with pytest.raises(PromptSetError, match="does not know the class 'cat'"):
-        geneval_runs.detect(
-            detector, RunFolder.open(tmp_path / "b", manifest, geneval_runs.items_of(generate(["cat"], [], 1)))
-        )
+        GenEvalOfFolder(tmp_path / "cat", [detector], n=1).run("m", tmp_path / "b")
 
 
 # -------------------------------------------------------------------------------------------------------- bad input
@@ -368,7 +369,7 @@ def test_a_clip_without_tokenizer(folders: tuple[Path, Path], tmp_path: Path) ->
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (bare / name).unlink()
     with pytest.raises(DetectorError, match="bare: no tokenizer .*beside its weights"):
-        ColourReader(bare, torch.device("cpu"))
+        ColorReader(bare, torch.device("cpu"))
 
 
 def test_an_unknown_class(detector: Mask2FormerClip) -> None:

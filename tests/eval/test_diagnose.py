@@ -17,13 +17,14 @@ from PIL.Image import Image
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import vocabulary
 from open_pisces.eval.drawing.detection import Detection
-from open_pisces.eval.intervals import EvaluationError
+from open_pisces.eval.intervals import EvaluationError, Interval
 from open_pisces.eval.run import RunError, RunFolder
 from open_pisces.eval.scenes import diagnose as d
+from open_pisces.eval.scenes import diagnose_vectors as v
 from open_pisces.eval.scenes import drawing
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.frozen import FrozenScene
-from open_pisces.eval.scenes.judge import COLOURS, classes
+from open_pisces.eval.scenes.judge import COLORS, classes
 from open_pisces.generate.generator import Generator
 
 
@@ -42,13 +43,13 @@ def cutouts() -> Cutouts:
 class Knows:
     """A judge that has seen some pictures before and says what is in them; of others it says nothing."""
 
-    classes, colours, threshold, counting_threshold = classes(), COLOURS, 0.3, 0.3
+    classes, colors, threshold, counting_threshold = classes(), COLORS, 0.3, 0.3
 
     def __init__(self, name: str, scenes: Sequence[FrozenScene], images: Sequence[Image]) -> None:
         self.name, self.looked = name, 0
         self.truth = {image.tobytes(): scene for scene, image in zip(scenes, images, strict=True)}
 
-    def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
         """The truth of known pictures."""
         self.looked += len(images)
         known = [self.truth.get(image.convert("RGB").tobytes()) for image in images]
@@ -89,18 +90,18 @@ def test_who_draws_what_captions_say_scores_one(
 ) -> None:
     images, _ = frozen_scenes.pictures(scenes, cutouts)
     model, knows, blind = Draws(scenes, images), Knows("knows", scenes, images), Knows("blind", [], [])
-    how: dict[str, Any] = {"folder": tmp_path / "run", "per_category": 2, "n": 2, "batch_size": 5}
-    found = drawing.evaluate_drawing(model, nano_folder, [knows, blind], **how)  # type: ignore[arg-type, list-item]
+    how: dict[str, Any] = {"per_category": 2, "n": 2, "batch_size": 5}
+    found = drawing.SceneDrawing(model, [knows, blind], **how).run(nano_folder, tmp_path / "run")  # type: ignore[arg-type, list-item]
     assert found["score"] == found["low"] == found["high"] == 1 and (found["n"], found["prompts"]) == (24, 12)
     assert set(found["categories"]) == {"single_object", "two_object", "counting", "colors", "position", "color_attr"}
     assert found["others"]["blind"]["score"] == 0 == found["others"]["blind"]["same_verdict"]
     assert found["baseline"] < 0.3  # another caption of the same category is seldom true by chance
-    again = drawing.evaluate_drawing(model, nano_folder, [knows, blind], **how)  # type: ignore[arg-type, list-item]
+    again = drawing.SceneDrawing(model, [knows, blind], **how).run(nano_folder, tmp_path / "run")  # type: ignore[arg-type, list-item]
     assert (model.drawn, knows.looked) == (12, 24) and {**again, "seconds": 0} == {**found, "seconds": 0}
     run = RunFolder.load(tmp_path / "run")
-    assert drawing.score_run(run, ["blind", "knows"])["score"] == 0
+    assert drawing.score_run(run, ["blind", "knows"]).score == 0
     with pytest.raises(RunError, match="something else"):
-        drawing.evaluate_drawing(model, nano_folder, [knows], **{**how, "n": 1})  # type: ignore[arg-type, list-item]
+        drawing.SceneDrawing(model, [knows], **{**how, "n": 1}).run(nano_folder, tmp_path / "run")  # type: ignore[arg-type, list-item]
 
 
 def test_captions_that_are_not_there_are_named() -> None:
@@ -119,9 +120,9 @@ def test_the_probe_reads_what_is_there_and_nothing_else() -> None:
     centres = torch.randn(4, 3, 8, generator=draws)
     names = [i % 4 for i in range(200)]
     vectors = centres[names] + 0.3 * torch.randn(200, 3, 8, generator=draws)
-    probe = d.Probe(vectors[:120], [f"thing {i}" for i in names[:120]])
+    probe = v.Probe(vectors[:120], [f"thing {i}" for i in names[:120]])
     assert np.mean([a == f"thing {b}" for a, b in zip(probe(vectors[120:]), names[120:], strict=True)]) == 1
-    noise = d.Probe(torch.randn(120, 3, 8, generator=draws), [f"thing {i}" for i in names[:120]])
+    noise = v.Probe(torch.randn(120, 3, 8, generator=draws), [f"thing {i}" for i in names[:120]])
     told = noise(torch.randn(80, 3, 8, generator=draws))
     assert np.mean([a == f"thing {b}" for a, b in zip(told, names[120:], strict=True)]) < 0.5
 
@@ -135,7 +136,7 @@ def test_rows_of_vectors_by_hand() -> None:
         {"key": str(i), "tag": tag, "include": [{"class": "cat"}]}
         for i, tag in enumerate(("colors", "position", "position"))
     ]
-    rows = d.vector_rows(items, {"true": true, "forced": true, "free": free}, lambda v: ["cat"] * len(v))  # type: ignore[arg-type]
+    rows = v.vector_rows(items, {"true": true, "forced": true, "free": free}, lambda v: ["cat"] * len(v))  # type: ignore[arg-type]
     assert [row["forced"]["error"] for row in rows] == [[0, 0]] * 3 and [row["forced"]["rank"] for row in rows] == [
         0,
         0,
@@ -145,9 +146,9 @@ def test_rows_of_vectors_by_hand() -> None:
     assert [row["free"]["rank"] for row in rows] == [1, 0, 0]  # the second picture's vectors lie nearer
     assert rows[2]["free"]["error"] == [0.0, 0.5] and rows[2]["free"]["norm"] == [3.0, 1.0]
     assert rows[0]["free"]["probe"] is True and "probe" not in rows[1]["free"]
-    figures = d._vector_figures(rows)
-    assert figures["forced"]["norm"] == figures["forced"]["variance"] == [1, 1] and figures["forced"]["mean_error"] == 0
-    assert figures["free"]["norm"] == [
+    figures = v.vector_figures(rows)
+    assert figures["forced"].norm == figures["forced"].variance == [1, 1] and figures["forced"].mean_error == 0
+    assert figures["free"].norm == [
         pytest.approx(5 / 5),
         pytest.approx(5 / 4),
     ]  # sums of norms: 1+1+3; 2+2+1 to 2+2+0
@@ -173,8 +174,8 @@ def test_a_diagnosis_says_where_the_loss_is(
     ]
     images, _ = frozen_scenes.pictures(chosen, cutouts)
     knows, blind = Knows("knows", chosen, images), Knows("blind", [], [])
-    how: dict[str, Any] = {"folder": tmp_path / "run", "per_category": 1, "batch_size": 4, "cutouts": cutouts}
-    found = d.diagnose(generator, nano_folder, [knows, blind], **how)
+    how: dict[str, Any] = {"per_category": 1, "batch_size": 4, "cutouts": cutouts}
+    found = d.Diagnosis(generator, [knows, blind], **how).run(nano_folder, tmp_path / "run")
     assert {name: row["score"] for name, row in found["sources"].items()} == {
         "true": 1,
         "decoder": 0,
@@ -202,8 +203,9 @@ def test_a_diagnosis_says_where_the_loss_is(
     monkeypatch.setattr(generator.painter, "paint", no)
     monkeypatch.setattr(generator, "vectors", no)
     generator.__dict__["null_vectors"] = generator.null_vectors
-    assert d.diagnose(generator, nano_folder, [knows, blind], **how) == found
-    assert d.score_run(RunFolder.load(tmp_path / "run"), ["knows", "blind"])["losses"] == found["losses"]
+    again = d.Diagnosis(generator, [knows, blind], **how).run(nano_folder, tmp_path / "run")
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
+    assert d.score_run(RunFolder.load(tmp_path / "run"), ["knows", "blind"]).row()["losses"] == found["losses"]
 
 
 def test_forced_vectors_are_predicted_from_the_true_ones(generator: Generator) -> None:
@@ -220,18 +222,17 @@ def test_forced_vectors_are_predicted_from_the_true_ones(generator: Generator) -
     ("place", "says"), [("forced", "has learned of the vectors"), ("free", "own errors add up to")]
 )
 def test_the_sentence_names_the_largest_loss(place: str, says: str) -> None:
-    losses = {name: {"score": 0.1, "low": 0.05, "high": 0.2} for name in ("true", "decoder", "forced", "free")}
-    losses["true"]["score"] = 0.9  # the judge's own fault is no place for a gain
-    losses[place] = {"score": 0.4, "low": 0.3, "high": 0.5}
-    told = d.sentence({"losses": losses, "noise": {"lost": {"score": 0.123}}})
+    losses = {name: Interval(0.1, 0.05, 0.2) for name in ("true", "decoder", "forced", "free")}
+    losses["true"] = Interval(0.9, 0.05, 0.2)  # the judge's own fault is no place for a gain
+    losses[place] = Interval(0.4, 0.3, 0.5)
+    told = d.sentence(losses, 0.123)
     assert says in told and "40 points [30, 50]" in told and "costs 12 on true vectors" in told
 
 
 def test_noise_is_as_large_as_the_error_of_the_forced_vectors(generator: Generator, cutouts: Cutouts) -> None:
     scenes = list(frozen_scenes.load("drawing/train")[:60:2])
     images, _ = frozen_scenes.pictures(scenes, cutouts)
-    items = [{"prompt": scene.short, "detailed": scene.detailed} for scene in scenes]
-    found = d._vectors(generator, items, images, 16)
+    found = v.predict_vectors(generator, scenes, images, 16)
     errors = [(found[name] - found["true"]).pow(2).mean((0, 2)) for name in ("noise", "forced")]
     assert torch.allclose(errors[0], errors[1], rtol=0.25)  # by position
     apart = (found["noise"] - found["true"]) / errors[1].sqrt()[:, None]
@@ -241,4 +242,4 @@ def test_noise_is_as_large_as_the_error_of_the_forced_vectors(generator: Generat
 def test_differences_are_taken_caption_by_caption() -> None:
     tags = ["colors", "colors", "position"]
     lost = d._difference(tags, np.array([1.0, 1, 1]), np.array([1.0, 0, 0]))
-    assert lost["score"] == 0.75  # a half of the colours, all of the positions
+    assert lost.score == 0.75  # a half of the colours, all of the positions

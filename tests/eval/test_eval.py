@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from open_pisces.batch import Question, Sample
 from open_pisces.datasets.scenes.composer import Composer, Cutouts
 from open_pisces.datasets.scenes.layout import vocabulary
 from open_pisces.datasets.scenes.texts import words
-from open_pisces.eval.intervals import macro_interval, mean_interval
+from open_pisces.eval.distances.pixel_errors import PSNR_CAP
+from open_pisces.eval.scenes import pixels as ruler
 from open_pisces.eval.scenes import placement
 from open_pisces.eval.scenes import vqa as scenes
 
@@ -61,34 +63,34 @@ def pixels(image: Image) -> np.ndarray:
 
 @pytest.mark.parametrize("colour", RGB)
 def test_the_ruler_names_colours(colour: str) -> None:
-    seen = placement.look(pixels(rectangle(colour, box_in(1, 1))))
-    assert seen.colours == (colour,) and (seen.column, seen.row) == (1, 1)
+    seen = ruler.look(pixels(rectangle(colour, box_in(1, 1))))
+    assert seen.colors == (colour,) and (seen.column, seen.row) == (1, 1)
 
 
 @pytest.mark.parametrize("column", range(3))
 @pytest.mark.parametrize("row", range(3))
 def test_the_ruler_finds_thirds(column: int, row: int) -> None:
-    seen = placement.look(pixels(rectangle("blue", box_in(column, row))))
+    seen = ruler.look(pixels(rectangle("blue", box_in(column, row))))
     assert (seen.column, seen.row) == (column, row)
 
 
 def test_thirds_end_where_they_should() -> None:
-    assert [placement.third(x) for x in (0.0, 0.33, 0.34, 0.66, 0.67, 1.0)] == [0, 0, 1, 1, 2, 2]
+    assert [ruler.third(x) for x in (0.0, 0.33, 0.34, 0.66, 0.67, 1.0)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_an_empty_picture_agrees_in_nothing() -> None:
     empty = Pillow.new("RGB", (SIDE, SIDE), (200, 225, 190))
-    assert placement.look(pixels(empty)) == placement.Look(placement.NOWHERE, placement.NOWHERE, (), False)
+    assert ruler.look(pixels(empty)) == ruler.Look(ruler.NOWHERE, ruler.NOWHERE, (), False)
     found = placement.compare([sample_of("red", box_in(0, 0))] * 3, [empty] * 3)
-    assert found["score"] == found["colour"]["score"] == found["colour_near"]["score"] == found["third"]["score"] == 0
+    assert found.score == found.colour.score == found.colour_near.score == found.third.score == 0
 
 
 def test_a_coloured_thing_keeps_its_colour_inside_a_black_outline() -> None:
     image = rectangle("black", box_in(1, 1, 16))  # 256 pixels, 144 of which turn yellow
     image.paste(RGB["yellow"], box_in(1, 1, 12))
-    assert placement.look(pixels(image)).colours == ("yellow", "black")
+    assert ruler.look(pixels(image)).colors == ("yellow", "black")
     image.paste(RGB["black"], box_in(1, 1, 10))  # 44 yellow against 212 black: a black thing with a yellow rim
-    assert placement.look(pixels(image)).colours == ("black", "yellow")
+    assert ruler.look(pixels(image)).colors == ("black", "yellow")
 
 
 @pytest.mark.parametrize(("right", "wrong"), [("orange", "brown"), ("red", "pink"), ("white", "gray")])
@@ -96,10 +98,10 @@ def test_neighbouring_colours_are_not_merged(right: str, wrong: str) -> None:
     box = box_in(2, 0)
     drawn = rectangle(wrong, box)
     found = placement.compare([sample_of(right, box)], [drawn])
-    assert (found["score"], found["colour"]["score"], found["colour_near"]["score"]) == (0, 0, 0)
+    assert (found.score, found.colour.score, found.colour_near.score) == (0, 0, 0)
     drawn.paste(RGB[right], (box[0], box[1], box[2], box[1] + 6))  # 84 of 196 pixels are right now: second, not first
     found = placement.compare([sample_of(right, box)], [drawn])
-    assert (found["colour"]["score"], found["colour_near"]["score"], found["third"]["score"]) == (0, 1, 1)
+    assert (found.colour.score, found.colour_near.score, found.third.score) == (0, 1, 1)
 
 
 def nine() -> list[Sample]:
@@ -110,10 +112,10 @@ def nine() -> list[Sample]:
 def test_true_pictures_score_one_and_worn_ones_too() -> None:
     samples = nine()
     found = placement.compare(samples, [sample.images[0] for sample in samples])
-    assert found["score"] == found["low"] == found["high"] == found["ceiling"] == 1
-    assert found["degraded"] == 1 and found["third_both"]["score"] == 1
-    assert found["mae"]["score"] == 0 and found["psnr"]["score"] == placement.PSNR_CAP
-    assert found["baseline"] == 0  # nine colours: no wrong pairing has the right one
+    assert found.score == found.low == found.high == found.ceiling == 1
+    assert found.degraded == 1 and found.third_both.score == 1
+    assert found.mae.score == 0 and found.psnr.score == PSNR_CAP
+    assert found.baseline == 0  # nine colours: no wrong pairing has the right one
 
 
 def test_each_criterion_counts_its_own_errors() -> None:
@@ -126,14 +128,14 @@ def test_each_criterion_counts_its_own_errors() -> None:
     ]
     found = placement.compare(samples, drawn)
     names = ("third", "third_vertical", "third_both", "colour")
-    assert found["score"] == 0.5 and [found[name]["score"] for name in names] == [0.75, 0.75, 0.5, 0.75]
-    assert found["low"] <= 0.5 <= found["high"]
+    assert found.score == 0.5 and [getattr(found, name).score for name in names] == [0.75, 0.75, 0.5, 0.75]
+    assert found.low <= 0.5 <= found.high
 
 
 def test_baseline_is_the_mean_over_wrong_pairings() -> None:
     samples = [sample_of("red", box_in(0, 0)), sample_of("red", box_in(0, 1)), sample_of("blue", box_in(2, 0))]
     found = placement.compare(samples, [sample.images[0] for sample in samples])
-    assert found["score"] == 1 and found["baseline"] == pytest.approx(2 / 6, abs=1e-4)  # the two red ones, both ways
+    assert found.score == 1 and found.baseline == pytest.approx(2 / 6, abs=1e-4)  # the two red ones, both ways
 
 
 def test_errors_are_measured_in_shares_of_full_range() -> None:
@@ -141,7 +143,7 @@ def test_errors_are_measured_in_shares_of_full_range() -> None:
     true = np.asarray(sample.images[0]).astype(int)
     lighter = Pillow.fromarray(np.where(true < 204, true + 51, true - 51).astype(np.uint8))  # each by 51 of 255
     found = placement.compare([sample], [lighter])
-    assert found["mae"]["score"] == 0.2 and found["psnr"]["score"] == 13.98  # -20 log10(0.2)
+    assert found.mae.score == 0.2 and found.psnr.score == 13.98  # -20 log10(0.2)
 
 
 def test_objects_without_a_dominant_colour_are_scored_apart() -> None:
@@ -149,7 +151,7 @@ def test_objects_without_a_dominant_colour_are_scored_apart() -> None:
     half.images[0].paste(RGB["blue"], (3, 3, 17, 9))  # 84 of 196 pixels: red has 4/3 of blue's share
     samples = [sample_of("green", box_in(1, 0)), half]
     found = placement.compare(samples, [samples[0].images[0], rectangle("blue", box_in(0, 0))])
-    assert (found["score"], found["n"]) == (1, 1) and (found["all"]["score"], found["all"]["n"]) == (0.5, 2)
+    assert (found.score, found.n) == (1, 1) and (found.all.score, found.all.n) == (0.5, 2)
     with pytest.raises(ValueError, match="none of 1 scenes"):
         placement.compare([half], [half.images[0]])
 
@@ -171,26 +173,28 @@ def synthetic(*_: Any) -> Any:
     """Scenes without end: single squares everywhere (also near borders), and every third scene two objects."""
     rng = np.random.default_rng(0)
     for index in count():
-        left, top = rng.integers(0, SIDE - 14, 2)
+        left, top = rng.integers(0, SIDE - 14, 2).tolist()
         sample = sample_of(list(RGB)[rng.integers(11)], (left, top, left + 14, top + 14), str(index))
         if index % 3 == 0:
             sample.facts["objects"].append({"box": [0, 0, 5, 5]})  # type: ignore[index]
         yield sample
 
 
-def test_placement_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_placement_end_to_end(monkeypatch: pytest.MonkeyPatch, nano_folder: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(placement, "fresh_scenes", synthetic)
     chosen = placement.single_objects(31, 0, "train")
     columns = [placement.true_place(sample)[0] for sample in chosen]
     assert [columns.count(c) for c in range(3)] == [11, 10, 10]
     assert all(len(sample.facts["objects"]) == 1 for sample in chosen)  # type: ignore[index]
     echo = Echo()
-    found = placement.evaluate_placement(echo, 31, seed=5, batch_size=8, sheet=tmp_path / "sheet.png")  # type: ignore[arg-type]
+    how: dict[str, Any] = {"limit": 31, "seed": 5}
+    asked = placement.Placement(echo, **how, batch_size=8, sheet=tmp_path / "sheet.png")  # type: ignore[arg-type]
+    found = asked.run(nano_folder, tmp_path / "run")
     assert found["name"] == "decoder/placement" and found["score"] == 1 and found["n"] == 31
     assert echo.seeds == [5, 13, 21, 29]  # batches do not share their noise
     with Pillow.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 8 * 128 and sheet.height > 6 * 128
-    mixed = placement.evaluate_placement(Echo(1), 31, seed=5)  # type: ignore[arg-type]
+    mixed = placement.Placement(Echo(1), **how).run(nano_folder, tmp_path / "mixed")  # type: ignore[arg-type]
     assert mixed["score"] < 0.3 and mixed["baseline"] < 0.15 and mixed["ceiling"] == 1
 
 
@@ -219,8 +223,8 @@ def test_placement_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
         ("3", "3"),
     ],
 )
-def test_normalise(answer: str, same: str) -> None:
-    assert scenes.normalise(answer) == same
+def test_normalize(answer: str, same: str) -> None:
+    assert scenes.normalize(answer) == same
 
 
 def asked(kind: str, *answers: str) -> list[Question]:
@@ -230,17 +234,17 @@ def asked(kind: str, *answers: str) -> list[Question]:
 def test_accuracy_is_the_mean_of_the_types() -> None:
     questions = asked("colour", "red", "red", "blue", "green") + asked("count", "two", "three")
     found = scenes.score_answers(questions, ["Red.", "blue", "blue", "red", "two", "three"], ["red"] * 4 + ["two"] * 2)
-    assert found["types"]["colour"] == {"score": 0.5, "constant": 0.5, "blank": 0.5, "n": 4}
-    assert found["types"]["count"] == {"score": 1.0, "constant": 0.5, "blank": 0.5, "n": 2}
-    assert found["score"] == 0.75 and found["baselines"] == {"constant": 0.5, "blank": 0.5} and found["n"] == 6
-    assert found["margin"]["score"] == 0.25
-    assert found["examples"] == [("colour?", "red", "blue"), ("colour?", "green", "red")]
+    assert found.types["colour"] == scenes.TypeScore(score=0.5, constant=0.5, blank=0.5, n=4)
+    assert found.types["count"] == scenes.TypeScore(score=1.0, constant=0.5, blank=0.5, n=2)
+    assert found.score == 0.75 and found.baselines == {"constant": 0.5, "blank": 0.5} and found.n == 6
+    assert found.margin.score == 0.25
+    assert found.examples == [("colour?", "red", "blue"), ("colour?", "green", "red")]
 
 
 def test_the_baseline_is_the_better_one() -> None:
     questions = asked("there", "yes", "no", "yes", "no")
-    assert scenes.score_answers(questions, ["yes"] * 4, ["yes", "no", "yes", "yes"])["baseline"] == 0.75
-    assert scenes.score_answers(questions, ["yes"] * 4, ["no"] * 4)["baseline"] == 0.5
+    assert scenes.score_answers(questions, ["yes"] * 4, ["yes", "no", "yes", "yes"]).baseline == 0.75
+    assert scenes.score_answers(questions, ["yes"] * 4, ["no"] * 4).baseline == 0.5
 
 
 def test_no_constant_beats_the_constant() -> None:
@@ -273,27 +277,31 @@ class Scripted:
 
 
 def script(cutouts: Cutouts, limit: int, seed: int, split: scenes.Split = "train") -> list[Question]:
-    """The questions `evaluate_vqa` will ask."""
+    """The questions `SceneQuestions` will ask."""
     kinds = [kind for kind in scenes.KINDS if kind not in scenes.NEVER_ASKED.get(split, ())]
     return [q for _, q in scenes.balanced_scenes(scenes.fresh_scenes(split, seed, cutouts), limit, seed, kinds)]
 
 
 @pytest.mark.parametrize(("split", "types"), [("train", 6), ("style", 6), ("pairs", 5)])
-def test_a_perfect_model_scores_one(cutouts: Cutouts, split: scenes.Split, types: int) -> None:
+def test_a_perfect_model_scores_one(
+    cutouts: Cutouts, split: scenes.Split, types: int, nano_folder: Path, tmp_path: Path
+) -> None:
     model = Scripted(*(q.answer.upper() + "." for q in script(cutouts, 63, 3, split)))
-    found = scenes.evaluate_vqa(model, 63, 3, split, batch_size=63, cutouts=cutouts)  # type: ignore[arg-type]
+    asked = scenes.SceneQuestions(model, 63, 3, split, batch_size=63, cutouts=cutouts)  # type: ignore[arg-type]
+    found = asked.run(nano_folder, tmp_path / "run")
     assert found["score"] == found["low"] == found["high"] == 1 and found["examples"] == []
     assert (found["name"], found["n"], found["split"], found["scenes"]) == ("scenes/vqa", 63, split, "fresh, seed 3")
     sizes = [row["n"] for row in found["types"].values()]
     assert len(sizes) == types and sum(sizes) == 63 and max(sizes) - min(sizes) <= 1
 
 
-def test_a_constant_model_scores_its_baseline(cutouts: Cutouts) -> None:
+def test_a_constant_model_scores_its_baseline(cutouts: Cutouts, nano_folder: Path, tmp_path: Path) -> None:
     model = Scripted(*scenes.best_constants(script(cutouts, 60, 3)))
-    found = scenes.evaluate_vqa(model, 60, 3, cutouts=cutouts)  # type: ignore[arg-type]
+    asked = scenes.SceneQuestions(model, 60, 3, cutouts=cutouts)  # type: ignore[arg-type]
+    found = asked.run(nano_folder, tmp_path / "run")
     assert 0 < found["score"] == found["baseline"] == found["baselines"]["constant"] == found["baselines"]["blank"]
     assert found["margin"] == {"score": 0, "low": 0, "high": 0}
-    assert len(model.seen) == 120 and all(image.getcolors() == [(64 * 64, scenes.GREY)] for image in model.seen[60:])
+    assert len(model.seen) == 120 and all(image.getcolors() == [(64 * 64, scenes.GRAY)] for image in model.seen[60:])
     assert all(len(image.getcolors() or ()) > 1 for image in model.seen[:60])
 
 
@@ -317,57 +325,21 @@ def test_types_are_those_of_the_composer() -> None:
     assert set(scenes.KINDS) == set(words()["questions"])
 
 
-def test_questions_say_what_they_lack(cutouts: Cutouts, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_questions_say_what_they_lack(
+    cutouts: Cutouts, nano_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="limit = 5: give at least 6"):
-        scenes.evaluate_vqa(Scripted("yes"), 5, 0, cutouts=cutouts)  # type: ignore[arg-type]
+        scenes.SceneQuestions(Scripted("yes"), 5, 0, cutouts=cutouts).run(nano_folder, tmp_path / "run")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="too few questions of type how_many"):
         scenes.balanced_scenes(scenes.fresh_scenes("pairs", 0, cutouts), 6, 0)
     monkeypatch.setenv("PISCES_DATA", str(tmp_path))
-    for evaluate in (scenes.evaluate_vqa, placement.evaluate_placement):
+    for evaluation in (scenes.SceneQuestions, placement.Placement):
         with pytest.raises(ValueError, match="pisces data build artwork"):
-            evaluate(Scripted("yes"), 6, 0)  # type: ignore[arg-type]
+            evaluation(Scripted("yes"), 6, 0).run(nano_folder, tmp_path / "run")  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
 
 
-def test_placement_on_composed_scenes(cutouts: Cutouts) -> None:
-    found = placement.evaluate_placement(Echo(), 45, seed=0, split="style", cutouts=cutouts)  # type: ignore[arg-type]
+def test_placement_on_composed_scenes(cutouts: Cutouts, nano_folder: Path, tmp_path: Path) -> None:
+    asked = placement.Placement(Echo(), 45, seed=0, split="style", cutouts=cutouts)  # type: ignore[arg-type]
+    found = asked.run(nano_folder, tmp_path / "run")
     assert found["score"] == found["ceiling"] == 1 and found["degraded"] > 0.9 and found["baseline"] < 0.2
-
-
-# ------------------------------------------------------------------------------------------------------- intervals
-
-
-def test_interval_of_a_mean() -> None:
-    values = np.arange(100.0)
-    found = mean_interval(values)
-    assert found.score == 49.5 and found == mean_interval(values) and found != mean_interval(values, seed=1)
-    spread = values.std() / 10  # standard error; the normal interval is +-1.96 of it
-    assert found.low == pytest.approx(49.5 - 1.96 * spread, abs=0.5)
-    assert found.high == pytest.approx(49.5 + 1.96 * spread, abs=0.5)
-    assert mean_interval([1, 1, 1]).rounded() == {"score": 1.0, "low": 1.0, "high": 1.0}
-
-
-def test_interval_covers_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    found = [mean_interval(rng.random(60) < 0.7, resamples=400, seed=i) for i in range(300)]
-    covered = np.mean([interval.low <= 0.7 <= interval.high for interval in found])
-    assert 0.90 <= covered <= 0.98
-
-
-def test_macro_interval_weighs_groups_equally_and_resamples_within_them() -> None:
-    groups = {"a": [1.0] * 90, "b": [0.0] * 10}
-    assert macro_interval(groups).rounded() == {"score": 0.5, "low": 0.5, "high": 0.5}  # groups never mix
-    found = macro_interval({"a": [0.0, 1.0] * 50, "b": [0.0, 1.0] * 50})
-    pooled = mean_interval([0.0, 1.0] * 100)
-    assert found.score == 0.5 and found.high - found.low == pytest.approx(pooled.high - pooled.low, abs=0.02)
-
-
-def test_blocks_do_not_change_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = mean_interval(np.arange(50.0))
-    monkeypatch.setattr("open_pisces.eval.intervals._DRAWS_AT_ONCE", 1000)
-    assert mean_interval(np.arange(50.0)) == whole
-
-
-@pytest.mark.parametrize(("values", "says"), [([], "no values"), ([1.0, float("nan")], "1 of 2 values"), ({}, "group")])
-def test_intervals_refuse_what_has_no_mean(values: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        macro_interval(values) if isinstance(values, dict) else mean_interval(values)

@@ -74,9 +74,9 @@ def test_scenes_are_prompts_of_geneval() -> None:
     name, count = many.things[0].concept, len(many.things)
     assert many.prompt().include == (Wanted(name, count),) and many.prompt().exclude == (Unwanted(name, count + 1),)
     both = by_category["color_attr"]
-    assert both.prompt().include == tuple(Wanted(t.concept, colour=t.colour) for t in both.things)
+    assert both.prompt().include == tuple(Wanted(t.concept, color=t.colour) for t in both.things)
     assert (
-        by_category["colors"].prompt().include[0].colour and not by_category["single_object"].prompt().include[0].colour
+        by_category["colors"].prompt().include[0].color and not by_category["single_object"].prompt().include[0].color
     )
     assert both.prompt().prompt == both.short and both.prompt(detailed=True).prompt == both.detailed
 

@@ -12,13 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image as Pillow
-from PIL import ImageFont
 from PIL.Image import Image
 
+from open_pisces import sheets
 from open_pisces.datasets.scenes.layout import vocabulary
 from open_pisces.datasets.scenes.texts import NUMBERS, ON_SIDE, words
 from open_pisces.eval.drawing import gallery
-from open_pisces.eval.drawing.gallery import KINDS, PICTURE, compare, draw, items_of, model_names, prompt_sets, sheet
+from open_pisces.eval.drawing.gallery import (
+    KINDS,
+    PICTURE,
+    compare,
+    draw_gallery,
+    items_of,
+    model_names,
+    prompt_sets,
+    sheet,
+)
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import RunError, RunFolder
 from open_pisces.generate.generator import Generator
@@ -46,7 +55,7 @@ class Draughtsman:
 
 
 def drawn(folder: Path, nano_folder: Path, generator: Any = None, **how: Any) -> RunFolder:
-    return draw(generator or Draughtsman(), folder, nano_folder, **how)
+    return draw_gallery(generator or Draughtsman(), folder, nano_folder, **how)
 
 
 # --------------------------------------------------------------------------------------------------------- the prompts
@@ -143,10 +152,10 @@ def test_other_settings_need_a_folder_of_their_own(tmp_path: Path, nano_folder: 
 
 def test_a_real_model_draws_a_gallery(tmp_path: Path, nano_folder: Path) -> None:
     generator = Generator.from_pretrained(nano_folder, "cpu")
-    run = draw(generator, tmp_path / "run", nano_folder, steps=1, batch_size=24)
+    run = draw_gallery(generator, tmp_path / "run", nano_folder, steps=1, batch_size=24)
     size = generator.pisces.settings.generation.image_size
     assert {run.images(item["key"])[0].size for item in run.items} == {(size, size)}
-    again = draw(generator, tmp_path / "again", nano_folder, steps=1, batch_size=24)
+    again = draw_gallery(generator, tmp_path / "again", nano_folder, steps=1, batch_size=24)
     assert again.hash == run.hash
     assert (again.folder / "images.jsonl").read_bytes() == (run.folder / "images.jsonl").read_bytes()
 
@@ -166,15 +175,8 @@ def test_a_sheet_shows_every_picture_whole_and_framed(tmp_path: Path, nano_folde
     assert (left, right - left, bottom - top) == (gallery.MARGIN, PICTURE, PICTURE)
     heart = find(image, COLOURS["a red heart"])
     assert heart[:2] == (left + PICTURE + gallery.MARGIN, top)
-    frame = tuple(int(gallery.FRAME[i : i + 2], 16) for i in (1, 3, 5))
+    frame = tuple(int(sheets.FRAME[i : i + 2], 16) for i in (1, 3, 5))
     assert image.getpixel((left - 1, top + 9)) == image.getpixel((right, top + 9)) == frame
-
-
-def test_wide_pictures_are_laid_on_white_and_not_cut() -> None:
-    square = gallery.fitted(Pillow.new("RGB", (40, 20), (9, 9, 9)), 256)
-    assert square.size == (256, 256) and square.getpixel((128, 20)) == (255, 255, 255)
-    assert find(square, (9, 9, 9)) == (0, 64, 256, 192)
-    assert gallery.fitted(Pillow.new("RGB", (1024, 1024), (9, 9, 9)), 256).getpixel((0, 0)) == (9, 9, 9)
 
 
 def test_side_by_side_a_row_is_a_prompt_and_a_column_a_model(tmp_path: Path, nano_folder: Path) -> None:
@@ -254,12 +256,3 @@ def test_headings_say_what_tells_the_columns_apart_and_nothing_else(tmp_path: Pa
     trained = headed(tmp_path, ("x/a", "1" * 64, same), ("x/a", "2" * 64, same), ("x/b", "3" * 64, same))
     assert trained == [("a", "weights 11111111"), ("a", "weights 22222222"), ("b", "")]
     assert headed(tmp_path, ("x/a", "1" * 64, same), ("x/a", "1" * 64, same)) == [("a", "run0"), ("a", "run1")]
-
-
-@pytest.mark.parametrize("text", ["a cat", "x" * 400, "a very-" + "long-" * 60 + "word between", "i " * 200, "", "W"])
-@pytest.mark.parametrize("width", [1, 40, 256])
-def test_lines_keep_within_their_width_and_lose_nothing(text: str, width: int) -> None:
-    font = ImageFont.load_default(15)
-    lines = gallery._wrapped(text, font, width)
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert all(font.getlength(line) <= width or len(line) == 1 for line in lines)

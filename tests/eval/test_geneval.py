@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,17 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 
 from open_pisces.eval.drawing import exports
-from open_pisces.eval.drawing import judged_run as geneval_runs
 from open_pisces.eval.drawing.detection import Detection
+from open_pisces.eval.drawing.judged_run import (
+    GenEval,
+    detect,
+    detectors_of,
+    items_of,
+    prompts_of,
+    read_findings,
+    score_run,
+)
+from open_pisces.eval.drawing.official_layout import GenEvalOfFolder
 from open_pisces.eval.drawing.prompts import (
     CATEGORIES,
     RELATIONS,
@@ -38,7 +47,8 @@ from open_pisces.eval.drawing.prompts import (
     to_row,
     write_prompts,
 )
-from open_pisces.eval.drawing.rules import Box, Rules, judge, keep, overlap, relations, summarise
+from open_pisces.eval.drawing.rules import Box, Rules, Spread, keep, pixel_overlap, relations, summarize, verdict_of
+from open_pisces.eval.evaluation import rescore
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import Manifest, RunError, RunFolder
 
@@ -58,8 +68,8 @@ def square(x: float, y: float, width: float = 10, height: float = 10) -> Box:
     return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
 
 
-def seen(name: str, score: float = 0.95, colour: str = "", box: Box = (10, 10, 30, 30)) -> Detection:
-    return Detection(name, box, score, {colour: 1.0} if colour else {})
+def seen(name: str, score: float = 0.95, color: str = "", box: Box = (10, 10, 30, 30)) -> Detection:
+    return Detection(name, box, score, {color: 1.0} if color else {})
 
 
 def asks(tag: str, *include: Wanted, exclude: tuple[Unwanted, ...] = ()) -> Prompt:
@@ -67,7 +77,7 @@ def asks(tag: str, *include: Wanted, exclude: tuple[Unwanted, ...] = ()) -> Prom
 
 
 def right(prompt: Prompt, *detections: Detection, rules: Rules = RULES) -> bool:
-    return judge(prompt, detections, rules).correct
+    return verdict_of(prompt, detections, rules).correct
 
 
 CAT, DOG = Wanted("cat"), Wanted("dog")
@@ -112,7 +122,7 @@ CONFIDENCES = [
 def shown(tag: str, score: float) -> bool:
     """Whether a category's prompt is right with all that it asks for found at one confidence."""
     prompt, things = ASKED[tag]
-    return right(prompt, *(seen(name, score, colour, square(x, 10)) for name, colour, x in things))
+    return right(prompt, *(seen(name, score, color, square(x, 10)) for name, color, x in things))
 
 
 @pytest.mark.parametrize(("score", "above", "above_counting"), CONFIDENCES)
@@ -129,7 +139,7 @@ def test_the_confidence_that_a_category_needs(tag: str) -> None:
 @pytest.mark.parametrize("tag", CATEGORIES)
 def test_an_empty_picture_shows_nothing(tag: str) -> None:
     prompt, _ = ASKED[tag]
-    verdict = judge(prompt, [], RULES)
+    verdict = verdict_of(prompt, [], RULES)
     assert not verdict.correct and verdict.reasons[0] == f"expected {prompt.include[0].name} >= " + (
         "2, found 0" if tag == "counting" else "1, found 0"
     )
@@ -138,7 +148,7 @@ def test_an_empty_picture_shows_nothing(tag: str) -> None:
 @pytest.mark.parametrize("tag", CATEGORIES)
 def test_every_object_has_to_be_there(tag: str) -> None:
     prompt, things = ASKED[tag]
-    found = [seen(name, 0.95, colour, square(x, 10)) for name, colour, x in things]
+    found = [seen(name, 0.95, color, square(x, 10)) for name, color, x in things]
     for missing in range(len(found)):
         assert not right(prompt, *found[:missing], *found[missing + 1 :])
     wrong = [replace(detection, name="cow") for detection in found]
@@ -291,7 +301,7 @@ def test_several_objects(include: tuple[Wanted, ...], cats: int, dogs: int, expe
     ],
 )
 def test_colour_of_the_most_confident(count: int, cats: list[tuple[float, str]], expected: bool) -> None:
-    found = [seen("cat", score, colour) for score, colour in cats]
+    found = [seen("cat", score, color) for score, color in cats]
     assert right(asks("colors", Wanted("cat", count, "red")), *found) is expected
 
 
@@ -324,8 +334,8 @@ def test_the_likeliest_colour_counts_and_among_equals_the_first() -> None:
     ],
 )
 def test_each_object_its_own_colour(cats: list[str], dogs: list[str], expected: bool) -> None:
-    found = [seen("cat", 0.9 - k / 10, colour) for k, colour in enumerate(cats)]
-    found += [seen("dog", 0.9 - k / 10, colour) for k, colour in enumerate(dogs)]
+    found = [seen("cat", 0.9 - k / 10, color) for k, color in enumerate(cats)]
+    found += [seen("dog", 0.9 - k / 10, color) for k, color in enumerate(dogs)]
     assert right(asks("color_attr", RED_CAT, BLUE_DOG), *found) is expected
 
 
@@ -519,7 +529,7 @@ def test_positions_of_several(cats: list[int], dogs: list[int], many_cats: int, 
 )
 def test_what_a_position_refers_to(include: tuple[Wanted, ...], found: dict[str, int], reasons: list[str]) -> None:
     things = [seen(name, 0.9, "red", square(x, 10)) for name, x in found.items()]
-    verdict = judge(asks("position", *include), things, RULES)
+    verdict = verdict_of(asks("position", *include), things, RULES)
     assert verdict.correct is (not reasons) and len(verdict.reasons) == len(reasons)
     assert all(said in reason for said, reason in zip(reasons, verdict.reasons, strict=True))
 
@@ -548,8 +558,8 @@ def test_overlap_suppression(max_overlap: float, boxes: list[Box], left: int) ->
 
 
 def test_overlap_counts_the_last_pixels() -> None:
-    assert overlap((0, 0, 9, 9), (0, 0, 9, 9)) == 1 and overlap((0, 0, 9, 9), (10, 0, 19, 9)) == 0
-    assert overlap((0, 0, 9, 9), (5, 0, 14, 9)) == pytest.approx(50 / 150)
+    assert pixel_overlap((0, 0, 9, 9), (0, 0, 9, 9)) == 1 and pixel_overlap((0, 0, 9, 9), (10, 0, 19, 9)) == 0
+    assert pixel_overlap((0, 0, 9, 9), (5, 0, 14, 9)) == pytest.approx(50 / 150)
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
@@ -661,17 +671,17 @@ def test_a_detector_has_to_know_classes_and_colours() -> None:
 
 
 CLASSES = ("cat", "owl", "fish", "bus", "person", "butterfly", "apple")
-COLOURS = ("red", "orange", "blue")
+COLORS = ("red", "orange", "blue")
 
 
 def test_generated_prompts_have_the_official_form() -> None:
-    prompts = generate(CLASSES, COLOURS, 12, seed=3, plurals={"fish": "fish"})
+    prompts = generate(CLASSES, COLORS, 12, seed=3, plurals={"fish": "fish"})
     counts = Counter(prompt.tag for prompt in prompts)
     assert counts == {**dict.fromkeys(CATEGORIES, 12), "single_object": 7} and list(counts) == list(CATEGORIES)
     assert len({prompt.prompt for prompt in prompts}) == len(prompts) == 67  # none twice
     assert [prompt.key for prompt in prompts][:2] == ["00000-single_object", "00001-single_object"]
     assert all(from_row(to_row(p), n) == p for n, p in enumerate(prompts))  # as valid as a file's
-    check_known(prompts, CLASSES, COLOURS, "judge")
+    check_known(prompts, CLASSES, COLORS, "judge")
     texts = [prompt.prompt.removeprefix("a photo of ") for prompt in prompts]
     for prompt, text in zip(prompts, texts, strict=True):
         a, b = prompt.include[0], prompt.include[-1]
@@ -681,15 +691,15 @@ def test_generated_prompts_have_the_official_form() -> None:
                 "single_object": f"{an(a.name)}",
                 "two_object": f"{an(a.name)} and {an(b.name)}",
                 "counting": f"{['two', 'three', 'four'][a.count - 2]} {PLURALS[a.name]}",
-                "colors": f"{an(f'{a.colour} {a.name}')}",
+                "colors": f"{an(f'{a.color} {a.name}')}",
                 "position": f"{an(b.name)} {(b.position or ('', 0))[0]} {an(a.name)}",
-                "color_attr": f"{an(f'{a.colour} {a.name}')} and {an(f'{b.colour} {b.name}')}",
+                "color_attr": f"{an(f'{a.color} {a.name}')} and {an(f'{b.color} {b.name}')}",
             }[prompt.tag]
         )
         assert prompt.tag != "counting" or prompt.exclude == (Unwanted(a.name, a.count + 1),)
-        assert not a.colour or "person" not in (a.name, b.name)
+        assert not a.color or "person" not in (a.name, b.name)
         assert prompt.tag in ("single_object", "counting", "colors") or a.name != b.name
-        assert prompt.tag != "color_attr" or a.colour != b.colour
+        assert prompt.tag != "color_attr" or a.color != b.color
     assert {prompt.include[0].count for prompt in prompts if prompt.tag == "counting"} == {2, 3, 4}
 
 
@@ -702,16 +712,16 @@ def an(words: str) -> str:
 
 
 def test_generation_is_repeatable_and_fills_what_it_can() -> None:
-    assert generate(CLASSES, COLOURS, 5, 1) == generate(CLASSES, COLOURS, 5, 1) != generate(CLASSES, COLOURS, 5, 2)
+    assert generate(CLASSES, COLORS, 5, 1) == generate(CLASSES, COLORS, 5, 1) != generate(CLASSES, COLORS, 5, 2)
     few = Counter(prompt.tag for prompt in generate(("cat", "dog"), ("red", "blue"), 50))
     # 2; ordered pairs 2; 2 x 3 numbers; 2 x 2 colours; 2 x 4 relations; 2 pairs x 2 pairs of colours
     assert few == dict(zip(CATEGORIES, (2, 2, 6, 4, 8, 4), strict=True))
     assert {p.tag for p in generate(("cat", "dog"), (), 9)} == set(CATEGORIES) - {"colors", "color_attr"}
     assert {p.tag for p in generate(("cat",), ("red",), 9)} == {"single_object", "counting", "colors"}
-    other = generate(CLASSES, COLOURS, 5, 1, "{} on white", coloured=["bus"])
+    other = generate(CLASSES, COLORS, 5, 1, "{} on white", colored=["bus"])
     assert {p.include[0].name for p in other if p.tag == "colors"} == {"bus"}
     assert all(p.prompt.endswith(" on white") for p in other) and "color_attr" not in {p.tag for p in other}
-    same = [p for p in generate(CLASSES, COLOURS, 5, 1) if p.tag == "position"]
+    same = [p for p in generate(CLASSES, COLORS, 5, 1) if p.tag == "position"]
     assert [p.include for p in other if p.tag == "position"] == [p.include for p in same]
 
 
@@ -723,13 +733,13 @@ def test_generation_is_repeatable_and_fills_what_it_can() -> None:
         ({"per_category": 0}, "per_category = 0"),
         ({"classes": ("cat", "cat")}, "class is empty or comes twice"),
         ({"classes": ("cat", " ")}, "class is empty or comes twice"),
-        ({"colours": ("red", "red")}, "colour is empty or comes twice"),
-        ({"coloured": ["dog"]}, "'dog' is to be coloured"),
+        ({"colors": ("red", "red")}, "colour is empty or comes twice"),
+        ({"colored": ["dog"]}, "'dog' is to be coloured"),
     ],
 )
 def test_a_vocabulary_that_cannot_be_used(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(PromptSetError, match=says):
-        generate(**{"classes": CLASSES, "colours": COLOURS, **fields})
+        generate(**{"classes": CLASSES, "colors": COLORS, **fields})
 
 
 @pytest.mark.parametrize(
@@ -770,24 +780,24 @@ def hits(*rows: str) -> list[list[bool]]:
 
 
 def test_scores_by_hand() -> None:
-    found = summarise(["single_object", "single_object", "two_object"], hits("xxxx", "x...", "...."))
+    found = summarize(["single_object", "single_object", "two_object"], hits("xxxx", "x...", "...."))
     # single: mean of 1 and 1/4; two: 0; overall the mean of the two, not 5 of 12 pictures.
-    assert [found["categories"][tag]["score"] for tag in ("single_object", "two_object")] == [0.625, 0.0]
-    assert found["score"] == 0.3125 and found["n"] == 12 and found["prompts"] == 3
-    assert (found["all_correct"], found["any_correct"]) == (1, 2)
-    assert found["categories"]["single_object"]["n"] == 8 and found["categories"]["two_object"]["prompts"] == 1
-    assert found["missing"] == ["counting", "colors", "position", "color_attr"]
+    assert [found.categories[tag].score for tag in ("single_object", "two_object")] == [0.625, 0.0]
+    assert found.score == 0.3125 and found.n == 12 and found.prompts == 3
+    assert (found.all_correct, found.any_correct) == (1, 2)
+    assert found.categories["single_object"].n == 8 and found.categories["two_object"].prompts == 1
+    assert found.missing == ["counting", "colors", "position", "color_attr"]
     # picture 0: (1 + 0) / 2, the others: (1/2 + 0) / 2; their deviation is half of the difference of one in four
-    assert found["spread"] == {"scores": [0.5, 0.25, 0.25, 0.25], "deviation": 0.125}
-    assert found["low"] <= 0.3125 <= found["high"] and found["baseline"] == 0
+    assert found.spread == Spread([0.5, 0.25, 0.25, 0.25], 0.125)
+    assert found.low <= 0.3125 <= found.high and found.baseline == 0
 
 
 def test_intervals_draw_prompts_again_not_pictures() -> None:
-    found = summarise(["counting", "counting"], hits("xxxx", "...."))
-    assert (found["score"], found["low"], found["high"]) == (0.5, 0, 1)  # a quarter of the draws are both of one kind
-    single = summarise(list(CATEGORIES), hits(*["x."] * 6))
-    assert (single["score"], single["low"], single["high"]) == (0.5, 0.5, 0.5) and not single["missing"]
-    assert summarise(["counting"], hits("x"))["spread"] == {"scores": [1.0], "deviation": None}
+    found = summarize(["counting", "counting"], hits("xxxx", "...."))
+    assert (found.score, found.low, found.high) == (0.5, 0, 1)  # a quarter of the draws are both of one kind
+    single = summarize(list(CATEGORIES), hits(*["x."] * 6))
+    assert (single.score, single.low, single.high) == (0.5, 0.5, 0.5) and not single.missing
+    assert summarize(["counting"], hits("x")).spread == Spread([1.0], None)
 
 
 @pytest.mark.parametrize(
@@ -795,7 +805,7 @@ def test_intervals_draw_prompts_again_not_pictures() -> None:
 )
 def test_scores_need_as_many_pictures_of_each_prompt(tags: list[str], correct: list[list[bool]]) -> None:
     with pytest.raises(EvaluationError, match="all need the same number"):
-        summarise(tags, correct)
+        summarize(tags, correct)
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -811,7 +821,7 @@ def perfect(prompt: Prompt) -> list[Detection]:
             relation, target = wanted.position
             x, y = (at + 60 * step for at, step in zip(places[target], STEPS[relation], strict=True))
         places.append((x, y))
-        found += [seen(wanted.name, 0.95, wanted.colour, square(x, y))] * wanted.count
+        found += [seen(wanted.name, 0.95, wanted.color, square(x, y))] * wanted.count
     return found
 
 
@@ -840,46 +850,51 @@ class Artist:
 class Reader:
     """A detector that reads what `Artist` wrote, and gives colours only where they are asked for."""
 
-    classes, colours = ("cat", "dog", "cow", "bus"), ("red", "blue")
+    classes, colors = ("cat", "dog", "cow", "bus"), ("red", "blue")
     threshold, counting_threshold = 0.3, 0.9
 
     def __init__(self, prompts: Sequence[Prompt], name: str = "Reader 1.0", fails_after: int = 99) -> None:
         self.prompts, self.name, self.fails_after = prompts, name, fails_after
         self.shown: list[int] = []
 
-    def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
         if len(self.shown) == self.fails_after:
             raise KeyboardInterrupt
         self.shown.append(len(images))
-        return [self.one(image, wanted) for image, wanted in zip(images, coloured, strict=True)]
+        return [self.one(image, wanted) for image, wanted in zip(images, colored, strict=True)]
 
-    def one(self, image: Image, coloured: Mapping[str, int]) -> list[Detection]:
+    def one(self, image: Image, colored: Mapping[str, int]) -> list[Detection]:
         index, _, is_right = image.getpixel((0, 0))  # type: ignore[misc]
-        found, left = [], dict(coloured)
+        found, left = [], dict(colored)
         for detection in perfect(self.prompts[index]) if is_right else []:
             left[detection.name] = left.get(detection.name, 0) - 1
-            colours = (detection.colours or {"red": 1.0}) if left[detection.name] >= 0 else {}
-            found.append(replace(detection, colours=colours))
+            colors = (detection.colors or {"red": 1.0}) if left[detection.name] >= 0 else {}
+            found.append(replace(detection, colors=colors))
         return found
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[Prompt]:
-    return generate(Reader.classes, Reader.colours, 3, seed=7)
+    return generate(Reader.classes, Reader.colors, 3, seed=7)
+
+
+@dataclass
+class OfOneHash(GenEval):
+    """GenEval of a model that is no folder."""
+
+    model_hash: str = "m"
+
+    def hash_of(self, model: str | Path) -> str:
+        return self.model_hash
 
 
 def evaluated(
     prompts: Sequence[Prompt], folder: Path, artist: Artist, reader: Reader, model_hash: str = "m", **how: Any
 ) -> dict[str, Any]:
-    return geneval_runs.evaluate(
-        artist,  # type: ignore[arg-type]
-        prompts,
-        folder,
-        reader,
-        "model",
-        model_hash,
-        **{"n": 2, "batch_size": 4, **how},
-    )
+    """The scores of a run, without what differs from time to time and place to place."""
+    how = {"n": 2, "batch_size": 4, "model_hash": model_hash, **how}
+    found = OfOneHash(artist, prompts, [reader], **how).run("model", folder)  # type: ignore[arg-type]
+    return {name: value for name, value in found.items() if name not in ("seconds", "folder")}
 
 
 def test_a_run_draws_detects_and_scores(prompts: list[Prompt], tmp_path: Path) -> None:
@@ -926,31 +941,38 @@ def test_scores_can_be_made_again_from_the_rows_alone(prompts: list[Prompt], tmp
     for file in sorted((folder / "images").rglob("*.*")):
         file.unlink()
     run = RunFolder.load(folder)
-    assert geneval_runs.score(run) == {name: found[name] for name in geneval_runs.score(run)}
-    strict = geneval_runs.score(run, "Reader 1.0", Rules(threshold=0.96, counting_threshold=0.96))
-    assert strict["score"] == 0 and strict["rules"]["threshold"] == 0.96
-    few = geneval_runs.score(run, rules=Rules(max_objects=1))
-    assert few["categories"]["counting"]["score"] == 0 and few["categories"]["colors"]["score"] == 1
+    row = score_run(run).row()
+    assert row == {name: found[name] for name in row}
+    strict = score_run(run, "Reader 1.0", Rules(threshold=0.96, counting_threshold=0.96))
+    assert strict.score == 0 and strict.rules.threshold == 0.96
+    few = score_run(run, rules=Rules(max_objects=1))
+    assert few.categories["counting"].score == 0 and few.categories["colors"].score == 1
     with pytest.raises(EvaluationError, match="threshold of 0.2 is below those of Reader 1.0"):
-        geneval_runs.score(run, rules=Rules(threshold=0.2))
+        score_run(run, rules=Rules(threshold=0.2))
+    again = rescore(folder, "m", rules=Rules(max_objects=1))
+    assert again["score"] == few.score == run.scores("m")["score"]
+    assert rescore(folder)["score"] == found["score"]
+    with pytest.raises(RunError, match="a run of geneval is scored without side: leave it out"):
+        rescore(folder, side=64)
 
 
 def test_several_detectors_may_look_at_one_run(prompts: list[Prompt], tmp_path: Path) -> None:
     evaluated(prompts, tmp_path / "run", Artist(prompts, "x."), Reader(prompts))
     run = RunFolder.load(tmp_path / "run")
     other = Reader([*prompts[1:], prompts[0]], "Another, of 2026!")  # sees other things than were drawn
-    assert geneval_runs.detect(other, run) == "detections-another-of-2026"
+    artist = Artist(prompts, "x.")
+    found = evaluated(prompts, tmp_path / "run", artist, other)
+    assert artist.asked == [] and (tmp_path / "run" / "detections-another-of-2026.jsonl").is_file()
     with pytest.raises(RunError, match="detections-another-of-2026 and detections-reader-1-0: say which"):
-        geneval_runs.score(run)
-    first, second = (geneval_runs.score(run, name) for name in ("Reader 1.0", "Another, of 2026!"))
-    assert first["score"] == 0.5 > second["score"] and second["detector"] == "Another, of 2026!"
-    rules, found = geneval_runs.found(run, "Reader 1.0")
-    assert rules == RULES and list(found) == [prompt.key for prompt in prompts]
-    assert [len(picture) for picture in found[prompts[0].key]] == [1, 0]
-    verdicts = geneval_runs.verdicts(run, "Reader 1.0")
-    assert [verdict.correct for verdict in verdicts[prompts[0].key]] == [True, False]
+        score_run(run)
+    first, second = (score_run(run, name) for name in ("Reader 1.0", "Another, of 2026!"))
+    assert first.score == 0.5 > found["score"] == second.score and second.detector == "Another, of 2026!"
+    assert detectors_of(run) == ["Another, of 2026!", "Reader 1.0"]
+    findings = read_findings(run, "Reader 1.0")
+    assert findings.rules == RULES and findings.prompts == prompts
+    assert [len(picture) for picture in findings.detections[0]] == [1, 0] and findings.correct[0] == [True, False]
     with pytest.raises(RunError, match="rows of detections-nobody.jsonl are missing"):
-        geneval_runs.score(run, "nobody")
+        score_run(run, "nobody")
 
 
 def test_detectors_are_asked_for_no_more_colours_than_rules_look_at(tmp_path: Path) -> None:
@@ -958,13 +980,14 @@ def test_detectors_are_asked_for_no_more_colours_than_rules_look_at(tmp_path: Pa
     asked: list[Mapping[str, int]] = []
 
     class Spy(Reader):
-        def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
-            asked.extend(coloured)
-            return super().detect(images, coloured)
+        def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+            asked.extend(colored)
+            return super().detect(images, colored)
 
     evaluated(own, tmp_path / "run", Artist(own, "x"), Spy(own), n=1)
     run = RunFolder.load(tmp_path / "run")
-    geneval_runs.detect(Spy(own, "other"), run, rules=Rules(max_overlap=0.5))
+    pictures = [run.images(item["key"]) for item in run.items]
+    detect(Spy(own, "other"), run, run.items, pictures, rules=Rules(max_overlap=0.5))
     assert asked == [{"cat": 2, "dog": 1}, {"cat": 16, "dog": 16}]
 
 
@@ -981,31 +1004,35 @@ def test_rows_of_two_thresholds_are_refused(prompts: list[Prompt], tmp_path: Pat
         evaluated(prompts, tmp_path / "run", Artist(prompts, "xx"), Reader(prompts, fails_after=2))
     run = RunFolder.load(tmp_path / "run")
     with pytest.raises(RunError, match="rows of detections-reader-1-0.jsonl are missing"):
-        geneval_runs.score(run)
+        score_run(run)
     other = Reader(prompts)
     other.threshold = 0.5
-    geneval_runs.detect(other, run)
     with pytest.raises(RunError, match="holds rows of .*thresholds 0.3.*thresholds 0.5.* detect again"):
-        geneval_runs.score(run)
-    empty = RunFolder.open(tmp_path / "empty", Manifest("geneval", "m", "m", {}), geneval_runs.items_of(prompts))
+        evaluated(prompts, tmp_path / "run", Artist(prompts, "xx"), other)
+    with pytest.raises(RunError, match="holds rows of .*thresholds 0.3.*thresholds 0.5.* detect again"):
+        score_run(RunFolder.load(tmp_path / "run"))
+    empty = RunFolder.open(tmp_path / "empty", Manifest("geneval", "m", "m", {}), items_of(prompts))
     with pytest.raises(RunError, match="none yet: detect first"):
-        geneval_runs.score(empty)
+        score_run(empty)
+    with pytest.raises(RunError, match="has no detections yet"):
+        detectors_of(empty)
     foreign = RunFolder.open(tmp_path / "foreign", Manifest("scenes", "m", "m", {}), [{"key": "a", "prompt": "a cat"}])
     with pytest.raises(RunError, match="no run of GenEval: `tag` is missing"):
-        geneval_runs.prompts_of(foreign)
+        prompts_of(foreign)
 
 
 def test_a_real_generator(nano_folder: Path, tmp_path: Path) -> None:
     from open_pisces.generate.generator import Generator
 
     class Blind(Reader):
-        def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+        def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
             assert len({image.tobytes() for image in images}) > 1
             return [[] for _ in images]
 
     own = [asks("single_object", CAT), replace(asks("counting", Wanted("dog", 2)), key="l", prompt="two dogs")]
     generator = Generator.from_pretrained(nano_folder, "cpu")
-    found = geneval_runs.evaluate(generator, own, tmp_path / "run", Blind(own), str(nano_folder), "m", 2, 2, 1.5)
+    asked = GenEval(generator, own, [Blind(own)], n=2, steps=2, guidance_scale=1.5)
+    found = asked.run(nano_folder, tmp_path / "run")
     assert (found["score"], found["high"], found["n"]) == (0, 0, 4) and len(found["missing"]) == 4
     assert RunFolder.load(tmp_path / "run").images("l")[1].size == (32, 32)
 
@@ -1019,6 +1046,13 @@ def run(prompts: list[Prompt], tmp_path: Path) -> RunFolder:
     return RunFolder.load(tmp_path / "run")
 
 
+def scored(
+    path: Path, reader: Reader, folder: Path | None = None, n: int = 4, prompts: Sequence[Prompt] | None = None
+) -> dict[str, Any]:
+    """The scores of pictures in the official layout."""
+    return GenEvalOfFolder(path, [reader], n, batch_size=5, asked=prompts).run(path, folder)
+
+
 def test_pictures_of_others_are_scored_like_ours(prompts: list[Prompt], run: RunFolder, tmp_path: Path) -> None:
     out = exports.export(run, "geneval", tmp_path / "out")
     assert json.loads((out / "00004/metadata.jsonl").read_text()) == to_row(prompts[4])
@@ -1028,22 +1062,21 @@ def test_pictures_of_others_are_scored_like_ours(prompts: list[Prompt], run: Run
     ]
     (out / "00004/grid.png").write_bytes(b"not looked at")
     before = sorted(out.rglob("*"))
-    ours, reader = geneval_runs.score(run), Reader(prompts)
-    found = geneval_runs.score_folder(out, reader, tmp_path / "scored", batch_size=5, prompts=prompts)
+    ours, reader = score_run(run).row(), Reader(prompts)
+    found = scored(out, reader, tmp_path / "scored", prompts=prompts)
     assert [found[name] for name in ("score", "low", "high", "n", "categories", "spread")] == [
         ours[name] for name in ("score", "low", "high", "n", "categories", "spread")
     ]
     assert found["model"] == str(out) and sorted(out.rglob("*")) == before  # nothing is written there
-    assert geneval_runs.score(RunFolder.load(tmp_path / "scored"))["score"] == found["score"]
+    assert score_run(RunFolder.load(tmp_path / "scored")).score == found["score"]
     shown = len(reader.shown)
-    assert geneval_runs.score_folder(out, reader, tmp_path / "scored", batch_size=5) == found  # goes on
+    again = scored(out, reader, tmp_path / "scored")  # goes on
+    assert {**again, "seconds": 0} == {**found, "seconds": 0}
     assert len(reader.shown) == shown
-    assert (
-        geneval_runs.score_folder(out, Reader(prompts))["score"] == 0.5 and (tmp_path / "runs").is_dir()
-    )  # a folder is chosen
+    assert scored(out, Reader(prompts))["score"] == 0.5 and (tmp_path / "runs").is_dir()  # a folder is chosen
     Pillow.new("RGB", (8, 8), (0, 0, 0)).save(out / "00000/samples/0000.png")
     with pytest.raises(RunError, match="model_hash"):
-        geneval_runs.score_folder(out, reader, tmp_path / "scored", batch_size=5)
+        scored(out, reader, tmp_path / "scored")
 
 
 def test_folders_are_numbers_of_any_length_in_order(prompts: list[Prompt], run: RunFolder, tmp_path: Path) -> None:
@@ -1053,7 +1086,7 @@ def test_folders_are_numbers_of_any_length_in_order(prompts: list[Prompt], run: 
         for name in range(4):
             (out / f"{number}/samples/{name:04d}.png").rename(out / f"{number}/samples/{9 + name}.png")
     (out / "notes").mkdir()
-    found = geneval_runs.score_folder(out, Reader(prompts), tmp_path / "scored")
+    found = scored(out, Reader(prompts), tmp_path / "scored")
     assert found["spread"]["scores"] == [1, 0, 1, 0]  # 9, 10, 11, 12: by number, not by name
     assert [item["key"].partition("-")[0] for item in RunFolder.load(tmp_path / "scored").items] == [
         str(number) for number in range(len(prompts))
@@ -1063,34 +1096,34 @@ def test_folders_are_numbers_of_any_length_in_order(prompts: list[Prompt], run: 
 def test_pictures_that_are_missing_or_broken_are_named(prompts: list[Prompt], run: RunFolder, tmp_path: Path) -> None:
     out, reader = exports.export(run, "geneval", tmp_path / "out"), Reader(prompts)
     with pytest.raises(EvaluationError, match="none: holds no numbered folders"):
-        geneval_runs.score_folder(tmp_path / "none", reader)
+        scored(tmp_path / "none", reader)
     with pytest.raises(EvaluationError, match="00000/samples: 4 pictures, expected are 2"):
-        geneval_runs.score_folder(out, reader, n=2)
+        scored(out, reader, n=2)
     with pytest.raises(EvaluationError, match=f"'{prompts[2].prompt}' is not one of those asked"):
-        geneval_runs.score_folder(out, reader, prompts=[*prompts[:2], *prompts[3:]])
+        scored(out, reader, prompts=[*prompts[:2], *prompts[3:]])
     with pytest.raises(EvaluationError, match="'one more' has no pictures"):
-        geneval_runs.score_folder(out, reader, prompts=[*prompts, replace(prompts[0], prompt="one more")])
+        scored(out, reader, prompts=[*prompts, replace(prompts[0], prompt="one more")])
     picture = out / "00003/samples/0002.png"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:40])
     with pytest.raises(ValueError, match="00003/samples/0002.png: .*(damaged|not an image)"):
-        geneval_runs.score_folder(out, reader)
+        scored(out, reader)
     picture.rename(picture.with_suffix(".jpg"))
     with pytest.raises(
         EvaluationError, match="00003/samples: 3 pictures beside 0002.jpg, whose names .* expected are 4"
     ):
-        geneval_runs.score_folder(out, reader)
+        scored(out, reader)
     picture.write_bytes(whole)
     metadata = out / "00001/metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("single_object", "singles"))
     with pytest.raises(EvaluationError, match="00001/metadata.jsonl: unknown category 'singles'"):
-        geneval_runs.score_folder(out, reader)
+        scored(out, reader)
     metadata.write_text("{")
     with pytest.raises(EvaluationError, match="00001/metadata.jsonl: "):
-        geneval_runs.score_folder(out, reader)
+        scored(out, reader)
     metadata.unlink()
     with pytest.raises(EvaluationError, match="00001/metadata.jsonl: no such file"):
-        geneval_runs.score_folder(out, reader)
+        scored(out, reader)
 
 
 def drawn(folder: Path, items: list[dict[str, Any]], n: int = 4, side: int = 4) -> RunFolder:

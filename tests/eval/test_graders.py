@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,14 +14,16 @@ from typing import Any
 import pytest
 from PIL.Image import Image
 
+from open_pisces.eval.evaluation import rescore
 from open_pisces.eval.run import RunFolder
 from open_pisces.eval.understanding import graders
 from open_pisces.eval.understanding.benchmarks import benchmarks
-from open_pisces.eval.understanding.evaluate import evaluate, score
-from open_pisces.eval.understanding.graders import GraderError, Judge, NoReply
+from open_pisces.eval.understanding.evaluate import evaluate
 from open_pisces.eval.understanding.questions import read_questions
+from open_pisces.generate.chat_model import ChatModel, ChatModelError, NoReply
 
 Reply = str | int | tuple[int, str]
+IS_IT = [{"role": "user", "content": "Is it?"}]
 
 
 class Endpoint:
@@ -29,7 +33,9 @@ class Endpoint:
         self.says: Callable[[dict[str, Any], int], Reply] = lambda body, number: "yes"
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.slept: list[float] = []
         self.hold = threading.Event()
+        self.headers = {"Content-Type": "application/json"}
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +52,8 @@ class Endpoint:
                 answer = {"choices": [{"message": {"content": text}}]}
                 content = text.encode() if text.startswith("<") or status != 200 else json.dumps(answer).encode()
                 self.send_response(status)
+                for name, value in endpoint.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -57,15 +65,15 @@ class Endpoint:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def judge(self, **how: Any) -> Judge:
-        """A judge there, which does not really sleep."""
-        self.slept: list[float] = []
-        return Judge("judge-1", self.url, sleep=self.slept.append, **how)
+    def judge(self, **how: Any) -> ChatModel:
+        """A judge there."""
+        return ChatModel("judge-1", self.url, **{"tries": 4, **how})
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     found = Endpoint()
+    monkeypatch.setattr(time, "sleep", found.slept.append)  # the client's pauses
     yield found
     found.hold.set()
     found.server.shutdown()
@@ -78,17 +86,13 @@ def endpoint() -> Iterator[Endpoint]:
 def test_a_request_is_an_openai_chat_completion(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     judge = endpoint.judge()
-    assert judge.reply("Is it?", "You judge.", 0.5, 16) == "yes" and endpoint.keys == ["Bearer secret"]
+    messages = [{"role": "system", "content": "You judge."}, *IS_IT]
+    assert judge.reply(messages, 0.5, 16) == "yes" and endpoint.keys == ["Bearer secret"]
     (body,) = endpoint.asked
     assert body.pop("path") == "/v1/chat/completions"
-    assert body == {
-        "model": "judge-1",
-        "messages": [{"role": "system", "content": "You judge."}, {"role": "user", "content": "Is it?"}],
-        "temperature": 0.5,
-        "max_tokens": 16,
-    }
+    assert body == {"model": "judge-1", "messages": messages, "temperature": 0.5, "max_tokens": 16}
     monkeypatch.delenv("OPENAI_API_KEY")
-    judge.reply("Is it?")
+    judge.reply(IS_IT)
     assert endpoint.keys[1] is None and len(endpoint.asked[1]["messages"]) == 1
     assert "secret" not in repr(judge)
 
@@ -96,29 +100,44 @@ def test_a_request_is_an_openai_chat_completion(endpoint: Endpoint, monkeypatch:
 @pytest.mark.parametrize("trouble", [500, 429, 503, "<html>down</html>", " ", (200, "<br>")])
 def test_a_passing_trouble_is_tried_again_with_growing_pauses(endpoint: Endpoint, trouble: Reply) -> None:
     endpoint.says = lambda body, number: trouble if number < 4 else "yes"
-    assert endpoint.judge(pause=2).reply("Is it?") == "yes" and len(endpoint.asked) == 4
-    assert endpoint.slept == [2, 4, 8]
+    assert endpoint.judge().reply(IS_IT) == "yes" and len(endpoint.asked) == 4
+    for pause, most in zip(endpoint.slept, (0.5, 1, 2), strict=True):
+        assert 0.75 * most <= pause <= most  # up to a quarter is left out by chance
 
 
 def test_what_does_not_pass_is_no_reply(endpoint: Endpoint) -> None:
     endpoint.says = lambda body, number: 500
     with pytest.raises(NoReply, match=r"judge-1 at http://127.*no reply in 4 tries \(HTTP 500\)"):
-        endpoint.judge().reply("Is it?")
+        endpoint.judge().reply(IS_IT)
     endpoint.says = lambda body, number: "wait"
     with pytest.raises(NoReply, match=r"no reply in 2 tries .*timed out"):
-        endpoint.judge(timeout=0.1, tries=2).reply("Is it?")
+        endpoint.judge(timeout=0.1, tries=2).reply(IS_IT)
     with pytest.raises(NoReply, match="no reply in 2 tries"):
-        Judge("judge-1", "http://127.0.0.1:9/v1", tries=2, sleep=lambda seconds: None).reply("Is it?")
+        ChatModel("judge-1", "http://127.0.0.1:9/v1", tries=2).reply(IS_IT)
 
 
 @pytest.mark.parametrize(("status", "says"), [(401, "HTTP 401"), (404, "the model's name"), (400, "no such model")])
 def test_a_refusal_is_not_tried_again(endpoint: Endpoint, status: int, says: str) -> None:
     endpoint.says = lambda body, number: (status, "no such model")
-    with pytest.raises(GraderError, match=says):
-        endpoint.judge().reply("Is it?")
+    with pytest.raises(ChatModelError, match=says):
+        endpoint.judge().reply(IS_IT)
     assert len(endpoint.asked) == 1
-    with pytest.raises(GraderError, match="'judge.example' is no http address"):
-        Judge("judge-1", "judge.example")
+    with pytest.raises(ChatModelError, match="'judge.example' is no http address"):
+        ChatModel("judge-1", "judge.example")
+
+
+def test_pauses_are_the_servers_where_it_names_them_and_the_types_of_its_answers_do_not_matter(
+    endpoint: Endpoint,
+) -> None:
+    endpoint.headers = {"Retry-After": "7", "Content-Type": "text/plain"}
+    endpoint.says = lambda body, number: 429 if number == 1 else "yes"
+    assert endpoint.judge().reply(IS_IT) == "yes" and endpoint.slept == [7]
+
+
+def test_a_missing_client_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ChatModelError, match=r"^judge-1: needs the openai library: pip install 'open-pisces\[eval\]'$"):
+        ChatModel("judge-1").reply(IS_IT)
 
 
 # -------------------------------------------------------------------------------------------------------- replies
@@ -157,12 +176,12 @@ def test_every_judged_benchmark_has_a_prompt_that_shows_all_it_needs() -> None:
     assert set(graders.kinds()) == judged and set(graders.READS.values()) == set(REPLIES)
     for name in judged:
         for item in read_questions(benchmarks()[name], "fixtures").items:
-            prompt = graders._prompt(graders.kinds()[name]["prompt"], item, "{my} answer")
+            prompt = graders.prompt_of(graders.kinds()[name]["prompt"], item, "{my} answer")
             assert "{my} answer" in prompt and item["prompt"].split("\n")[0] in prompt
             if name in ("mm_vet", "llava_w"):
                 assert str(item["gold"]).split("<")[0] in prompt
     (vet,) = [item for item in read_questions(benchmarks()["mm_vet"], "fixtures").items if "<AND>" in item["gold"]]
-    assert "| red circle <AND> blue square | both |" in graders._prompt(
+    assert "| red circle <AND> blue square | both |" in graders.prompt_of(
         graders.kinds()["mm_vet"]["prompt"], vet, "both"
     )
 
@@ -185,11 +204,18 @@ class Pupil:
         raise AssertionError
 
 
-def result(pupil: Pupil, name: str, model: Path, folder: Path, judge: Judge | None) -> dict[str, Any]:
+def result(pupil: Pupil, name: str, model: Path, folder: Path, judge: ChatModel | None) -> dict[str, Any]:
     """One benchmark over the fixtures."""
-    found = evaluate(pupil, name, model=model, folder=folder, judge=judge, progress=False)
+    found = evaluate(pupil, name, model=model, folder=folder, judge=judge)
     row: dict[str, Any] = found["rows"][name]
     return row
+
+
+def rescored(folder: Path, **options: Any) -> dict[str, Any]:
+    """The scores of a run made again, as `evaluate` gives them."""
+    found = rescore(folder, **options)
+    assert found.pop("folder") == str(folder)
+    return found
 
 
 def last_line(body: dict[str, Any], start: str) -> str:
@@ -215,7 +241,7 @@ def test_mm_vet_is_the_mean_grade_and_names_its_judge(endpoint: Endpoint, nano_f
     assert found["score"] == 64 and found["n"] == 5 and found["low"] < 64 < found["high"]  # 3.2 / 5
     assert found["judge"]["name"] == "judge-1" and (found["judge"]["judged"], found["judge"]["unjudged"]) == (5, 0)
     assert len(found["judge"]["date"]) == 10 and found["strict"] is None and len(endpoint.asked) == 5
-    again = score(RunFolder.load(tmp_path / "mm_vet"))  # from the folder alone
+    again = rescored(tmp_path / "mm_vet")  # from the folder alone
     assert again == found and len(endpoint.asked) == 5
     result(Pupil(lambda prompt: ""), "mm_vet", nano_folder, tmp_path, endpoint.judge())
     assert len(endpoint.asked) == 5  # what is judged is not asked again
@@ -236,7 +262,7 @@ def test_unjudged_answers_are_left_out_and_asked_again_later(
     assert tries == [0.0, 0.5, 1.0, 1.5, 2.0]  # garbage is asked for again, less greedily
     endpoint.says = lambda body, number: "1.0"
     before = len(endpoint.asked)
-    whole = score(RunFolder.load(tmp_path / "mm_vet"), endpoint.judge())
+    whole = rescored(tmp_path / "mm_vet", judge=endpoint.judge())
     assert whole["score"] == pytest.approx(76) and len(endpoint.asked) == before + 2  # (3 x 0.6 + 2) / 5
 
 
@@ -316,10 +342,20 @@ def test_mmbench_asks_about_unread_letters_only_and_settles_whole_questions(
     assert found["judge"]["unjudged"] == 4 and found["judge"]["judged"] == 4
 
 
+def test_a_judge_is_not_asked_where_the_rules_read_everything(
+    endpoint: Endpoint, nano_folder: Path, tmp_path: Path
+) -> None:
+    found = evaluate(
+        Pupil(lambda prompt: "no"), ["pope", "mm_vet"], model=nano_folder, folder=tmp_path, judge=endpoint.judge()
+    )
+    assert found["rows"]["pope"]["judge"] is None and found["rows"]["pope"]["score"] is not None
+    assert found["rows"]["mm_vet"]["judge"]["unjudged"] == 5 and not (tmp_path / "pope" / "judged.jsonl").exists()
+
+
 def test_a_judge_that_refuses_stops_the_run_and_keeps_the_answers(
     endpoint: Endpoint, nano_folder: Path, tmp_path: Path
 ) -> None:
     endpoint.says = lambda body, number: (401, "bad key")
-    with pytest.raises(GraderError, match="bad key.*the key in OPENAI_API_KEY"):
+    with pytest.raises(ChatModelError, match="bad key.*the key in OPENAI_API_KEY"):
         result(Pupil(lambda prompt: "x"), "mm_vet", nano_folder, tmp_path, endpoint.judge())
     assert RunFolder.load(tmp_path / "mm_vet").has("answers")

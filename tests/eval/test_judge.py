@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from PIL import ImageDraw
 from PIL.Image import Image
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import SIZE, vocabulary
 from open_pisces.eval.drawing.detection import Detection, DetectorError
@@ -55,8 +55,8 @@ def test_pictures_hold_what_is_said_of_them(cutouts: Cutouts) -> None:
         assert 0 <= left < right <= SIZE and 0 <= top < bottom <= SIZE
         name = judges.classes()[made.class_NK[i, k]]
         declared = {t.colour for t in (*vocabulary().objects, *vocabulary().shapes) if t.concept == name}
-        colour = judges.COLOURS[made.colour_NK[i, k]] if made.colour_NK[i, k] >= 0 else ""
-        assert colour in declared
+        color = judges.COLORS[made.color_NK[i, k]] if made.color_NK[i, k] >= 0 else ""
+        assert color in declared
     inside = made.pixels_NHWC[numbers == 1][0]
     assert len(np.unique(inside.reshape(-1, 3), axis=0)) > 1
 
@@ -129,22 +129,22 @@ def test_a_cut_holds_its_box_scaled_and_unbent() -> None:
 
 
 def test_overlapping_boxes_are_one_object_and_the_surest_stays() -> None:
-    score = torch.tensor([0.9, 0.6, 0.5] + [0.01] * (judges.MOST - 3)).numpy()
+    score = torch.tensor([0.9, 0.6, 0.5] + [0.01] * (judges.MOST - 3))
     box = torch.tensor([[0.0, 0, 20, 20], [2, 0, 22, 20], [30, 30, 50, 50]] + [[0.0, 0, 5, 5]] * (judges.MOST - 3))
-    names = torch.nn.functional.one_hot(torch.arange(judges.MOST) % 48, 48).float().numpy()
-    colours = torch.nn.functional.one_hot(torch.arange(judges.MOST) % 10, 10).float().numpy()
-    found = judges._detections(judges.Found(score, box.numpy(), names, colours), Pillow.new("RGB", (64, 64)))  # type: ignore[arg-type]
-    assert [(d.name, d.colour, round(d.score, 2)) for d in found] == [
+    names = torch.nn.functional.one_hot(torch.arange(judges.MOST) % 48, 48).float()
+    colors = torch.nn.functional.one_hot(torch.arange(judges.MOST) % 10, 10).float()
+    found = judges._detections(judges.Found(score, box, names, colors), Pillow.new("RGB", (64, 64)))
+    assert [(d.name, d.color, round(d.score, 2)) for d in found] == [
         (judges.classes()[0], "red", 0.9),
         (judges.classes()[2], "yellow", 0.5),
     ]
 
 
 def test_boxes_come_back_in_the_pictures_own_pixels() -> None:
-    score = np.array([0.9] + [0.0] * (judges.MOST - 1))
-    box = np.tile(np.array([[16.0, 8, 32, 24]]), (judges.MOST, 1))
-    names, colours = np.eye(judges.MOST, 48), np.eye(judges.MOST, 10)
-    (found,) = judges._detections(judges.Found(score, box, names, colours), Pillow.new("RGB", (256, 128)))  # type: ignore[arg-type]
+    score = torch.tensor([0.9] + [0.0] * (judges.MOST - 1))
+    box = torch.tensor([[16.0, 8, 32, 24]]).repeat(judges.MOST, 1)
+    names, colors = torch.eye(judges.MOST, 48), torch.eye(judges.MOST, 10)
+    (found,) = judges._detections(judges.Found(score, box, names, colors), Pillow.new("RGB", (256, 128)))
     assert found.box == (64 + 32, 16, 64 + 64, 48)  # short side 128: twice as large, cropped by 64 on the left
 
 
@@ -187,7 +187,7 @@ def test_bad_judges_are_named(tmp_path: Path, cutouts: Cutouts) -> None:
     with pytest.raises(EvaluationError, match="is not empty"):
         check.make(tmp_path, cutouts)
     with pytest.raises(EvaluationError, match="labels.json: no such file"):
-        check.labelled(tmp_path)
+        check.labeled(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- the figures
@@ -201,14 +201,14 @@ class Scripted:
     def __init__(self, *found: list[Detection]) -> None:
         self.found, self.shown = list(found), 0
 
-    def detect(self, images: list[Image], coloured: Any = ()) -> list[list[Detection]]:
+    def detect(self, images: list[Image], colored: Any = ()) -> list[list[Detection]]:
         """The next pictures' script."""
         start, self.shown = self.shown, self.shown + len(images)
         return self.found[start : self.shown]
 
 
-def one(name: str, box: tuple[int, int, int, int], colour: str = "", score: float = 0.9) -> Detection:
-    return Detection(name, box, score, {colour: 1.0} if colour else {})
+def one(name: str, box: tuple[int, int, int, int], color: str = "", score: float = 0.9) -> Detection:
+    return Detection(name, box, score, {color: 1.0} if color else {})
 
 
 LEFT, RIGHT = (4, 20, 28, 44), (36, 20, 60, 44)
@@ -224,7 +224,7 @@ BLANK = Pillow.new("RGB", (64, 64))
 
 
 @pytest.mark.parametrize(
-    ("found", "class_", "count", "position", "colour"),
+    ("found", "class_", "count", "position", "color"),
     [
         ([one("heart", LEFT, "red"), one("circle", RIGHT, "blue")], 1, 1, 1, 1),
         ([one("circle", RIGHT, "blue"), one("heart", LEFT, "red")], 1, 1, 1, 1),  # the order means nothing
@@ -236,15 +236,13 @@ BLANK = Pillow.new("RGB", (64, 64))
         ([], 0, 0, 0, 0),
     ],
 )
-def test_accuracy_on_scenes(
-    found: list[Detection], class_: float, count: float, position: float, colour: float
-) -> None:
+def test_accuracy_on_scenes(found: list[Detection], class_: float, count: float, position: float, color: float) -> None:
     scores = check.on_scenes(Scripted(found), [pair("red", "blue")], [BLANK])  # type: ignore[arg-type]
     assert {name: row["score"] for name, row in scores.items()} == {
         "class": class_,
         "count": count,
         "position": position,
-        "colour": colour,
+        "colour": color,
     }
 
 
@@ -272,7 +270,7 @@ def test_a_pair_in_another_relation_is_not_in_place() -> None:
     ],
 )
 def test_agreement_with_a_person(things: Any, found: list[Detection], scores: dict[str, float]) -> None:
-    measured = check.on_labelled(Scripted(found), [BLANK], [{"things": things}])  # type: ignore[arg-type]
+    measured = check.on_labeled(Scripted(found), [BLANK], [{"things": things}])  # type: ignore[arg-type]
     assert {name: row["score"] for name, row in measured.items()} == scores
 
 
@@ -328,11 +326,11 @@ def test_judges_are_made_measured_and_loaded(tmp_path: Path, monkeypatch: pytest
 
 def test_the_card_says_what_holds() -> None:
     card = judges.card()
-    images, rows = check.labelled()
+    images, rows = check.labeled()
     assert len(images) == len(rows) == 100
     both = [judges.SceneJudge.from_pretrained(kind) for kind in judges.NETWORKS]
     for judge in both:
-        assert check.on_labelled(judge, images, rows) == card[judge.kind]["labelled drawings"]
+        assert check.on_labeled(judge, images, rows) == card[judge.kind]["labelled drawings"]
         real = card[judge.kind]["real scenes, train"]
         assert real["count"]["n"] == 1000
         assert all(real[name]["score"] >= 0.97 for name in ("class", "count", "position", "colour"))
@@ -340,9 +338,9 @@ def test_the_card_says_what_holds() -> None:
 
 
 def test_labels_speak_the_judges_language() -> None:
-    _, rows = check.labelled()
+    _, rows = check.labeled()
     things = [thing for row in rows for thing in row["things"]]
     assert {name for name, *_ in things} <= {*judges.classes(), "?"}
-    assert {colour for _, colour, _ in things} <= {*judges.COLOURS, ""}
+    assert {color for _, color, _ in things} <= {*judges.COLORS, ""}
     places = {check.place_of(one("cat", (x, y, x + 2, y + 2))) for x in (5, 30, 55) for y in (5, 30, 55)}
     assert {place for *_, place in things} <= places

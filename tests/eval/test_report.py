@@ -16,6 +16,7 @@ from open_pisces.eval.drawing.prompts import CATEGORIES
 from open_pisces.eval.drawing.rules import Rules
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.report import tables as module
+from open_pisces.eval.report.formatting import small_tables, told
 from open_pisces.eval.report.markdown import NOT_RUN, UNKNOWN, grid, to_markdown
 from open_pisces.eval.report.tables import baselines, prompts_digest, report, run_folders
 from open_pisces.eval.run import Manifest, RunError, RunFolder
@@ -327,7 +328,7 @@ def blocks(text: str) -> list[list[list[str]]]:
 
 def test_tables_are_aligned_in_source_and_whole_when_rendered(written: tuple[dict[str, Any], str]) -> None:
     tables = [part.splitlines() for part in written[1].split("\n\n") if part.startswith("|")]
-    assert len(tables) == 6
+    assert len(tables) == 6 + 2  # measures, five of the paper; categories of two runs
     assert all(len({len(line) for line in table}) == 1 for table in tables)
     for table in blocks(written[1]):
         assert len({len(row) for row in table}) == 1 and set("".join(table[1])) == {"-", ":"}
@@ -335,7 +336,8 @@ def test_tables_are_aligned_in_source_and_whole_when_rendered(written: tuple[dic
 
 def test_cells_are_figures_of_a_source_or_of_a_run_or_empty(written: tuple[dict[str, Any], str]) -> None:
     found, text = written
-    for table, cells in zip(found["tables"].values(), blocks(text)[1:], strict=True):
+    published = [cells for cells in blocks(text) if cells[0][0] == "model"]
+    for table, cells in zip(found["tables"].values(), published, strict=True):
         printed = iter(row for row in cells[2:] if not row[0].startswith("**"))
         for row in table["rows"]:
             line = next(printed)[2:-1]
@@ -364,8 +366,10 @@ def test_rows_name_their_sources_and_marks(written: tuple[dict[str, Any], str]) 
 
 def test_figures_of_ours_are_told_with_all_they_depend_on(written: tuple[dict[str, Any], str]) -> None:
     found, text = written
-    (line,) = (line for line in text.splitlines() if "overall 0.61" in line)
-    assert "overall 0.61 [0.59, 0.64]" in line and "detector Mask2Former (x) + CLIP (y)" in line
+    (line,) = (line for line in text.splitlines() if "`geneval`, run" in line and "Settings: n 4, steps" in line)
+    (scores,) = (table for table in blocks(text) if table[-1][-1] == "0.61 [0.59, 0.64]")
+    assert scores[0] == ["", *(tag.replace("_", " ") for tag in CATEGORIES), "overall"] and scores[2][0] == "scores"
+    assert ": 0.61 [0.59, 0.64]. n 24" in line and "detector Mask2Former (x) + CLIP (y)" in line
     assert "spread (deviation 0.008)" in line and "Settings: n 4, steps the model's own, weights .../b" in line
     assert found["tables"]["2"]["runs"][0]["run"][:8] in line
     assert "torch 2.13.0; device cpu, threads 1" in text and "command pisces eval" in text
@@ -381,6 +385,9 @@ def test_measures_of_our_own_stand_in_a_table_of_their_own(written: tuple[dict[s
     ]
 
 
+JUDGED = [f"judges: scene judge (one-stage): {pictures}" for pictures in ("real scenes, train", "labelled drawings")]
+
+
 def test_a_score_by_judges_is_told_with_what_the_judges_were_measured_at(tmp_path: Path) -> None:
     judges = {"scene judge (one-stage)": {"real scenes, train": {"class": 0.981}, "labelled drawings": {"class": 0.93}}}
     more = {
@@ -391,17 +398,23 @@ def test_a_score_by_judges_is_told_with_what_the_judges_were_measured_at(tmp_pat
         "why": "small.",
     }
     folder = make(tmp_path / "run", "scenes/drawing", geneval_scores(0.31, **more), scenes="v1", n=1)
-    (line,) = (line for line in to_markdown(report([folder])).splitlines() if line.startswith("- **tiny**"))
-    assert "single object 0.5 [0.48, 0.53]" in line and "overall 0.31 [0.29, 0.34]" in line
-    assert "judges (scene judge (one-stage) (real scenes, train (class 0.981), labelled drawings (class 0.93)))" in line
+    text = to_markdown(report([folder]))
+    (line,) = (line for line in text.splitlines() if line.startswith("**tiny**"))
+    assert "run `" in line and ": 0.31 [0.29, 0.34]. " in line
     assert "agreement (two-stage 0.96)" in line and line.endswith("Settings: n 1. small.")
+    scores, measured = (table for table in blocks(text) if table[2][0] in ("scores", JUDGED[0]))
+    assert scores[0][1] == "single object" and scores[2][1] == "0.5 [0.48, 0.53]"
+    assert measured == [["", "class"], measured[1], [JUDGED[0], "0.981"], [JUDGED[1], "0.93"]]
 
 
 def test_long_hashes_are_shortened_and_long_tellings_cut(tmp_path: Path) -> None:
     more = {"of": 60, "details": {"hash": "0123456789abcdef" * 4, "list": list(range(1000, 1500))}}
     folder = make(tmp_path / "run", "scenes/vqa", score(0.5, **more), questions(2))
-    (line,) = (line for line in to_markdown(report([folder])).splitlines() if line.startswith("- **tiny**"))
-    assert "n 24 of 60" in line and "hash 0123456789ab, list (1,000, 1,001" in line and "1,499" not in line
+    text = to_markdown(report([folder]))
+    (line,) = (line for line in text.splitlines() if line.startswith("**tiny**"))
+    (details,) = (table[2] for table in blocks(text) if table[0] == ["", "hash", "list"])
+    assert "n 24 of 60" in line and details[:2] == ["details", "0123456789ab"]
+    assert details[2].startswith("(1,000, 1,001") and details[2].endswith("...") and "1,499" not in text
 
 
 def test_no_place_of_the_machine_is_told(tmp_path: Path) -> None:
@@ -412,6 +425,31 @@ def test_no_place_of_the_machine_is_told(tmp_path: Path) -> None:
     for name in ("results.md", "results.json"):
         text = (tmp_path / name).read_text()
         assert str(tmp_path) not in text and ".../coco" in text and ".../copies" in text and ".../judge" in text
+
+
+def test_nested_values_become_tables_without_empty_cells_and_short_ones_stay_in_the_line() -> None:
+    judges = {name: {"real scenes": {"class": 0.9, "colour": 1.0}, "note": "x" * 60} for name in ("one_stage", "b")}
+    losses = {"decoder": {"score": 0.5, "low": 0.25, "high": 0.75, "n": 1000}, "free": {"score": 0.125, "n": 7}}
+    short, tables = small_tables(
+        {
+            "n": 3,
+            "margin": {"score": 0.5, "low": 0.4, "high": 0.6},
+            "few": {"a": None},
+            "judges": judges,
+            "losses": losses,
+        }
+    )
+    assert {key: told(value) for key, value in short.items()} == {
+        **{"n": "3", "margin": "0.5 [0.4, 0.6]", "few": "(a none)"},
+        "losses": "(decoder (score 0.5, low 0.25, high 0.75, n 1,000), free (score 0.125, n 7))",
+    }
+    assert tables == [
+        (["", "note"], [["judges: one stage", "x" * 60], ["judges: b", "x" * 60]]),
+        (["", "class", "colour"], [[f"judges: {name}: real scenes", "0.9", "1"] for name in ("one stage", "b")]),
+    ]
+    _, (table,) = small_tables({"losses": {**losses, "true": losses["free"]}})
+    assert table[0] == ["", "score", "n"] and table[1][0] == ["losses: decoder", "0.5 [0.25, 0.75]", "1,000"]
+    assert all(len(row) == len(header) for header, rows in [*tables, table] for row in rows)
 
 
 def test_a_grid_escapes_what_would_break_it() -> None:

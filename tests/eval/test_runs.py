@@ -85,6 +85,25 @@ def test_a_row_written_twice_counts_as_last_written_and_rows_stand_in_the_order_
     assert run.rows("answers") == answer(ITEMS) and run.has("answers")
 
 
+def test_rows_are_read_from_disk_once_until_some_are_added_or_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    whole = runs._read
+    run = begin(tmp_path / "run")
+    monkeypatch.setattr(runs, "_read", lambda path: read.append(path.name) or whole(path))
+    assert not run.has("answers") and list(run.batches("answers", 7)) == [ITEMS] and read == ["answers.jsonl"]
+    run.append("answers", answer(ITEMS))
+    assert run.has("answers") and run.rows("answers") == run.written("answers") == answer(ITEMS)
+    assert read == ["answers.jsonl"] * 2
+    run.append("answers", [{"key": "k0", "answer": "again"}])
+    assert len(run.written("answers")) == 8 and run.rows("answers")[0]["answer"] == "again"
+    run.append("other", answer(ITEMS[:1]))
+    assert len(run.written("answers")) == 8 and len(read) == 3  # of this name only
+    run.drop("answers")
+    assert not run.has("answers") and run.written("answers") == [] and len(read) == 4
+
+
 def test_rows_that_are_missing_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     run = begin(tmp_path / "run")
     run.append("answers", answer(ITEMS[:2]))

@@ -16,16 +16,17 @@ from models import build_pisces
 from open_pisces.batch import Sample
 from open_pisces.config import ConfigError, RunConfig, load_config
 from open_pisces.data.features import FeatureError, FeatureStore, picture_rows, store_folder
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.datasets.indexing import index_folder
 from open_pisces.datasets.shard_writer import ShardWriter
 from open_pisces.factory import encode as encoding
 from open_pisces.factory.encode import encode
-from open_pisces.factory.encoders import encoder_keys, load_encoders, open_features
+from open_pisces.factory.encoders import fingerprints, load_encoders, store_keys
 from open_pisces.train.loop import train
-from open_pisces.train.objectives import build_training
-from open_pisces.train.objectives.base import get_tokenizer
+from open_pisces.train.objectives import base, build_training
+from open_pisces.train.objectives.base import get_features, get_tokenizer
+from open_pisces.train.world import World
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_cached_features_are_the_encoders(start: Path, small: Path) -> None:
         ("generation", 30, 0, False), ("understanding", 30, 0, False),
     ]  # fmt: skip
     assert all(d["was_there"] for d in encode(config))
-    (store,) = open_features(config, Mixture(config.data, 0))
+    (store,) = get_features(config, Mixture(config.data, 0), World(torch.device("cpu")))
     reader, encoders = ShardReader(small), load_encoders(config)
     from open_pisces.data.images import generation_bytes, understanding_bytes
 
@@ -153,6 +154,33 @@ def test_one_kind_may_be_cached_alone(start: Path, small: Path, tmp_path: Path) 
     train(config, probes=())
 
 
+class Second(World):
+    """The second of two ranks, which gets what the first has sent."""
+
+    sent: Any = None
+
+    def broadcast_object(self, value: Any) -> Any:
+        assert value is None
+        return type(self).sent
+
+
+def test_only_the_first_rank_hashes_encoders_and_its_error_is_everybodys(
+    start: Path, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = recipe(start)
+    encode(config)
+    mixture = Mixture(config.data, 0)
+    (first,) = get_features(config, mixture, World(torch.device("cpu")))
+    second = Second(torch.device("cpu"), rank=1, ranks=2)
+    monkeypatch.setattr(Second, "sent", fingerprints(config))
+    monkeypatch.setattr(base, "fingerprints", lambda config: pytest.fail("an encoder was loaded"))
+    (store,) = get_features(config, mixture, second)
+    assert store.keys == first.keys and np.array_equal(store.read("generation", 7), first.read("generation", 7))
+    monkeypatch.setattr(Second, "sent", ConfigError("no encoder"))
+    with pytest.raises(ConfigError, match="no encoder"):
+        get_features(config, mixture, second)
+
+
 # ------------------------------------------------------------------------------------------------ stale stores
 
 
@@ -172,12 +200,12 @@ def test_whatever_the_numbers_depend_on_makes_another_store(start: Path, small: 
     other = tmp_path / "other"
     shutil.copytree(start, other)
     encoders = load_encoders(config)
-    before = encoder_keys(config, ShardReader(small), encoders)
+    before = fingerprints(config, encoders)
     tower = encoders["generation"].encoder
     tower.config = tower.config.model_copy(update={"activation": "quick_gelu"})  # no tensor differs, every output does
     encoders["understanding"].encoder.tower.config.hidden_act = "relu"
-    after = encoder_keys(config, ShardReader(small), encoders)
-    assert all(before[kind] != after[kind] and before[kind]["encoder"] == after[kind]["encoder"] for kind in before)
+    after = fingerprints(config, encoders)
+    assert all(before[kind] != after[kind] and before[kind].weights == after[kind].weights for kind in before)
     path = other / "generation_encoder"
     change_weights(path)
     assert "of other encoder" in refused(recipe(other))
@@ -221,7 +249,7 @@ def test_an_interrupted_encoding_goes_on(start: Path, small: Path, monkeypatch: 
     monkeypatch.setattr(encoding, "_pictures", lambda r, s, *rest: calls.append(s) or _maybe(whole, r, s, rest, calls))
     with pytest.raises(KeyboardInterrupt):
         encode(config, batch_size=8)
-    (key,) = encoder_keys(config, ShardReader(small), load_encoders(config)).values()
+    (key,) = store_keys(config, ShardReader(small), fingerprints(config)).values()
     assert not store_folder(key).exists() and "no generation features" in refused(config)
     encode(config, batch_size=8)
     assert calls == [0, 8, 16, 16, 24]
@@ -245,7 +273,7 @@ def test_a_picture_that_cannot_be_read_is_skipped_in_training(start: Path, small
     config = recipe(start)
     assert {d["unreadable"] for d in encode(config)} == {1}
     reader = ShardReader(small)
-    store = FeatureStore(reader, encoder_keys(config, reader, load_encoders(config)))
+    store = FeatureStore(reader, store_keys(config, reader, fingerprints(config)))
     with pytest.raises(DamagedSample, match="could not be read when it was encoded"):
         store.read("generation", 9)
     assert store.read("generation", 10)

@@ -14,8 +14,7 @@ from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from open_pisces.config import ConfigError, LossConfig
-from open_pisces.data.collate import collate
-from open_pisces.data.prompts import Turn, generation_turns
+from open_pisces.data.prompts import Turn, collate, generation_turns
 from open_pisces.device import pick_device
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.model.pisces import Pisces

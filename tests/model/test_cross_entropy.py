@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from open_pisces.bench.live_bytes import LiveBytes
 from open_pisces.model import cross_entropy
 from open_pisces.model.cross_entropy import KernelError, head_cross_entropy, linear_cross_entropy
+from open_pisces.plan.live_bytes import LiveBytes
 
 K, D, V = 37, 8, 101
 

@@ -19,8 +19,7 @@ from transformers.initialization import no_init_weights
 
 from open_pisces.batch import SequenceBatch
 from open_pisces.config import LossConfig, load_config
-from open_pisces.data.collate import collate
-from open_pisces.data.prompts import Renderer, Turn
+from open_pisces.data.prompts import Renderer, Turn, collate
 from open_pisces.model.bridge import TargetSums
 from open_pisces.model.folder import without_sources
 from open_pisces.model.pisces import Pisces, with_blank_pictures

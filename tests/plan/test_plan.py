@@ -19,7 +19,8 @@ from open_pisces.model.parts import build_part
 from open_pisces.plan import layout as planning_layout
 from open_pisces.plan import plan as planning
 from open_pisces.plan.layout import GIB, RESERVE, Layout, PlanError, group_sizes, mean_sample
-from open_pisces.plan.memory import LiveBytes, Needs, measure_memory
+from open_pisces.plan.live_bytes import LiveBytes
+from open_pisces.plan.memory import Activations, measure_activations
 from open_pisces.plan.plan import gpu_facts, plan, remedy
 from open_pisces.train.objectives import OBJECTIVES, build_training, skeleton
 from open_pisces.train.optim import AveragedWeights, build_optimizer
@@ -45,21 +46,21 @@ LAB = sorted(f"lab/{path.stem}" for path in (RECIPES / "lab").glob("*.yaml"))
 @pytest.fixture(scope="module", autouse=True)
 def measured_once() -> Iterator[None]:
     """Plans of the same settings share what a micro-batch takes, those of the same model what it costs."""
-    honest, known = planning_layout.measure_memory, dict[Any, Needs]()
+    honest, known = planning_layout.measure_activations, dict[Any, Activations]()
 
-    def measure_memory(module: Any, run_of: Any, config: RunConfig, shape: Shape, *how: bool) -> Needs:
+    def measure_activations(module: Any, run_of: Any, config: RunConfig, shape: Shape, *how: bool) -> Activations:
         key = config.model_dump_json(), shape, how
         if key not in known:
             known[key] = honest(module, run_of, config, shape, *how)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch, costs_counted_once(planning):
-        patch.setattr(planning_layout, "measure_memory", measure_memory)
+        patch.setattr(planning_layout, "measure_activations", measure_activations)
         yield
 
 
-def rehearsed(module: Any, config: RunConfig, shape: Shape, **more: bool) -> Needs:
-    return measure_memory(module, OBJECTIVES[config.objective].rehearsal, config, shape, **more)  # type: ignore[arg-type]
+def rehearsed(module: Any, config: RunConfig, shape: Shape, **more: bool) -> Activations:
+    return measure_activations(module, OBJECTIVES[config.objective].rehearsal, config, shape, **more)  # type: ignore[arg-type]
 
 
 def layout(recipe: str, gpus: int = 1, *more: str) -> Layout:
@@ -143,7 +144,7 @@ def test_the_plan_says_what_a_real_step_takes(recipe: str, more: list[str]) -> N
 
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 def test_activation_checkpointing_is_counted_as_it_is(kind: str) -> None:
-    # Under real tensors the same ruler follows real storages.
+    # On real tensors `LiveBytes` follows real storages.
     config = load_config("nano/stage1", [*OWN, "model.llm.config.num_hidden_layers=6", f"train.checkpointing={kind}"])
     training = build_training(config)
     checkpoint_activations(training.module, kind)
@@ -158,7 +159,7 @@ def test_activation_checkpointing_is_counted_as_it_is(kind: str) -> None:
     vectors = training.module.understanding_encoder.vectors, config.model.generation.vectors  # type: ignore[union-attr]
     needs = rehearsed(skeleton(config), config, shape_of(batch, *vectors), sharded=False, accelerator=False)
     assert needs.kept == pytest.approx(kept, rel=0.02)
-    assert needs.kept + needs.on_top == pytest.approx(live.peak, rel=0.05)
+    assert needs.kept + needs.transient == pytest.approx(live.peak(), rel=0.05)
     found = rehearsed(skeleton(config), load_config("nano/stage1", [*OWN]), SHAPE, sharded=False)
     assert found.kept >= rehearsed(skeleton(config), config, SHAPE, sharded=False).kept
 
@@ -199,9 +200,9 @@ def test_every_gpu_has_its_facts() -> None:
 def test_shards_are_shares_and_small_frozen_parts_stay_whole() -> None:
     one, eight = layout("nano/stage1", 1, *OWN, "train.batch_size=16"), layout("nano/stage1", 8, "train.batch_size=16")
     assert eight.memory.optimizer == one.memory.optimizer / 8
-    two = eight.but(replicas=2).memory  # groups of four
+    two = eight.changed(replicas=2).memory  # groups of four
     assert two.optimizer == one.memory.optimizer / 4
-    spread = eight.but(shard_frozen_above=0)
+    spread = eight.changed(shard_frozen_above=0)
     assert spread.memory.weights < eight.memory.weights
     everything = sum(p.numel() for p in eight.module.parameters())
     table = sum(p.numel() for p in eight.module.decoder.condition.parameters())  # looked at without a call: whole
@@ -213,8 +214,8 @@ def test_gradients_are_whole_where_they_wait_for_the_last_micro_batch() -> None:
     waiting = layout("nano/stage1", 4, "train.batch_size=16", "train.accumulate=2")
     learning = sum(p.numel() for p in waiting.module.parameters() if p.requires_grad)
     assert waiting.memory.gradients == 4 * learning
-    assert waiting.but(reduce_each=True).memory.gradients == learning
-    assert waiting.but(accumulate=1).memory.gradients == learning
+    assert waiting.changed(reduce_each=True).memory.gradients == learning
+    assert waiting.changed(accumulate=1).memory.gradients == learning
 
 
 def test_what_is_gathered_together_is_everything_once() -> None:
@@ -237,22 +238,22 @@ def test_numbers_that_do_not_fit_together_are_refused() -> None:
 
 def test_a_remedy_is_enough_and_is_needed() -> None:
     wide = layout("nano/stage1", 2, *OWN, "train.batch_size=64", "data.row_length=512", "data.rows=8")
-    full, total = wide.but(checkpointing="full").memory.total / GIB, wide.memory.total / GIB
-    rows = wide.but(rows=1).memory.total / GIB
+    full, total = wide.changed(checkpointing="full").memory.total / GIB, wide.memory.total / GIB
+    rows = wide.changed(rows=1).memory.total / GIB
     assert RESERVE < min(full, rows) < total
     found = remedy(wide, max(full, rows))
     assert "train.checkpointing=" in found and "data.rows=1" in found and " or " in found
-    least = wide.but(rows=1, checkpointing="full", gpus=64).memory.total / GIB
+    least = wide.changed(rows=1, checkpointing="full", gpus=64).memory.total / GIB
     found = remedy(wide, (least + min(full, rows)) / 2)
     assert " and " in found or "--gpus" in found
-    lonely = wide.but(gpus=1)
+    lonely = wide.changed(gpus=1)
     assert remedy(lonely, wide.memory.total / GIB).endswith(f"--gpus 2 ({wide.memory.total / GIB:.1f} GiB)")
     assert remedy(wide, RESERVE / 2).startswith("no setting helps, 4.0 GiB do not shrink")
 
 
 def test_unpacked_trainings_are_cut_into_as_many_micro_batches_as_fit() -> None:
     whole = layout("nano/decoder", 1, *OWN, "train.batch_size=64")
-    cut = whole.but(accumulate=8).memory.total / GIB
+    cut = whole.changed(accumulate=8).memory.total / GIB
     found = remedy(whole, cut)
     assert "train.accumulate=8" in found
 
@@ -352,7 +353,7 @@ def test_lines_for_torchrun_are_trainings() -> None:
 @pytest.mark.parametrize("recipe", LAB)
 def test_the_ablations_can_be_planned(recipe: str) -> None:
     config = load_config(recipe)
-    (shape,) = [Layout(config, 64, skeleton(config)).largest]
+    (shape,) = [Layout(config, 64, skeleton(config)).largest_micro_batch]
     assert shape.rows or shape.pictures
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from open_pisces.batch import SequenceBatch
 from open_pisces.config import DataConfig, SourceConfig
 from open_pisces.data.loader import SequenceLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.prompts import Renderer
 from open_pisces.data.tokenizer import byte_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from open_pisces.config import RunConfig, load_config
 from open_pisces.data import lengths
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.prompts import LengthError, Renderer
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.bridge import TargetStatistics, TargetSums
@@ -140,6 +142,25 @@ def test_other_ranks_get_structure_first_and_weights_block_by_block(runs: Path, 
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+def test_rank_0_holds_half_precision_files_as_they_are_and_sends_float32(starts: Path, tmp_path: Path) -> None:
+    half = tmp_path / "model"
+    shutil.copytree(starts / "stage2" / "model", half)
+    for file in half.rglob("*.safetensors"):
+        weights = load_file(file)
+        learned = {name: value.bfloat16() for name, value in weights.items() if not name.startswith("statistics")}
+        save_file({**weights, **learned}, file, {"format": "pt"})
+    config = load_config("nano/stage3", [f"model.start={half}"])
+    expected = build_training(config).module.state_dict()
+    cpu = torch.device("cpu")
+    First.sent = []
+    first = build_training(config, First(cpu, 0, 2))
+    assert {value.dtype for value in first.weights.values()} == {torch.bfloat16}
+    assert all(p.is_meta and p.dtype == torch.float32 for p in first.module.parameters())
+    receive_weights(sharding._owners(first.module), first.weights, First(cpu, 0, 2), first.module)
+    found = first.module.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 def test_weights_that_are_shared_stay_shared_when_they_are_taken(nano_pisces: Pisces) -> None:
     pisces = copy.deepcopy(nano_pisces)
     llm = pisces.llm
@@ -176,7 +197,7 @@ def conversations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[t
     """A mixture whose every sample has to be tokenized, ten to a share, with an empty cache of its own."""
     monkeypatch.setattr(lengths, "SHARED", 10)
     monkeypatch.setattr(lengths, "data_path", lambda name: tmp_path / name)
-    monkeypatch.setattr(lengths, "_most", lambda reader, renderer: np.full(len(reader), 10**6))
+    monkeypatch.setattr(lengths, "_byte_bound", lambda reader, renderer: np.full(len(reader), 10**6))
     data = load_config("nano/stage1").data
     yield Mixture(data, 0), Renderer(byte_tokenizer("tiny"), "tiny", 16, 4), data
 

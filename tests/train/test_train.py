@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses
 from open_pisces.config import TRAININGS, ConfigError, RunConfig, TrainConfig, load_config
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import ShardReader, data_path
 from open_pisces.datasets.shard_writer import ShardWriter

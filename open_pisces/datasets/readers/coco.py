@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from open_pisces.data.captions import CaptionError, captions_of
+from open_pisces.batch import CaptionError, captions_of
 from open_pisces.datasets.readers.json_rows import object_rows
 from open_pisces.datasets.records import (
     BadRecord,
@@ -23,7 +23,7 @@ from open_pisces.datasets.records import (
     inputs,
     key_of,
     place,
-    words_of,
+    text_of,
 )
 
 _PEEK = 1 << 16
@@ -79,12 +79,14 @@ def _captions(source: Place) -> tuple[dict[Any, list[str]], dict[Any, str]]:
     Raises:
         DatasetImportError: if annotations are there, but none is a caption.
     """
-    captions, licences, others = defaultdict[Any, list[str]](list), dict[Any, str](), set[str]()
+    captions: dict[Any, list[str]] = defaultdict(list)
+    licences: dict[Any, str] = {}
+    others: set[str] = set()
     for key, row in object_rows(source, ("annotations", "licenses")):
         if not isinstance(row, dict):
             continue
         if key == "licenses":
-            licences[_hashable(row.get("id"))] = words_of(row.get("name"))
+            licences[_hashable(row.get("id"))] = text_of(row.get("name"))
         elif isinstance(row.get("caption"), str):
             captions[_hashable(row.get("image_id"))].append(row["caption"].strip())
         elif not captions:
@@ -99,10 +101,10 @@ def _captions(source: Place) -> tuple[dict[Any, list[str]], dict[Any, str]]:
 def _record(
     row: dict[str, Any], captions: dict[Any, list[str]], licences: dict[Any, str], source: Place, images: Place
 ) -> Record:
-    file = words_of(row.get("file_name"))
+    file = text_of(row.get("file_name"))
     if not file:  # Karpathy's
-        folder = words_of(row.get("filepath"))
-        file = f"{folder}/{words_of(row.get('filename'))}" if folder else words_of(row.get("filename"))
+        folder = text_of(row.get("filepath"))
+        file = f"{folder}/{text_of(row.get('filename'))}" if folder else text_of(row.get("filename"))
     number = row.get("id", row.get("imgid"))
     name = key_of(number, file or source.name)
     own = row.get("sentences", row.get("captions"))
@@ -111,7 +113,7 @@ def _record(
     except CaptionError as error:
         raise BadRecord(name, "caption", str(error)) from None
     facts = {
-        "url": words_of(row.get("coco_url") or row.get("url")),
+        "url": text_of(row.get("coco_url") or row.get("url")),
         "licence": licences.get(_hashable(row.get("license")), ""),
     }
     return Record(

@@ -38,7 +38,8 @@ def pictures_of(cells: Iterable[Any], name: str) -> tuple[Picture, ...]:
         BadRecord: "missing image" for anything else, or for a list with gaps.
     """
     for cell in cells:
-        found = [_picture(one) for one in (cell if isinstance(cell, list) else [cell])]
+        several = cell if isinstance(cell, list) else [cell]
+        found = [_picture(one) for one in several]
         if all(one is None or one == "" for one in found):  # the empty value of a field that other records use
             continue
         if not all(isinstance(one, bytes | str) and one != "" for one in found):
@@ -88,7 +89,9 @@ class _Places:
 
     def __init__(self, given: tuple[Picture, ...], name: str) -> None:
         self.name = name
-        self._given, self._next, self._own = given, 0, list[Picture]()
+        self._given = given
+        self._next = 0
+        self._own: list[Picture] = []
 
     @property
     def pictures(self) -> tuple[Picture, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import chain, groupby
 from typing import Any
 
-from open_pisces.data.captions import LIST_FIELDS
+from open_pisces.batch import LIST_FIELDS
 from open_pisces.datasets.indexing import IMAGES
 from open_pisces.datasets.inline import is_inline
 from open_pisces.datasets.readers import coco
@@ -28,8 +28,8 @@ from open_pisces.datasets.records import (
     is_text,
     key_of,
     place,
+    text_of,
     with_fields,
-    words_of,
 )
 
 LISTS = (".csv", ".tsv", ".jsonl")
@@ -95,7 +95,8 @@ def _listed(listing: Place, images: Place, options: Options) -> Iterator[Record 
         if isinstance(row, BadRecord):
             yield row
             continue
-        file, numbered = words_of(row.get(image)), f"{listing.name}-{number:08d}"
+        file = text_of(row.get(image))
+        numbered = f"{listing.name}-{number:08d}"
         name = key_of(row.get(key), numbered if is_inline(file) else _stem(file) or numbered)
         try:
             captions = captions_in(name, row.get(caption), row.get(detailed))

@@ -1,14 +1,14 @@
 """Datasets of the Hugging Face hub, or of a local folder, through the ``datasets`` library.
 
-It finds the files of a split. Those that are parquet, as most are, are read as ``sources/parquet.py`` reads them,
+It finds the files of a split. Those that are parquet, as most are, are read as ``parquet.py`` here reads them,
 because the library would hold a whole row group; the others it streams, as Arrow tables, so that pictures stay the
 files they were. It neither runs the code of a dataset nor unpickles anything. Columns are those of
-``sources/parquet.py``.
+``parquet.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from open_pisces.datasets.readers.parquet import ROWS, Columns, table_records
@@ -34,7 +34,9 @@ def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise DatasetImportError(f"{address}: {reason}; give a name on the hub or a folder of data files") from None
-    split = _choose(options.split, splits, address)
+    split = options.split or ("train" if len(splits) > 1 else next(iter(splits)))
+    if split not in splits:
+        raise DatasetImportError(f"{address}: has no split {split!r}; it has {', '.join(splits)}")
     if tables:
         for file in splits[split]:
             yield from table_records(place(file), options, base)
@@ -49,13 +51,6 @@ def _builder(address: str, start: Place) -> Any:
         files = [f"{address.rstrip('/')}/{name}" for name in start.files(".parquet")]
         return datasets.load_dataset_builder("parquet", data_files=files)
     return datasets.load_dataset_builder(start.root if start.system.isdir(start.root) else address)
-
-
-def _choose(asked: str, splits: Collection[str], address: str) -> str:
-    chosen = asked or ("train" if len(splits) > 1 else next(iter(splits)))
-    if chosen not in splits:
-        raise DatasetImportError(f"{address}: has no split {chosen!r}; it has {', '.join(splits)}")
-    return chosen
 
 
 def _streamed(split: Any, address: str, options: Options, base: Place) -> Iterator[Record | BadRecord]:

@@ -13,11 +13,13 @@ from typing import Any
 
 from open_pisces.datasets.records import BadRecord, DatasetImportError, Place, is_text
 
-# Characters read at a time; characters of one element, beyond which its brackets are wrong.
-_CHUNK, _LARGEST = 1 << 20, 256 << 20
+_CHUNK = 1 << 20  # characters read at a time
+_LARGEST = 256 << 20  # characters of one element, beyond which its brackets are wrong
 _BETWEEN = ", \t\r\n"
-_OUTSIDE, _INSIDE = re.compile(r'["{}\[\]]'), re.compile(r'["\\]')  # what matters outside and inside a JSON string
-_SPACE, _NEAR_END = re.compile(r"[ \t\r\n]*"), 16  # characters of the longest sign: an escape or a number's exponent
+_OUTSIDE = re.compile(r'["{}\[\]]')  # what matters outside a JSON string ...
+_INSIDE = re.compile(r'["\\]')  # ... and inside one
+_SPACE = re.compile(r"[ \t\r\n]*")
+_NEAR_END = 16  # characters of the longest sign: an escape or a number's exponent
 
 Row = dict[str, Any]
 
@@ -60,13 +62,20 @@ def _lines(chunks: Iterator[str]) -> Iterator[str]:
 
 def _elements(chunks: Iterator[str], address: str) -> Iterator[str]:
     """The elements of a JSON array, cut out by counting brackets, so that a broken one spoils only itself."""
-    text, at, start, depth, quoted = "", 0, 0, 0, False
+    text = ""
+    at = 0
+    start = 0
+    depth = 0
+    quoted = False
     for chunk in chunks:
-        text, at, start = text[start:] + chunk, at - start, 0
+        text = text[start:] + chunk
+        at -= start
+        start = 0
         if len(text) > _LARGEST:
             raise DatasetImportError(f"{address}: an element that does not end, at {text[:80]!r}; mend its brackets")
         while found := (_INSIDE if quoted else _OUTSIDE).search(text, at):
-            mark, at = found[0], found.end()
+            mark = found[0]
+            at = found.end()
             if mark == "\\":
                 if at == len(text):  # what it escapes is in the next chunk
                     at -= 1
@@ -99,9 +108,11 @@ class _Window:
     """The part of a text that is being read; it grows when a value reaches past its end."""
 
     def __init__(self, chunks: Iterator[str], address: str) -> None:
-        self._chunks, self._address = chunks, address
+        self._chunks = chunks
+        self._address = address
         self._decoder = json.JSONDecoder()
-        self.text, self.at = "", 0
+        self.text = ""
+        self.at = 0
 
     def peek(self) -> str:
         """The next character that is no space; "" at the end."""

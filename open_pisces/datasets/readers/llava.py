@@ -1,7 +1,7 @@
 """LLaVA-style conversations: a JSON array or JSON lines, their pictures in a folder or written into them.
 
 ``{"id", "image": NAME | [NAMES], "conversations": [{"from": "human" | "gpt", "value": "<image>\\n..."}]}``, or
-``messages`` with ``role`` and ``content``; what turns may be is in ``sources/conversations.py``. The files may be
+``messages`` with ``role`` and ``content``; what turns may be is in ``conversations.py``. The files may be
 larger than memory.
 """
 
@@ -34,6 +34,7 @@ def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
         images = place(options.images) if options.images else source.parent
         fields, rows = with_fields(json_rows(source))
         image = choose_field(options.image_field, (), fields, source.address)
+        image_fields = (image,) if image else IMAGE_FIELDS
         field = choose_field("", CONVERSATION_FIELDS, fields, source.address)
         if fields and not field:
             usual = " or ".join(repr(one) for one in CONVERSATION_FIELDS)
@@ -44,7 +45,7 @@ def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
                 continue
             name = key_of(row.get("id"), f"{source.name}-{number:08d}")
             try:
-                given = pictures_of([row.get(one) for one in ((image,) if image else IMAGE_FIELDS)], name)
+                given = pictures_of([row.get(one) for one in image_fields], name)
                 turns, pictures = conversation(row.get(field), given, name)
                 yield Record(name, pictures, conversation=turns, source=source.name, base=images)
             except BadRecord as bad:

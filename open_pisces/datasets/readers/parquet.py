@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from open_pisces.data.captions import LIST_FIELDS
+from open_pisces.batch import LIST_FIELDS
 from open_pisces.datasets.readers import llava
 from open_pisces.datasets.readers.conversations import CONVERSATION_FIELDS, IMAGE_FIELDS, conversation, pictures_of
 from open_pisces.datasets.records import (
@@ -27,7 +27,7 @@ from open_pisces.datasets.records import (
     inputs,
     key_of,
     place,
-    words_of,
+    text_of,
 )
 
 ROWS = 16
@@ -165,8 +165,8 @@ class Columns:
             pictures=pictures,
             **{**captions, "detailed": LEAD.sub("", captions["detailed"], count=1)},
             conversation=turns,
-            source=words_of(cells.get("source")),
-            facts={role: cells[role] for role in ("url", "licence") if words_of(cells.get(role))} or None,
+            source=text_of(cells.get("source")),
+            facts={role: cells[role] for role in ("url", "licence") if text_of(cells.get(role))} or None,
             base=base,
         )
 

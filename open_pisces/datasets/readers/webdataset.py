@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
-from open_pisces.data.captions import LIST_FIELDS
+from open_pisces.batch import LIST_FIELDS
 from open_pisces.datasets.indexing import kind_of, read_members
 from open_pisces.datasets.records import (
     BadRecord,
@@ -24,7 +24,7 @@ from open_pisces.datasets.records import (
     captions_in,
     choose_field,
     inputs,
-    words_of,
+    text_of,
 )
 
 CAPTION_FIELDS = ("caption", "short", "text", "short_caption", *LIST_FIELDS)
@@ -33,7 +33,8 @@ FACTS = {"url": "url", "license": "licence", "licence": "licence"}
 """Fields that are kept, and the name they are kept under."""
 _SORT = "unpack the tar and pack it with `tar --sort=name -cf`, so that 0001.jpg and 0001.txt stand side by side"
 _KEPT_HALVES = 10_000  # keys of incomplete samples that are remembered
-_AHEAD, _BUFFER = 20, 1 << 18  # samples looked at to learn which fields there are; bytes read at a time
+_AHEAD = 20  # samples looked at to learn which fields there are
+_BUFFER = 1 << 18  # bytes read at a time
 
 
 class _Sample(NamedTuple):
@@ -67,7 +68,10 @@ def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
     """
     samples = chain.from_iterable(_samples(source, options.image_field) for source in inputs(address, ".tar"))
     first = list(islice(samples, _AHEAD))
-    found = list(dict.fromkeys(name for sample in first if isinstance(sample, _Sample) for name in sample.fields))
+    found: dict[str, None] = {}
+    for sample in first:
+        if isinstance(sample, _Sample):
+            found |= dict.fromkeys(sample.fields)
     caption = choose_field(options.caption_field, CAPTION_FIELDS, found, address)
     detailed = choose_field(options.detailed_field, DETAILED_FIELDS, found, address)
     for sample in chain(_emptied(first), samples):
@@ -75,7 +79,7 @@ def records(address: str, options: Options) -> Iterator[Record | BadRecord]:
             yield sample
             continue
         said = sample.fields.get(caption)
-        facts = {FACTS[n]: value for n, value in sample.fields.items() if n in FACTS and words_of(value)}
+        facts = {FACTS[n]: value for n, value in sample.fields.items() if n in FACTS and text_of(value)}
         try:
             captions = captions_in(
                 sample.key, said if options.caption_field else sample.text or said, sample.fields.get(detailed)
@@ -116,7 +120,8 @@ class _Halves:
         Raises:
             BadRecord: "members apart" if the other half came before, else "no text" or "missing image".
         """
-        has_picture, has_text = bool(sample.pictures), bool(sample.text or sample.fields)
+        has_picture = bool(sample.pictures)
+        has_text = bool(sample.text or sample.fields)
         if has_picture == has_text:
             return
         if self._halves.pop(sample.key, has_picture) != has_picture:
@@ -135,7 +140,8 @@ class _Halves:
 
 def _sample(key: str, members: list[tuple[str, bytes]], image: str) -> _Sample:
     """The members of one sample by their kinds; the first text and the first JSON object count."""
-    pictures, texts = [], dict[str, str]()
+    pictures: list[bytes] = []
+    texts: dict[str, str] = {}
     for at in read_members([ending for ending, _ in members], image):
         ending, content = members[at]
         kind = kind_of(ending)

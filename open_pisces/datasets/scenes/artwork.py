@@ -6,7 +6,6 @@ trained on) and ``cutouts`` (the transparent drawings that `open_pisces.datasets
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -27,13 +26,15 @@ from open_pisces.batch import Sample
 from open_pisces.data.shards import data_path
 from open_pisces.datasets.shard_writer import ShardWriter
 from open_pisces.errors import PiscesError
+from open_pisces.files import sha256_of, whole_folder
 
 HERE = Path(__file__).parent
 CUTOUT = 96
 """Longer side of a stored cut-out, in pixels."""
 DRAWING = 52 / 64
 """Longer side of the drawing in an artwork picture, as a share of the picture."""
-_COMPONENTS, _FLAGS = 2, 9  # emojibase's groups: skin tones and hair, flags
+_COMPONENTS = 2  # emojibase's group of skin tones and hair
+_FLAGS = 9
 _RENDER = 160  # pixels a drawing is rendered at before it is trimmed and reduced
 
 
@@ -121,7 +122,7 @@ def check(path: Path, sha256: str) -> None:
     Raises:
         ArtworkError: naming file, expected and found checksum.
     """
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = sha256_of(path)
     if found != sha256:
         raise ArtworkError(f"{path}: expected SHA-256 {sha256}, found {found}; delete the file and fetch it again")
 
@@ -314,29 +315,25 @@ def article(words: str) -> str:
 
 def _write_cutouts(folder: Path, styles: list[Package], drawn: dict[str, dict[str, bytes]]) -> None:
     """Put the drawings that scenes need into a folder of PNGs with a table of what they are."""
-    rows = [
-        {"concept": concept, "colour": colour, "style": style.style, "file": f"{style.style}-{code}.png"}
-        for style in styles
-        for concept, colour, code in concept_codes()
-        if code in drawn[style.style]
-    ]
-    work = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    for row in rows:
-        style, _, code = row["file"].removesuffix(".png").rpartition("-")
-        (work / row["file"]).write_bytes(drawn[style][code])
     words = {style.style: style.word for style in styles}
     licences = {style.style: style.licence_row for style in styles}
-    table = {"version": 1, "words": words, "cutouts": rows, "licences": licences}
-    (work / "cutouts.json").write_text(json.dumps(table, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)
+    rows: list[dict[str, str]] = []
+    with whole_folder(folder) as work:
+        for style in styles:
+            pictures = drawn[style.style]
+            for concept, color, code in concept_codes():
+                if code in pictures:
+                    file = f"{style.style}-{code}.png"
+                    (work / file).write_bytes(pictures[code])
+                    rows.append({"concept": concept, "colour": color, "style": style.style, "file": file})
+        table = {"version": 1, "words": words, "cutouts": rows, "licences": licences}
+        (work / "cutouts.json").write_text(json.dumps(table, indent=1))
 
 
 def concept_codes() -> list[tuple[str, str, str]]:
-    """(concept, a shape's colour or "", code) of everything scenes are made of, from ``concepts.yaml``."""
+    """(concept, a shape's color or "", code) of everything scenes are made of, from ``concepts.yaml``."""
     table = yaml.safe_load((HERE / "concepts.yaml").read_text())
-    objects = [(name, "", plain_code(str(row["code"]))) for name, row in table["objects"].items()]
-    shapes = table["shapes"].items()
-    return objects + [(name, colour, plain_code(str(code))) for name, row in shapes for colour, code in row.items()]
+    found = [(name, "", plain_code(str(row["code"]))) for name, row in table["objects"].items()]
+    for name, row in table["shapes"].items():
+        found += [(name, color, plain_code(str(code))) for color, code in row.items()]
+    return found

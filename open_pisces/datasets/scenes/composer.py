@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 
 from open_pisces.batch import Sample
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.data.shards import ShardError, data_path
 from open_pisces.datasets.scenes.artwork import fit
 from open_pisces.datasets.scenes.layout import SIZE, Layout, Split, Thing, vocabulary
@@ -32,7 +32,7 @@ DEFAULT_STYLE = "noto"
 DEFAULT_STYLE_SHARE = 0.4
 LAYOUTS = {"single": 0.45, "pair": 0.30, "count": 0.25}
 SHAPE_SHARE = 0.2
-"""Share of coloured hearts, circles and squares among the things drawn."""
+"""Share of colored hearts, circles and squares among the things drawn."""
 WHITE_SHARE = 0.4
 CONTRAST = 70.0
 """Distance in RGB at which a pixel stands out from the ground; half of a drawing's pixels have to."""
@@ -62,7 +62,7 @@ _OPPOSITE = {"left of": ("left", "right"), "right of": ("right", "left"), "above
 
 @dataclass
 class Cutouts:
-    """Drawings by (style, concept, a shape's colour or "") as trimmed RGBA; the word for each style in captions."""
+    """Drawings by (style, concept, a shape's color or "") as trimmed RGBA; the word for each style in captions."""
 
     pictures: dict[tuple[str, str, str], Image]
     words: dict[str, str]
@@ -73,10 +73,13 @@ class Cutouts:
 
     def missing(self, styles: list[str]) -> list[str]:
         """Objects that one of the styles does not draw."""
-        return sorted({o.name for o in vocabulary().objects for style in styles if not self.has(style, o)})
+        names = set()
+        for style in styles:
+            names |= {thing.name for thing in vocabulary().objects if not self.has(style, thing)}
+        return sorted(names)
 
     def has(self, style: str, thing: Thing) -> bool:
-        """Whether the style draws the thing (older styles lack some colours of shapes)."""
+        """Whether the style draws the thing (older styles lack some colors of shapes)."""
         key = _key(style, thing)
         return key in self.pictures and key not in vocabulary().left_out
 
@@ -88,7 +91,7 @@ class Cutouts:
         return self._fitted[key]
 
     def grounds(self, style: str, thing: Thing) -> frozenset[str]:
-        """The backgrounds on which the drawing can be seen; never one of its own colour."""
+        """The backgrounds on which the drawing can be seen; never one of its own color."""
         key = (style, thing)
         if key not in self._clear:
             pixels = np.asarray(self.fitted(style, thing, 32), dtype=np.float32)
@@ -142,7 +145,9 @@ class Composer:
     def __init__(self, cutouts: Cutouts, split: Split = "train", seed: int = 0) -> None:
         if split not in ("train", "pairs", "style"):
             raise ShardError(f"unknown split {split!r}: choose train, pairs or style")
-        self.cutouts, self.split, self.seed = cutouts, split, seed
+        self.cutouts = cutouts
+        self.split = split
+        self.seed = seed
         if not self._styles:
             raise ShardError(f"the cut-outs hold no style for the split {split!r}: build the artwork again")
         if missing := cutouts.missing(self._styles):
@@ -181,7 +186,9 @@ class Composer:
         if others == len(self._styles) or not others:
             return np.full(len(self._styles), 1 / len(self._styles))
         rest = (1 - DEFAULT_STYLE_SHARE) / others
-        return np.array([DEFAULT_STYLE_SHARE if style == DEFAULT_STYLE else rest for style in self._styles])
+        shares = np.full(len(self._styles), rest)
+        shares[self._styles.index(DEFAULT_STYLE)] = DEFAULT_STYLE_SHARE
+        return shares
 
     def _layout(self, rng: np.random.Generator) -> Layout:
         style = self._styles[int(rng.choice(len(self._styles), p=self._style_shares))]
@@ -207,16 +214,24 @@ class Composer:
         while True:
             if self.split == "pairs":
                 names = self._pairs[int(rng.integers(len(self._pairs)))]
-                choices = [[t for t in self._things(style) if t.concept == name] for name in rng.permutation(names)]
-                first, second = (choice[int(rng.integers(len(choice)))] for choice in choices)
+                # Both names before both things: another order of draws would be other scenes.
+                order = rng.permutation(names)
+                first = self._of_concept(style, str(order[0]), rng)
+                second = self._of_concept(style, str(order[1]), rng)
             else:
-                first, second = self._thing(style, rng), self._thing(style, rng)
+                first = self._thing(style, rng)
+                second = self._thing(style, rng)
             allowed = (frozenset((first.concept, second.concept)) in vocabulary().held_out_pairs) == (
                 self.split == "pairs"
             )
             both = self.cutouts.grounds(style, first) & self.cutouts.grounds(style, second)
             if allowed and first.concept != second.concept and both:
                 return first, second
+
+    def _of_concept(self, style: str, concept: str, rng: np.random.Generator) -> Thing:
+        """The object, or a shape of some color."""
+        choice = [thing for thing in self._things(style) if thing.concept == concept]
+        return choice[int(rng.integers(len(choice)))]
 
     @cached_property
     def _pairs(self) -> list[list[str]]:
@@ -249,10 +264,10 @@ class Composer:
 
     def _background(self, style: str, things: tuple[Thing, ...], rng: np.random.Generator) -> str:
         clear = frozenset.intersection(*(self.cutouts.grounds(style, thing) for thing in things))
-        colours = [name for name in vocabulary().backgrounds if name in clear and name != "white"]
-        if "white" in clear and (not colours or rng.random() < WHITE_SHARE):
+        colors = [name for name in vocabulary().backgrounds if name in clear and name != "white"]
+        if "white" in clear and (not colors or rng.random() < WHITE_SHARE):
             return "white"
-        return colours[int(rng.integers(len(colours)))]
+        return colors[int(rng.integers(len(colors)))]
 
     def _draw(self, layout: Layout, rng: np.random.Generator) -> tuple[Image, list[list[int]]]:
         """The picture, and the box (x0, y0, x1, y1) of each object in pixels, x1 and y1 outside."""
@@ -282,7 +297,8 @@ def _count(style: str, thing: Thing, background: str, rng: np.random.Generator) 
     number = int(rng.integers(2, 5))
     arrangement = {2: "pair", 3: ("row", "triangle")[int(rng.integers(2))], 4: "square"}[number]
     sides, middles, places = _COUNTS[arrangement]
-    side, shake = sides[int(rng.integers(len(sides)))], 1 if arrangement == "row" else 2
+    side = sides[int(rng.integers(len(sides)))]
+    shake = 1 if arrangement == "row" else 2
     spots = tuple((*_shake(middle, rng, shake), side) for middle in middles)
     return Layout("count", style, (thing,), spots, tuple(places), "small", background, arrangement=arrangement)
 
@@ -293,7 +309,7 @@ def _shake(middle: tuple[int, int], rng: np.random.Generator, most: int = 2) -> 
 
 
 def _facts(layout: Layout, boxes: list[list[int]]) -> dict[str, Any]:
-    """The ground truth kept beside the picture; colour is "" where a drawing has no single one."""
+    """The ground truth kept beside the picture; ``colour`` is "" where a drawing has no single one."""
     things = [layout.things[at % len(layout.things)] for at in range(len(boxes))]
     objects = [
         {"concept": thing.concept, "style": layout.style, "colour": thing.colour, "box": box, "size": layout.size,
@@ -337,7 +353,7 @@ def build(
 def _compose(composer: Composer, count: int, processes: int) -> Iterator[Sample]:
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     if processes < 2 or len(chunks) < 2:
-        yield from (composer.scene(index) for chunk in chunks for index in chunk)
+        yield from map(composer.scene, range(count))
         return
     with ProcessPoolExecutor(processes, initializer=_keep, initargs=(composer,)) as pool:
         for samples in pool.map(_chunk, chunks):

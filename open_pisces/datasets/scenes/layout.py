@@ -1,4 +1,4 @@
-"""What a scene is before it is drawn: its things, where they stand, and the tables of all that can be in one."""
+"""A scene before it is drawn: its things, where they stand; and the vocabulary of ``concepts.yaml``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Split = Literal["train", "pairs", "style"]
 
 @dataclass(frozen=True)
 class Thing:
-    """What can be in a scene: an object, or a shape of one colour."""
+    """What can be in a scene: an object, or a shape of one color."""
 
     concept: str
     colour: str
@@ -59,7 +59,7 @@ class Vocabulary:
     objects: tuple[Thing, ...]
     shapes: tuple[Thing, ...]
     left_out: frozenset[tuple[str, str, str]]
-    """Drawings (style, concept, colour) that would teach a wrong colour word."""
+    """Drawings (style, concept, color) that would teach a wrong color word."""
     held_out_pairs: frozenset[frozenset[str]]
     backgrounds: dict[str, tuple[int, int, int]]
 
@@ -72,11 +72,13 @@ def vocabulary() -> Vocabulary:
         Thing(name, row.get("colour", ""), False, row.get("plural", f"{name}s"))
         for name, row in table["objects"].items()
     ]
-    shapes = [Thing(name, colour, True, f"{name}s") for name, row in table["shapes"].items() for colour in row]
+    shapes: list[Thing] = []
+    for name, row in table["shapes"].items():
+        shapes += [Thing(name, color, True, f"{name}s") for color in row]
     return Vocabulary(
         tuple(objects),
         tuple(shapes),
-        frozenset((style, name, colour) for style, name, colour in table["left_out"]),
+        frozenset(map(tuple, table["left_out"])),
         frozenset(frozenset(pair) for pair in table["held_out_pairs"]),
         {name: tuple(rgb) for name, rgb in table["backgrounds"].items()},
     )

@@ -27,7 +27,7 @@ _ASK_ONE = 0.11  # "how many" of single things: as many ones as twos, threes and
 _ASK_CENTRE = 0.15  # half of the single things stand in the centre
 _ASK_WHERE_IN_PAIR = 0.15  # the four sides come from pairs too
 _ASK_WHITE = 0.21  # white grounds are five times as frequent as any other
-_ASK_GROUND = 0.45  # as many colours of grounds as of shapes, or nearly
+_ASK_GROUND = 0.45  # as many colors of grounds as of shapes, or nearly
 
 
 @cache
@@ -61,7 +61,8 @@ def _styled(name: str, style_word: str) -> str:
 
 def detailed_caption(layout: Layout, style_word: str, rng: np.random.Generator) -> str:
     """One of the templates for the layout, naming everything."""
-    first, second = layout.things[0], layout.things[-1]
+    first = layout.things[0]
+    second = layout.things[-1]
     fill = {
         "style": f" in {style_word} style" if style_word else "",
         "background": layout.background,
@@ -98,7 +99,7 @@ def questions(layout: Layout, other: Thing, rng: np.random.Generator) -> tuple[Q
     """
     asked = [
         *_how_many(layout, rng),
-        *_which_colour(layout, rng),
+        *_which_color(layout, rng),
         *_where(layout, rng),
         *_is_there(layout, other, rng),
         *_left_or_right(layout, rng),
@@ -124,7 +125,7 @@ def _how_many(layout: Layout, rng: np.random.Generator) -> list[Question]:
     return [_ask("how_many", rng, NUMBERS[number], things=thing.plural)]
 
 
-def _which_colour(layout: Layout, rng: np.random.Generator) -> list[Question]:
+def _which_color(layout: Layout, rng: np.random.Generator) -> list[Question]:
     asked = []
     if rng.random() < (_ASK_WHITE if layout.background == "white" else 1.0) * _ASK_GROUND:
         asked.append(_ask("which_colour", rng, layout.background, "background"))

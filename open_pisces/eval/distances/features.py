@@ -9,11 +9,11 @@ gives "FD-EffLite0", whose values are on another scale.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from torch import Tensor
 from open_pisces.data.images import ImageError, generation_pixels, open_image, to_pil
 from open_pisces.device import pick_device
 from open_pisces.eval.distances import inception
-from open_pisces.eval.intervals import EvaluationError, mean_interval
+from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import RunFolder
-from open_pisces.model.folder import weights_digest
+from open_pisces.files import sha256_of
 
 KINDS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Files that count as pictures."""
@@ -60,6 +60,7 @@ def pictures_of(where: str | Path | RunFolder | Sequence[Image]) -> list[Source]
         raise EvaluationError(f"{folder}: no such folder; give one with pictures, or a run folder")
     if (folder / "manifest.json").is_file():
         return pictures_of(RunFolder.load(folder))
+    # Hidden files are what other systems leave beside pictures, with the same endings.
     files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in KINDS and file.is_file())
     if not files:
         raise EvaluationError(f"{folder} holds no pictures ({', '.join(KINDS)}): give the folder that does")
@@ -145,13 +146,17 @@ def extract(
     Raises:
         EvaluationError: if there are no pictures, or some cannot be read; they are named, all are tried first.
     """
-    rows, total, sides, bad = [], 0, set[int](), list[str]()
+    rows: list[np.ndarray] = []
+    total = 0
+    sides: set[int] = set()
+    bad: list[str] = []
     shown = track(sources, f"{network.ruler.name} features", console=Console(stderr=True))
     for images in _batches(shown, batch_size or network.batch, bad):
-        total += sum(_digest(image) for image in images)
-        sides |= {length for image in images for length in image.size}
+        total += sum(picture_hash(image) for image in images)
+        for image in images:
+            sides.update(image.size)
         rows.append(network.features([cut(image, side) for image in images] if side else images))
-    if bad:
+    if bad:  # one error after all were tried: a set of 30,000 is repaired once
         rest = f", and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise EvaluationError(
             f"{len(bad)} of {len(sources)} pictures cannot be read ({'; '.join(bad[:_SHOWN])}{rest}): replace or "
@@ -159,11 +164,11 @@ def extract(
         )
     if not rows:
         raise EvaluationError("no pictures to take features of: give at least one")
-    ruler, total = network.ruler.after_cut(side), total % 2**256
-    return Features(np.concatenate(rows), ruler, f"{total:064x}", (min(sides), max(sides)))
+    pictures = f"{total % 2**256:064x}"
+    return Features(np.concatenate(rows), network.ruler.after_cut(side), pictures, (min(sides), max(sides)))
 
 
-def _batches(sources: Any, size: int, bad: list[str]) -> Iterator[list[Image]]:
+def _batches(sources: Iterable[Source], size: int, bad: list[str]) -> Iterator[list[Image]]:
     """Pictures in batches; what cannot be read is noted in ``bad`` and passed over."""
     batch: list[Image] = []
     for source in sources:
@@ -178,7 +183,7 @@ def _batches(sources: Any, size: int, bad: list[str]) -> Iterator[list[Image]]:
         yield batch
 
 
-def _digest(image: Image) -> int:
+def picture_hash(image: Image) -> int:
     """sha256 of a picture's size and pixels as a number; sums of them do not depend on the order."""
     return int.from_bytes(hashlib.sha256(repr(image.size).encode() + image.convert("RGB").tobytes()).digest())
 
@@ -207,16 +212,16 @@ class EfficientNetLite0:
         self.network = EfficientNet.from_name("efficientnet-lite0").eval()
         self.network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.network.to(self.device, memory_format=torch.channels_last)
-        self.batch = _batch(self.device)
+        self.batch = batch_for(self.device)
         means = "short side to 224 px (bicubic), centre crop, (x - 127) / 128"
-        self.ruler = FeatureSpec("EffLite0", 1280, 224, _sha256(file)[:16], means)
+        self.ruler = FeatureSpec("EffLite0", 1280, 224, sha256_of(file)[:16], means)
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image]) -> np.ndarray:
         """Pictures to ``(B, 1280)``."""
         pixels_BCHW = torch.stack([torch.from_numpy(generation_pixels(image, 224)) for image in images])
         inputs_BCHW = (pixels_BCHW.to(self.device, memory_format=torch.channels_last) * 255 - 127) / 128
-        return _rows(self.network.extract_features(inputs_BCHW).mean((2, 3)))
+        return as_rows(self.network.extract_features(inputs_BCHW).mean((2, 3)))
 
 
 class Inception:
@@ -239,75 +244,28 @@ class Inception:
                 f"{file}: no such file; give pt_inception-2015-12-05-{inception.PUBLISHED}.pth, which the pytorch-fid "
                 f"project publishes"
             )
-        self.device, self.network = pick_device(device), inception.FidInception().eval()
+        self.device = pick_device(device)
+        self.network = inception.FidInception().eval()
         try:
             self.network.load(_weights(file))
         except Exception as error:  # what readers of foreign files raise is not to be foretold
             raise EvaluationError(f"{file}: not the weights of FID's Inception ({error}): get the file anew") from None
         self.network.to(self.device)
-        self.batch, sha256 = _batch(self.device), _sha256(file)
+        self.batch = batch_for(self.device)
+        sha256 = sha256_of(file)
         name = "FID-Inception" if sha256.startswith(inception.PUBLISHED) else f"Inception-{sha256[:8]}"
         self.ruler = FeatureSpec(name, inception.WIDTH, inception.SIDE, sha256[:16], "to 299 x 299 px (bilinear)")
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image]) -> np.ndarray:
         """Pictures to ``(B, 2048)``."""
+        # Resized one by one: pytorch-fid's datasets hold pictures of any shape.
         inputs_BCHW = torch.cat([inception.resized(_pixels(image)) for image in images])
-        return _rows(self.network(inputs_BCHW.to(self.device, memory_format=torch.channels_last)))
+        return as_rows(self.network(inputs_BCHW.to(self.device, memory_format=torch.channels_last)))
 
 
-class ClipImages:
-    """CLIP's embeddings of pictures, of length 1, as features (FD-CLIP, and CMMD's features); and of texts.
-
-    Args:
-        folder: a folder or hub name that transformers' ``CLIPModel`` loads, with its tokenizer and image processor.
-        device: where it computes.
-
-    Raises:
-        EvaluationError: if it cannot be loaded.
-    """
-
-    def __init__(self, folder: str | Path, device: str = "auto") -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-
-        self.device, self.folder = pick_device(device), str(folder)
-        try:
-            self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{folder}: no CLIP model with its processor ({error}): give its folder") from None
-        self.batch, config = _batch(self.device), self.model.config
-        self.longest: int = config.text_config.max_position_embeddings
-        means = "as its image processor, embedding of length 1"
-        name = f"CLIP-{Path(folder).name.replace(' ', '-')}"
-        size = config.vision_config.image_size
-        parts = (self.model.vision_model, self.model.visual_projection, self.model.text_model)
-        weights = weights_digest(torch.nn.ModuleList((*parts, self.model.text_projection)))[:16]
-        self.ruler = FeatureSpec(name, config.projection_dim, size, weights, means)
-
-    @torch.inference_mode()
-    def features(self, images: Sequence[Image]) -> np.ndarray:
-        """Pictures to ``(B, projection width)``."""
-        pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        seen = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
-        return _rows(torch.nn.functional.normalize(self.model.visual_projection(seen), dim=-1))
-
-    @torch.inference_mode()
-    def texts(self, captions: Sequence[str]) -> tuple[np.ndarray, int]:
-        """Captions to ``(B, projection width)``, of length 1; and how many were longer than the model reads.
-
-        Those are cut before their last token, as CLIP's own tokenizer does.
-        """
-        longer = sum(len(ids) > self.longest for ids in self.tokenizer(list(captions)).input_ids)
-        limits: dict[str, Any] = {"padding": True, "truncation": True, "max_length": self.longest}
-        inputs = self.tokenizer(list(captions), return_tensors="pt", **limits).to(self.device)
-        read = self.model.text_model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).pooler_output
-        return _rows(torch.nn.functional.normalize(self.model.text_projection(read), dim=-1)), longer
-
-
-def _batch(device: torch.device) -> int:
-    """CPUs are fastest with what fits their caches: measured with EfficientNet-Lite0, 4 at once beat 1 and 32."""
+def batch_for(device: torch.device) -> int:
+    """Pictures at once. CPUs are fastest with what fits their caches: with EfficientNet-Lite0 4 beat 1 and 32."""
     return 4 if device.type == "cpu" else 64
 
 
@@ -317,13 +275,9 @@ def _pixels(image: Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))[None]
 
 
-def _rows(features_BW: Tensor) -> np.ndarray:
+def as_rows(features_BW: Tensor) -> np.ndarray:
+    """Features ``(B, width)`` as float32 on the CPU."""
     return features_BW.float().cpu().numpy()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _weights(file: Path) -> dict[str, Tensor]:
@@ -332,55 +286,3 @@ def _weights(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     found: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     return found
-
-
-# ------------------------------------------------------------------------------------------------------- CLIP score
-
-
-def clip_score(
-    images: str | Path | RunFolder | Sequence[Image],
-    captions: Sequence[str],
-    model_folder: str | Path,
-    batch_size: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """How well pictures fit their captions: the mean of ``100 * max(cos, 0)`` over pairs (Hessel et al. 2021).
-
-    Without that paper's factor of 2.5, as text-to-image papers and torchmetrics give it.
-
-    Args:
-        images: anything `pictures_of` takes, in the order of the captions.
-        captions: one for each picture.
-        model_folder: of a CLIP model; scores of different models cannot be compared.
-        batch_size: pictures at once; None is the model's own choice.
-        device: where it computes.
-        seed: of the interval.
-
-    Returns:
-        ``score`` with ``low`` and ``high``, ``n``, ``baseline`` (the same pictures with the next one's caption),
-        ``truncated`` (captions longer than the model reads), ``model``, ``weights``.
-
-    Raises:
-        EvaluationError: no pictures, unreadable ones, another number of captions, an empty caption, no such model.
-    """
-    sources = pictures_of(images)
-    empty = [number for number, caption in enumerate(captions) if not caption.strip()]
-    if empty:
-        raise EvaluationError(f"caption {empty[0]} is empty ({len(empty)} are): give each picture its words")
-    clip = ClipImages(model_folder, device)
-    seen = extract(clip, sources, batch_size=batch_size)
-    if len(seen) != len(captions):
-        raise EvaluationError(f"{len(captions)} captions for {len(seen)} pictures: give one to each")
-    parts = [clip.texts(captions[start : start + clip.batch]) for start in range(0, len(captions), clip.batch)]
-    read = np.concatenate([rows for rows, _ in parts])
-    wrong = 100 * (seen.rows * np.roll(read, -1, axis=0)).sum(axis=1).clip(0)
-    return {
-        "name": "CLIP score",
-        **mean_interval(100 * (seen.rows * read).sum(axis=1).clip(0), seed=seed).rounded(),
-        "n": len(captions),
-        "baseline": round(float(wrong.mean()), 4),
-        "truncated": sum(longer for _, longer in parts),
-        "model": clip.folder,
-        "weights": clip.ruler.weights,
-    }

@@ -50,7 +50,6 @@ class Convolution(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: Any, stride: int, padding: Any) -> None:
         super().__init__()
-        kernel, padding = (tuple(value) if isinstance(value, list) else value for value in (kernel, padding))
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
@@ -73,7 +72,8 @@ class Block(nn.Module):
         self.paths: list[list[list[str]]] = []  # per branch its steps; a step of two names joins both outputs
         self.channels = 0
         for branch in branches:
-            steps, wide = [], inputs
+            steps: list[list[str]] = []
+            wide = inputs
             for row in branch:
                 names, wide = self._add(row, wide, argument)
                 steps.append(names)

@@ -8,28 +8,34 @@ the baseline.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 from PIL.Image import Image
-from torch.nn import functional
 
 from open_pisces.data.images import generation_pixels, to_pil
 from open_pisces.eval.distances.distances import check_enough, frechet_interval, real_baselines
-from open_pisces.eval.distances.features import FeatureNetwork, extract, pictures_of
-from open_pisces.eval.intervals import EvaluationError, mean_interval
-from open_pisces.eval.scenes.placement import PSNR_CAP
-
-WINDOW, SIGMA = 11, 1.5
-K1, K2 = 0.01, 0.03
+from open_pisces.eval.distances.features import (
+    FeatureNetwork,
+    FeatureSpec,
+    Source,
+    extract,
+    picture_hash,
+)
+from open_pisces.eval.distances.pixel_errors import pixel_errors
+from open_pisces.eval.distances.run_features import RunFeatures
+from open_pisces.eval.evaluation import Evaluation, Score, rounded
+from open_pisces.eval.intervals import EvaluationError, Interval, mean_interval
+from open_pisces.eval.run import Row, RunFolder
 
 
 class Reconstructs(Protocol):
     """A `Painter`, a `Generator`, or anything else that draws pictures again."""
+
+    device: Any
 
     def reconstruct(
         self, images: list[Image], steps: int | None = None, guidance_scale: float | None = None, seed: int = 0
@@ -38,17 +44,34 @@ class Reconstructs(Protocol):
         ...
 
 
-def reconstruction(
-    painter: Reconstructs,
-    images: Sequence[Image],
-    network: FeatureNetwork,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    biased: bool = False,
-) -> dict[str, Any]:
-    """Draw pictures again from their true vectors, and measure what changed (`compare_pairs`).
+@dataclass(frozen=True)
+class ReconstructionScore(Score):
+    """How far each drawn picture is from its true one; ``score`` is the Frechet distance of the two sets."""
+
+    distance: str
+    """What the Frechet distance is called."""
+    cosine: Interval
+    """1 - cosine of the pair's features."""
+    mae: Interval
+    """Mean absolute error, pixels in [0, 1]."""
+    psnr: Interval
+    """In dB, at most `PSNR_CAP`."""
+    ssim: Interval
+    biased: bool
+    """Too few pictures for the width of the features."""
+    baseline: float
+    """The Frechet distance of other true pictures."""
+    baselines: dict[str, float]
+    """``real`` and ``halves`` of `real_baselines`, and the other figures of wrong pairs."""
+    ruler: FeatureSpec
+    seed: int
+
+
+@dataclass
+class ReconstructionEvaluation(Evaluation):
+    """Draw pictures again from their true vectors, and measure what changed.
+
+    The run keeps each true picture, cut to the drawn one's size, beside the drawn one; and their features.
 
     Args:
         painter: draws them.
@@ -61,97 +84,119 @@ def reconstruction(
         biased: allow fewer pictures than the features are wide.
 
     Raises:
-        EvaluationError: too few pictures, or the painter draws another number of them.
+        EvaluationError: too few pictures, or the painter draws another number of them, or none of their shape.
     """
-    start = time.time()
-    check_enough(len(images), network.ruler.width, "true", biased)
-    drawn: list[Image] = []
-    for first in range(0, len(images), batch_size):
-        batch = list(images[first : first + batch_size])
-        drawn += painter.reconstruct(batch, steps=steps, guidance_scale=guidance_scale, seed=seed + first)
-    result = compare_pairs(images, drawn, network, seed, biased)
-    return {**result, "seed": seed, "seconds": round(time.time() - start, 1)}
+
+    task: ClassVar[str] = "decoder/reconstruction"
+    stages: ClassVar[Sequence[str]] = ("images", "errors")
+
+    painter: Reconstructs
+    images: Sequence[Image]
+    network: FeatureNetwork
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 16
+    biased: bool = False
+
+    def __post_init__(self) -> None:
+        self.device = str(self.painter.device)
+
+    @property
+    def settings(self) -> Row:
+        """What shapes the pictures. What measures them is kept with the features."""
+        return {name: getattr(self, name) for name in ("seed", "steps", "guidance_scale", "batch_size")}
+
+    def items(self) -> list[Row]:
+        """The true pictures, known by their pixels: they may move to another folder."""
+        check_enough(len(self.images), self.network.ruler.width, "true", self.biased)
+        return [{"key": f"{i:05d}", "sha256": f"{picture_hash(one):064x}"} for i, one in enumerate(self.images)]
+
+    def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
+        """Draw a batch, or measure the errors of its pixels."""
+        first = int(batch[0]["key"])
+        if stage == "errors":
+            run.append("errors", [_errors(run, first + place) for place in range(len(batch))])
+            return
+        true = list(self.images[first : first + len(batch)])
+        seed = self.seed + first
+        drawn = self.painter.reconstruct(true, steps=self.steps, guidance_scale=self.guidance_scale, seed=seed)
+        if len(drawn) != len(true):
+            raise EvaluationError(f"{len(drawn)} drawn pictures for {len(true)} true ones: give one to each")
+        pairs = {}
+        for item, image, picture in zip(batch, true, drawn, strict=True):
+            if picture.width != picture.height:
+                raise EvaluationError(f"a drawn picture of {picture.width} x {picture.height}: decoders draw squares")
+            # Cut to the drawn size and saved in 8 bits, as it is compared: errors and features come from these files.
+            pairs[item["key"]] = [to_pil(generation_pixels(image, picture.width)), picture]
+        run.save_images(pairs)
+
+    def complete(self, run: RunFolder) -> None:
+        """Draw and measure what is missing, then keep the features of both sets."""
+        super().complete(run)
+        if not RunFeatures.made_with(self.network.ruler, run):
+            features = {}
+            for place, name in enumerate(("true", "drawn")):  # as the run keeps each pair
+                sources = [Source(item["key"], partial(_picture, run, item["key"], place)) for item in run.items]
+                features[name] = extract(self.network, sources)
+            RunFeatures(features).save(run)
+
+    def score(self, run: RunFolder) -> ReconstructionScore:
+        """From the errors and features that the run keeps."""
+        return score_run(run)
 
 
-def compare_pairs(
-    true: Sequence[Image], drawn: Sequence[Image], network: FeatureNetwork, seed: int = 0, biased: bool = False
-) -> dict[str, Any]:
-    """How far each drawn picture is from its true one, cut to the drawn one's size.
+def _picture(run: RunFolder, key: str, place: int) -> list[Image]:
+    return [run.images(key)[place]]
 
-    Returns:
-        ``score`` with ``low`` and ``high``: the Frechet distance, named in ``distance``; ``cosine`` (1 - cosine of the
-        features), ``mae`` (pixels in [0, 1]), ``psnr`` (dB, at most `PSNR_CAP`), ``ssim``, each as ``{"score", "low",
-        "high"}``; ``baseline`` (the Frechet distance of other true pictures) and ``baselines`` (`real_baselines`, and
-        the other figures of wrong pairs); ``n``, ``biased``, ``ruler``.
+
+def _errors(run: RunFolder, place: int) -> Row:
+    """A row of `pixel_errors`: of a pair, and of its true picture with the next drawn one."""
+    key = run.items[place]["key"]
+    # A wrong pair takes the next picture: each is wrong once, and never paired with itself.
+    following = run.items[(place + 1) % len(run.items)]["key"]
+    true, drawn = [generation_pixels(picture, picture.width) for picture in run.images(key)]
+    (wrong,) = _picture(run, following, 1)
+    wrong_errors = pixel_errors(true, generation_pixels(wrong, wrong.width))
+    return {"key": key, **pixel_errors(true, drawn), "wrong": wrong_errors}
+
+
+def score_run(run: RunFolder) -> ReconstructionScore:
+    """The score of a run from the errors and features that it keeps.
 
     Raises:
-        EvaluationError: other numbers of pictures, too few, or sizes that do not fit.
+        RunError: if it does not keep them yet.
     """
-    if len(true) != len(drawn):
-        raise EvaluationError(f"{len(drawn)} drawn pictures for {len(true)} true ones: give one to each")
-    check_enough(len(true), network.ruler.width, "true", biased)
-    cut = [generation_pixels(image, _side(picture)) for image, picture in zip(true, drawn, strict=True)]
-    pixels = [generation_pixels(picture, picture.width) for picture in drawn]
-    a, b = (extract(network, pictures_of(images)) for images in ([to_pil(picture) for picture in cut], drawn))
-    right = {"cosine": _cosines(a.rows, b.rows), **_errors(cut, pixels)}
-    wrong = {"cosine": _cosines(a.rows, np.roll(b.rows, -1, axis=0)), **_errors(cut, [*pixels[1:], pixels[0]])}
-    baselines = real_baselines(a, len(drawn), seed)
-    baselines |= {name: round(float(np.mean(values)), 4) for name, values in wrong.items()}
-    return {
-        "name": "decoder/reconstruction",
-        "distance": network.ruler.distance,
-        **frechet_interval(a, b, paired=True, seed=seed).rounded(),
-        **{name: mean_interval(values, seed=seed).rounded() for name, values in right.items()},
-        "n": len(true),
-        "biased": len(true) <= network.ruler.width,
-        "baseline": baselines["real"],
-        "baselines": baselines,
-        "ruler": asdict(a.ruler),
-    }
-
-
-def _side(picture: Image) -> int:
-    """The side of a drawn picture, which has to be a square."""
-    if picture.width != picture.height:
-        raise EvaluationError(f"a drawn picture of {picture.width} x {picture.height}: decoders draw squares")
-    return picture.width
+    rows = run.rows("errors")
+    kept = RunFeatures.load(run).rows
+    true = kept["true"]
+    drawn = kept["drawn"]
+    seed = run.manifest.settings["seed"]
+    baselines = real_baselines(true, len(drawn), seed)
+    baselines["cosine"] = round(float(np.mean(_cosines(true.rows, np.roll(drawn.rows, -1, axis=0)))), 4)
+    pixels = {}
+    for name in ("mae", "psnr", "ssim"):
+        pixels[name] = rounded(mean_interval([row[name] for row in rows], seed=seed))
+        baselines[name] = round(float(np.mean([row["wrong"][name] for row in rows])), 4)
+    found = rounded(frechet_interval(true, drawn, paired=True, seed=seed))
+    return ReconstructionScore(
+        name="decoder/reconstruction",
+        score=found.score,
+        low=found.low,
+        high=found.high,
+        n=len(true),
+        distance=true.ruler.distance,
+        cosine=rounded(mean_interval(_cosines(true.rows, drawn.rows), seed=seed)),
+        **pixels,
+        biased=len(true) <= true.ruler.width,
+        baseline=baselines["real"],
+        baselines=baselines,
+        ruler=true.ruler,
+        seed=seed,
+    )
 
 
 def _cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
     """1 - the cosine of each pair of rows."""
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return list(1 - (a * b).sum(axis=1) / np.maximum(lengths, 1e-12))
-
-
-def _errors(true: Sequence[np.ndarray], drawn: Sequence[np.ndarray]) -> dict[str, list[float]]:
-    """Figures of pixels of each pair."""
-    pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(true, drawn, strict=True)]
-    return {
-        "mae": [float(np.abs(a - b).mean()) for a, b in pairs],
-        "psnr": [float(-10 * np.log10(max(((a - b) ** 2).mean(), 10 ** (-PSNR_CAP / 10)))) for a, b in pairs],
-        "ssim": [ssim(a, b) for a, b in pairs],
-    }
-
-
-def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two pictures ``(C, H, W)`` in [0, 1] (Wang et al. 2004): 1 if they are equal.
-
-    A Gaussian window of 11 x 11 (sigma 1.5), per colour channel, averaged over all windows that lie inside.
-
-    Raises:
-        EvaluationError: if the pictures differ in size, or are smaller than the window.
-    """
-    if a.shape != b.shape or min(a.shape[1:]) < WINDOW:
-        raise EvaluationError(
-            f"pictures of {a.shape} and {b.shape}: SSIM needs equal sizes of at least {WINDOW} pixels"
-        )
-    line = torch.exp(-((torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) ** 2) / (2 * SIGMA**2))
-    window = torch.outer(line, line) / line.sum() ** 2
-    x, y = (torch.from_numpy(picture.astype(np.float64)) for picture in (a, b))
-    parts = torch.stack([x, y, x * x, y * y, x * y])
-    channels = len(x)
-    means = functional.conv2d(parts, window.expand(channels, 1, WINDOW, WINDOW), groups=channels)
-    mean_x, mean_y, xx, yy, xy = means
-    light = (2 * mean_x * mean_y + K1**2) / (mean_x**2 + mean_y**2 + K1**2)
-    shape = (2 * (xy - mean_x * mean_y) + K2**2) / (xx - mean_x**2 + yy - mean_y**2 + K2**2)
-    return float((light * shape).mean())

@@ -26,35 +26,35 @@ class Detection:
     """Left, top, right, bottom in pixels; right and bottom lie outside."""
     score: float
     """The detector's confidence, 0 to 1."""
-    colours: Mapping[str, float] = field(default_factory=dict)
-    """Probability of each colour's name; empty where colours were not asked for."""
+    colors: Mapping[str, float] = field(default_factory=dict)
+    """Probability of each color's name; empty where colors were not asked for."""
     mask: np.ndarray | None = field(default=None, compare=False, repr=False)
     """Pixels of the object (H, W), bool, if the detector gives them."""
 
     @property
-    def colour(self) -> str:
-        """The likeliest colour, "" if none was asked for."""
-        return max(self.colours, key=lambda name: self.colours[name]) if self.colours else ""
+    def color(self) -> str:
+        """The likeliest color, "" if none was asked for."""
+        return max(self.colors, key=lambda name: self.colors[name]) if self.colors else ""
 
 
 class Detector(Protocol):
-    """Finds objects, and names their colours."""
+    """Finds objects, and names their colors."""
 
     name: str
     """What scores call it: the model and its version."""
     classes: tuple[str, ...]
-    colours: tuple[str, ...]
+    colors: tuple[str, ...]
     threshold: float
     """Confidence above which a detection counts (GenEval: 0.3)."""
     counting_threshold: float
     """The stricter one for counting (GenEval: 0.9)."""
 
-    def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
         """Everything found in each picture, in falling order of confidence, above a floor below both thresholds.
 
         Args:
             images: the pictures.
-            coloured: for each picture the classes whose colours are wanted, and of how many of their most
+            colored: for each picture the classes whose colors are wanted, and of how many of their most
                 confident detections.
         """
         ...

@@ -15,8 +15,6 @@ A layout is written beside its place and moved there when it is whole.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -27,10 +25,12 @@ import yaml
 from PIL import Image as Pillow
 from PIL.Image import Image
 
-from open_pisces.eval.drawing.judged_run import draw
-from open_pisces.eval.drawing.prompts import read_prompts, to_row
+from open_pisces.eval.drawing.judged_run import items_of
+from open_pisces.eval.drawing.prompts import read_prompts
+from open_pisces.eval.evaluation import draw, missing
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import Manifest, Row, RunFolder, model_hash
+from open_pisces.files import whole_folder
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -49,7 +49,7 @@ def layouts() -> dict[str, dict[str, int]]:
 
 
 def items(layout: str, source: str | Path) -> list[Row]:
-    """The prompts of a benchmark as items of a run, to be drawn by `open_pisces.eval.drawing.judged_run.draw`.
+    """The prompts of a benchmark as items of a run, to be drawn by `draw_prompts`.
 
     Args:
         layout: one of `layouts`.
@@ -60,7 +60,7 @@ def items(layout: str, source: str | Path) -> list[Row]:
         EvaluationError: if the layout is unknown, or the source is missing, empty or of another form.
     """
     readers: dict[str, Callable[[Path], list[Row]]] = {
-        "geneval": lambda path: [{"key": prompt.key, **to_row(prompt)} for prompt in read_prompts(path)],
+        "geneval": lambda path: items_of(read_prompts(path)),
         "geneval2": _geneval2_items,
         "wise": _wise_items,
         "dpg": _dpg_items,
@@ -84,7 +84,10 @@ def _geneval2_items(path: Path) -> list[Row]:
 
 def _wise_items(path: Path) -> list[Row]:
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
-    rows = [row for file in files for row in json.loads(file.read_text("utf-8"))]
+    rows = []
+    for file in files:
+        rows += json.loads(file.read_text("utf-8"))
+    # WISE spreads its prompts over files by subject; its scorer goes by number.
     rows.sort(key=lambda row: int(row["prompt_id"]))
     return [{"key": f"{row['prompt_id']:04d}", "prompt": row["Prompt"], "id": row["prompt_id"]} for row in rows]
 
@@ -122,11 +125,17 @@ def draw_prompts(
         RunError: if the folder holds another run.
     """
     asked = items(layout, source)
-    settings = {"n": layouts()[layout]["pictures"] or _USUAL, "steps": steps, "guidance_scale": guidance_scale}
-    settings |= {"seed": seed, "batch_size": batch_size}
+    settings = {
+        "n": layouts()[layout]["pictures"] or _USUAL,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "batch_size": batch_size,
+    }
     manifest = Manifest(f"drawings/{layout}", str(model), model_hash(model), settings, device=str(generator.device))
     run = RunFolder.open(folder, manifest, asked)
-    draw(generator, run)
+    for batch in missing(run, "images", batch_size):
+        draw(generator, run, batch)
     return run
 
 
@@ -155,16 +164,8 @@ def export(run: RunFolder, layout: str, target: str | Path, part: bool = False) 
     _check_numbers(run, layout, part)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise EvaluationError(f"{target} holds something: name a new folder")
-    work = target.with_name(f".{os.getpid()}-{target.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with whole_folder(target) as work:
         writers[layout](run, work, target.resolve())
-        if target.exists():
-            target.rmdir()
-        os.replace(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -176,10 +177,12 @@ def _known(layout: str) -> None:
 def _check_numbers(run: RunFolder, layout: str, part: bool) -> None:
     """Raise unless the run has as many prompts, and enough pictures of each, as the layout takes."""
     asked = layouts()[layout]
-    prompts, pictures = len(run.items), run.manifest.settings["n"]
+    prompts = len(run.items)
+    pictures = run.manifest.settings["n"]
     wanted = asked.get("prompts", prompts)
     if prompts > wanted or (prompts < wanted and not part):
         raise EvaluationError(f"{run.folder}: {prompts} prompts, {layout} has {wanted}: draw all of them and no others")
+    # More are no fault: the first ones are taken.
     if pictures < asked["pictures"]:
         raise EvaluationError(f"{run.folder}: {pictures} pictures of each prompt, {layout} takes {asked['pictures']}")
 
@@ -188,13 +191,15 @@ def _write_geneval(run: RunFolder, work: Path, target: Path) -> None:
     for number, item in enumerate(run.items):
         folder = work / f"{number:05d}"
         (folder / "samples").mkdir(parents=True)
-        line = json.dumps({name: value for name, value in item.items() if name != "key"}, ensure_ascii=False)
+        row = {name: value for name, value in item.items() if name != "key"}  # the official lines have none
+        line = json.dumps(row, ensure_ascii=False)
         (folder / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
         for place, picture in enumerate(run.images(item["key"])):
             picture.save(folder / "samples" / f"{place:04d}.png")
 
 
 def _write_geneval2(run: RunFolder, work: Path, target: Path) -> None:
+    # Its images.json maps prompts to pictures, so one of two equal prompts would be lost.
     repeated = [prompt for prompt, times in Counter(item["prompt"] for item in run.items).items() if times > 1]
     if repeated:
         raise EvaluationError(f"{run.folder}: {repeated[0]!r} comes twice, and geneval2 knows pictures by prompt")

@@ -7,22 +7,19 @@ scored.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from PIL import Image as Pillow
-from PIL import ImageDraw, ImageFont
 from PIL.Image import Image
-from rich.console import Console
-from rich.progress import track
 
-from open_pisces.data.images import save_whole
+from open_pisces.eval.evaluation import draw, missing
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import Manifest, Row, RunError, RunFolder, model_hash
+from open_pisces.files import whole_file
+from open_pisces.sheets import PALE, Page
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -32,12 +29,19 @@ KINDS = ("simple", "complex")
 SHEET = "sheet.png"
 """The name of a model's sheet in its run folder."""
 
-PICTURE, MARGIN, GAP, WORDS = 256, 24, 6, 300
-"""Pixels: a picture's side, between prompts, between pictures of one prompt, a prompt's width beside its pictures."""
+PICTURE = 256
+"""Pixels of a picture's side."""
+MARGIN = 24
+"""Pixels between prompts."""
+GAP = 6
+"""Pixels between pictures of one prompt."""
+WORDS = 300
+"""Pixels of a prompt's width beside its pictures."""
 COLUMNS = 4
 """Pictures in a row of a model's own sheet."""
-SMALL, MIDDLE, LARGE = 15, 18, 24
-INK, PALE, FRAME, PAPER = "#1a1a1a", "#5f6368", "#d0d0d0", "#fafafa"
+SMALL = 15
+MIDDLE = 18
+LARGE = 24
 
 
 def prompt_sets() -> dict[str, dict[str, Any]]:
@@ -52,17 +56,18 @@ def items_of(prompt_set: str) -> list[Row]:
     Raises:
         EvaluationError: if there is no such set.
     """
+    # All prompts of a set, in the order of the file: nothing is picked.
     sets = prompt_sets()
     if prompt_set not in sets:
         raise EvaluationError(f"no gallery is called {prompt_set!r}: choose {' or '.join(sets)}")
-    return [
-        {"key": f"{kind}-{number:02d}", "kind": kind, "prompt": prompt}
-        for kind in KINDS
-        for number, prompt in enumerate(sets[prompt_set][kind])
-    ]
+    items = []
+    for kind in KINDS:
+        for number, prompt in enumerate(sets[prompt_set][kind]):
+            items.append({"key": f"{kind}-{number:02d}", "kind": kind, "prompt": prompt})
+    return items
 
 
-def draw(
+def draw_gallery(
     generator: Generator,
     folder: str | Path | None,
     model: str | Path,
@@ -100,16 +105,15 @@ def draw(
         "batch_size": batch_size,
     }
     items = items_of(prompt_set)
+    # Two versions of a set are two runs, even where the prompts' keys are the same.
     settings["version"] = prompt_sets()[prompt_set]["version"]
     manifest = Manifest(TASK, str(model), model_hash(model), settings, device=str(generator.device))
     run = RunFolder.open(folder, manifest, items)
-    left = list(run.batches("images", batch_size))
-    for batch in track(left, "drawing", console=Console(stderr=True), disable=not left):
-        drawn = generator.image(
-            [item["prompt"] for item in batch], n, settings["steps"], settings["guidance_scale"], seed
-        )
-        run.save_images({item["key"]: row for item, row in zip(batch, drawn, strict=True)})
-    save_whole(sheet(run), run.folder / SHEET)
+    for batch in missing(run, "images", batch_size):
+        draw(generator, run, batch)
+    # Also after a run that was complete: the sheet may have been deleted.
+    with whole_file(run.folder / SHEET) as hidden:
+        sheet(run).save(hidden)
     return run
 
 
@@ -117,7 +121,7 @@ def compare(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     """Set the galleries of several models side by side: a row for each prompt, a column for each model.
 
     Args:
-        folders: run folders that `draw` has completed.
+        folders: run folders that `draw_gallery` has completed.
         out: the sheet's file.
 
     Returns:
@@ -135,7 +139,8 @@ def compare(folders: Sequence[str | Path], out: str | Path) -> dict[str, Any]:
     for run in runs[1:]:
         _check_same_prompts(runs[0], run)
     heads = headings(runs)
-    save_whole(side_by_side(runs, heads), Path(out))
+    with whole_file(Path(out)) as hidden:
+        side_by_side(runs, heads).save(hidden)
     return {
         "file": str(out),
         "models": [", ".join(filter(None, head)) for head in heads],
@@ -159,13 +164,16 @@ def _check_same_prompts(first: RunFolder, run: RunFolder) -> None:
     """Raise if two galleries do not draw the same prompts."""
     if run.manifest.items == first.manifest.items:
         return
-    names = [
-        f"{r.manifest.settings.get('prompt_set')!r}, version {r.manifest.settings.get('version')}" for r in (first, run)
-    ]
     raise RunError(
-        f"{run.folder} drew other prompts ({names[1]}) than {first.folder} ({names[0]}): draw one of them anew, in a "
-        f"folder of its own"
+        f"{run.folder} drew other prompts ({_prompt_set(run)}) than {first.folder} ({_prompt_set(first)}): draw one of "
+        f"them anew, in a folder of its own"
     )
+
+
+def _prompt_set(run: RunFolder) -> str:
+    """Which prompts a gallery drew."""
+    settings = run.manifest.settings
+    return f"{settings.get('prompt_set')!r}, version {settings.get('version')}"
 
 
 # ------------------------------------------------------------------------------------------------------- their names
@@ -177,12 +185,18 @@ def model_names(models: Sequence[str]) -> dict[str, str]:
     A training's result lies in ``model/``, which says nothing, so that part is left out: ``runs/tiny/stage3/model``
     is "stage3", or "tiny/stage3" beside ``runs/nano/stage3/model``.
     """
-    parts = {model: [p for p in PurePath(model).parts if p not in ("/", "..")] or ["model"] for model in models}
-    parts = {model: p[:-1] if len(p) > 1 and p[-1] == "model" else p for model, p in parts.items()}
+    parts: dict[str, list[str]] = {}
+    for model in models:
+        own = [part for part in PurePath(model).parts if part not in ("/", "..")] or ["model"]
+        parts[model] = own[:-1] if len(own) > 1 and own[-1] == "model" else own
     names = {model: p[-1] for model, p in parts.items()}
-    for length in range(2, max((len(p) for p in parts.values()), default=0) + 1):
-        shared = [model for model, name in names.items() if list(names.values()).count(name) > 1]
-        names |= {model: "/".join(parts[model][-length:]) for model in shared}
+    longest = max((len(p) for p in parts.values()), default=0)
+    # Longer endings only for those that are still alike.
+    for length in range(2, longest + 1):
+        times = Counter(names.values())
+        for model, name in list(names.items()):
+            if times[name] > 1:
+                names[model] = "/".join(parts[model][-length:])
     return names
 
 
@@ -190,14 +204,20 @@ def headings(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     """What the columns of a comparison are called: the model's name, and below it whatever else tells them apart."""
     every = [run.manifest for run in runs]
     names = model_names([manifest.model for manifest in every])
-    weights = {(names[manifest.model], manifest.model_hash) for manifest in every}
-    trained_on = {name for name, _ in weights if [other for other, _ in weights].count(name) > 1}
-    keys = [key for key in every[0].settings if len({str(manifest.settings.get(key)) for manifest in every}) > 1]
+    hashes: dict[str, set[str]] = {}  # of each name: a folder that was trained on has several
+    for manifest in every:
+        hashes.setdefault(names[manifest.model], set()).add(manifest.model_hash)
+    keys = []
+    for key in every[0].settings:
+        values = {str(manifest.settings.get(key)) for manifest in every}
+        if len(values) > 1:
+            keys.append(key)
     heads = []
     for manifest in every:
         name = names[manifest.model]
         told = [f"{_words(key)} {manifest.settings.get(key)}" for key in keys]
-        told += [f"weights {manifest.model_hash[:8]}"] if name in trained_on else []
+        if len(hashes[name]) > 1:
+            told.append(f"weights {manifest.model_hash[:8]}")
         heads.append((name, ", ".join(told)))
     if len(set(heads)) == len(heads):
         return heads
@@ -215,13 +235,14 @@ def _words(key: str) -> str:
 def sheet(run: RunFolder) -> Image:
     """One model's gallery: each prompt under its pictures, the simple ones first."""
     settings = run.manifest.settings
-    wide, page = _width(run), _Page()
+    wide = _width(run)
+    page = Page(MARGIN, PICTURE, GAP)
     columns = max(1, COLUMNS // settings["n"])
     told = ", ".join(f"{_words(key)} {settings[key]}" for key in ("guidance_scale", "steps", "seed"))
     page.down(page.write(model_names([run.manifest.model])[run.manifest.model], MARGIN, columns * wide, LARGE))
-    page.down(page.write(told, MARGIN, columns * wide, ink=PALE) + MARGIN // 2)
+    page.down(page.write(told, MARGIN, columns * wide, SMALL, PALE) + MARGIN // 2)
     for kind in KINDS:
-        page.title(f"{kind} prompts")
+        _title(page, f"{kind} prompts")
         items = [item for item in run.items if item["kind"] == kind]
         for start in range(0, len(items), columns):
             row = items[start : start + columns]
@@ -229,21 +250,25 @@ def sheet(run: RunFolder) -> Image:
             for item, left in zip(row, lefts, strict=True):
                 page.show(run.images(item["key"]), left)
             page.down(PICTURE + 8)
-            page.down(max(page.write(item["prompt"], left, wide) for item, left in zip(row, lefts, strict=True)))
+            page.down(max(page.write(item["prompt"], left, wide, SMALL) for item, left in zip(row, lefts, strict=True)))
             page.down(MARGIN)
     return page.image()
 
 
 def side_by_side(runs: Sequence[RunFolder], heads: Sequence[tuple[str, str]]) -> Image:
     """Several models' galleries of the same prompts: the prompt, then a column for each model."""
-    wide, page = [_width(run) for run in runs], _Page()
+    wide = [_width(run) for run in runs]
+    page = Page(MARGIN, PICTURE, GAP)
     lefts = [WORDS + 2 * MARGIN + sum(wide[:place]) + place * MARGIN for place in range(len(runs))]
     columns = list(zip(runs, heads, lefts, wide, strict=True))
     page.down(max(page.write(head[0], left, width, LARGE) for _, head, left, width in columns))
-    page.down(max(page.write(head[1], left, width, ink=PALE) for _, head, left, width in columns))
+    if any(detail for _, detail in heads):
+        page.down(max(page.write(head[1], left, width, SMALL, PALE) for _, head, left, width in columns))
     for kind in KINDS:
-        page.title(f"{kind} prompts")
-        for item in (item for item in runs[0].items if item["kind"] == kind):
+        _title(page, f"{kind} prompts")
+        for item in runs[0].items:
+            if item["kind"] != kind:
+                continue
             for run, _, left, _ in columns:
                 page.show(run.images(item["key"]), left)
             page.down(max(page.write(item["prompt"], MARGIN, WORDS, MIDDLE), PICTURE) + MARGIN)
@@ -256,68 +281,7 @@ def _width(run: RunFolder) -> int:
     return n * PICTURE + (n - 1) * GAP
 
 
-class _Page:
-    """A sheet that is written downwards; it becomes as large as what was put on it."""
-
-    def __init__(self) -> None:
-        self.top, self.right = MARGIN, 0
-        self._lines: list[tuple[tuple[int, int], str, int, str]] = []
-        self._pictures: list[tuple[tuple[int, int], Image]] = []
-
-    def down(self, pixels: int) -> None:
-        """Go on ``pixels`` further below."""
-        self.top += pixels
-
-    def title(self, text: str) -> None:
-        """A heading of a part, with room around it."""
-        self.down(MARGIN // 2)
-        self.down(self.write(text, MARGIN, WORDS, LARGE, PALE) + MARGIN // 2)
-
-    def write(self, text: str, left: int, width: int, size: int = SMALL, ink: str = INK) -> int:
-        """Write ``text`` wrapped to ``width`` pixels; the height it takes."""
-        font, step = ImageFont.load_default(size), round(size * 1.35)
-        lines = _wrapped(text, font, width)
-        for number, line in enumerate(lines):
-            self._lines.append(((left, self.top + number * step), line, size, ink))
-            self.right = max(self.right, left + math.ceil(font.getlength(line)))
-        return step * len(lines)
-
-    def show(self, pictures: Sequence[Image], left: int) -> None:
-        """Put pictures beside each other."""
-        for number, picture in enumerate(pictures):
-            corner = left + number * (PICTURE + GAP), self.top
-            self._pictures.append((corner, fitted(picture, PICTURE)))
-            self.right = max(self.right, corner[0] + PICTURE)
-
-    def image(self) -> Image:
-        """The sheet; pictures are framed so that white grounds stand out."""
-        image = Pillow.new("RGB", (self.right + MARGIN, self.top), PAPER)
-        pen = ImageDraw.Draw(image)
-        for (left, top), picture in self._pictures:
-            image.paste(picture, (left, top))
-            pen.rectangle((left - 1, top - 1, left + PICTURE, top + PICTURE), outline=FRAME)
-        for corner, line, size, ink in self._lines:
-            pen.text(corner, line, ink, ImageFont.load_default(size))
-        return image
-
-
-def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """``text`` in lines of at most ``width`` pixels; a word that is too long is cut."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
-        while font.getlength(lines[-1]) > width:
-            fits = max(1, bisect_right(range(1, len(lines[-1])), width, key=lambda n: font.getlength(lines[-1][:n])))
-            lines = [*lines[:-1], lines[-1][:fits], lines[-1][fits:]]
-    return [line for line in lines if line]
-
-
-def fitted(picture: Image, side: int) -> Image:
-    """``picture`` as large as fits into a square of ``side`` pixels, in the middle of a white one."""
-    scale = side / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    square = Pillow.new("RGB", (side, side), "white")
-    resized = picture.convert("RGB").resize(size, Pillow.Resampling.LANCZOS if scale < 1 else Pillow.Resampling.BICUBIC)
-    square.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
-    return square
+def _title(page: Page, text: str) -> None:
+    """A heading of a part, with room around it."""
+    page.down(MARGIN // 2)
+    page.down(page.write(text, MARGIN, WORDS, LARGE, PALE) + MARGIN // 2)

@@ -1,4 +1,4 @@
-"""Runs of GenEval: pictures drawn, what detectors find in them, and the scores of that; each can be gone on with.
+"""GenEval: pictures of prompts, what detectors find in them, and the scores of that.
 
 A run folder (`open_pisces.eval.run`) holds the prompts in the official form, the pictures in the official layout and,
 for each detector that looked, ``detections-NAME.jsonl``: everything it found, with the thresholds it brought. Scores
@@ -7,25 +7,20 @@ come from those rows alone, so they can be made again under other rules without 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL.Image import Image
-from rich.console import Console
-from rich.progress import track
 
-from open_pisces.data.images import open_image
 from open_pisces.eval.drawing.detection import Detection, Detector
 from open_pisces.eval.drawing.prompts import Prompt, PromptSetError, check_known, from_row, to_row
-from open_pisces.eval.drawing.rules import Rules, Verdict, judge, summarise
+from open_pisces.eval.drawing.rules import DrawingScore, Rules, Verdict, summarize, verdict_of
+from open_pisces.eval.evaluation import Evaluation, draw
 from open_pisces.eval.intervals import EvaluationError
-from open_pisces.eval.run import Manifest, Row, RunError, RunFolder, digest
+from open_pisces.eval.run import Row, RunError, RunFolder
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -50,50 +45,108 @@ def prompts_of(run: RunFolder) -> list[Prompt]:
         raise RunError(f"{run.folder} is no run of GenEval: {error}") from None
 
 
-def draw(generator: Generator, run: RunFolder) -> None:
-    """Draw what is missing of a run's pictures: ``n`` of every item's ``prompt``, by the settings of the manifest.
-
-    ``batch_size`` is in prompts. Picture j of every prompt starts from noise of (seed, j), as the official sampler
-    resets its seed before each prompt.
-    """
-    settings = run.manifest.settings
-    how = {name: settings[name] for name in ("n", "steps", "guidance_scale", "seed")}
-    for batch in _watched(list(run.batches("images", settings["batch_size"])), "drawing"):
-        drawn = generator.image([item["prompt"] for item in batch], **how)
-        run.save_images({item["key"]: images for item, images in zip(batch, drawn, strict=True)})
+# ----------------------------------------------------------------------------------------------------- the evaluations
 
 
-def detect(
-    detector: Detector,
-    run: RunFolder,
-    pictures: Callable[[str], list[Image]] | None = None,
-    rules: Rules | None = None,
-) -> str:
-    """Note what a detector finds in a run's pictures, as far as it is missing; several may look at one run.
+class JudgedPictures(Evaluation):
+    """Pictures of prompts that one or more detectors look at; subclasses say how the pictures come about."""
+
+    detectors: Sequence[Detector]
+    """The first one's figures are the scores."""
+
+    @abstractmethod
+    def prompts(self) -> Sequence[Prompt]:
+        """What the pictures have to show."""
+
+    def items(self) -> list[Row]:
+        """The official rows.
+
+        Raises:
+            PromptSetError: if a detector does not know a class or color; nothing is drawn then.
+        """
+        prompts = self.prompts()
+        for detector in self.detectors:
+            check_known(prompts, detector.classes, detector.colors, detector.name)
+        return items_of(prompts)
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """What each detector finds."""
+        return [rows_name(detector.name) for detector in self.detectors]
+
+    def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
+        """Detect what is in the pictures of a batch."""
+        detector = next(one for one in self.detectors if rows_name(one.name) == stage)
+        detect(detector, run, batch, [self.pictures(run, item["key"]) for item in batch])
+
+    def pictures(self, run: RunFolder, key: str) -> list[Image]:
+        """The pictures of an item."""
+        return run.images(key)
+
+
+class JudgedDrawing(JudgedPictures):
+    """Pictures that a model draws of the prompts; subclasses have `sampler` as attributes."""
+
+    generator: Generator
+    sampler = ("n", "steps", "guidance_scale", "seed", "batch_size")
+    """Settings of `open_pisces.eval.evaluation.draw`."""
+
+    def __post_init__(self) -> None:
+        self.device = str(self.generator.device)
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """The pictures, then what each detector finds in them."""
+        return ["images", *super().stages]
+
+    def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
+        """Draw a batch, or detect what is in it."""
+        if stage == "images":
+            draw(self.generator, run, batch)
+        else:
+            super().answer(run, stage, batch)
+
+
+@dataclass
+class GenEval(JudgedDrawing):
+    """GenEval of a model: its drawings of given prompts.
 
     Args:
-        detector: it is asked for colours of those detections that the rules may look at.
-        run: its setting ``batch_size`` is the number of prompts whose pictures are shown at once.
-        pictures: of an item, by key; None takes the run's own.
-        rules: whose overlap suppression the rows have to serve; None is the official ones.
-
-    Returns:
-        the name of the rows: ``detections-`` and the detector's name.
-
-    Raises:
-        PromptSetError: if it does not know a class or colour.
-        RunError: if a picture is missing or damaged.
+        generator: anything with ``image(prompts, n, steps, guidance_scale, seed)`` and a ``device``.
+        asked: prompts of `open_pisces.eval.drawing.prompts`.
+        detectors: the first one's figures are the scores; the others' rows are kept beside them.
+        n: pictures of each prompt; official 4.
+        steps: of the decoder's sampler; None is the model's own (official sampler: 50).
+        guidance_scale: None is the model's own (official sampler: 9.0).
+        seed: of the noise; official 42.
+        batch_size: prompts at once.
     """
-    prompts = {prompt.key: prompt for prompt in prompts_of(run)}
-    check_known(prompts.values(), detector.classes, detector.colours, detector.name)
-    name, look, rules = rows_name(detector.name), pictures or run.images, rules or Rules.of(detector)
-    for batch in _watched(list(run.batches(name, run.manifest.settings["batch_size"])), "detecting"):
-        shown = {item["key"]: look(item["key"]) for item in batch}
-        coloured = [_coloured(prompts[key], rules) for key, images in shown.items() for _ in images]
-        found = iter(detector.detect([image for images in shown.values() for image in images], coloured))
-        rows = [{"key": key, "pictures": [_packed(next(found)) for _ in images]} for key, images in shown.items()]
-        run.append(name, [{**row, "detector": detector.name, **_thresholds(detector)} for row in rows])
-    return name
+
+    generator: Generator
+    asked: Sequence[Prompt]
+    detectors: Sequence[Detector]
+    n: int = 4
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 42
+    batch_size: int = 16
+    task = "geneval"
+
+    @property
+    def settings(self) -> Row:
+        """Those of the sampler."""
+        return {name: getattr(self, name) for name in self.sampler}
+
+    def prompts(self) -> Sequence[Prompt]:
+        """Those that were given."""
+        return self.asked
+
+    def score(self, run: RunFolder) -> GenEvalScore:
+        """By the first detector's rows."""
+        return score_run(run, self.detectors[0].name)
+
+
+# ------------------------------------------------------------------------------------------------------ detections
 
 
 def rows_name(detector: str) -> str:
@@ -101,74 +154,105 @@ def rows_name(detector: str) -> str:
     return f"detections-{re.sub(r'[^a-z0-9]+', '-', detector.lower()).strip('-')}"
 
 
-def _watched(batches: list[list[Row]], what: str) -> Any:
-    """Batches with a progress bar on standard error; none where there is nothing to do."""
-    return track(batches, what, console=Console(stderr=True), disable=not batches)
+def detect(
+    detector: Detector,
+    run: RunFolder,
+    batch: Sequence[Row],
+    pictures: Sequence[Sequence[Image]],
+    rules: Rules | None = None,
+) -> None:
+    """Keep what a detector finds in the pictures of a batch.
+
+    Args:
+        detector: it is asked for colors of those detections that the rules may look at.
+        run: where the rows are kept, as `rows_name`.
+        batch: the items.
+        pictures: of each item.
+        rules: whose overlap suppression the rows have to serve; None is the official ones.
+    """
+    rules = rules or Rules.of(detector)
+    images: list[Image] = []
+    colored: list[dict[str, int]] = []
+    for item, shown in zip(batch, pictures, strict=True):
+        images += shown
+        colored += [_colored(from_row(item), rules)] * len(shown)
+    # One call for all pictures of a batch: a detector is fastest on many.
+    found = iter(detector.detect(images, colored))
+    thresholds = {"threshold": detector.threshold, "counting_threshold": detector.counting_threshold}
+    rows = []
+    for item, shown in zip(batch, pictures, strict=True):
+        packed = [_packed(next(found)) for _ in shown]
+        # Name and thresholds stand in every row: a file that two detectors wrote into is noticed.
+        rows.append({"key": item["key"], "pictures": packed, "detector": detector.name, **thresholds})
+    run.append(rows_name(detector.name), rows)
 
 
-def _coloured(prompt: Prompt, rules: Rules) -> dict[str, int]:
-    """Of how many detections of each class the rules may ask the colour."""
+def _colored(prompt: Prompt, rules: Rules) -> dict[str, int]:
+    """Of how many detections of each class the rules may ask the color."""
     asked: dict[str, int] = {}
     for wanted in prompt.include:
-        if wanted.colour:  # where overlapping ones are dropped, any of those that count may move up
+        if wanted.color:
+            # Where overlapping detections are dropped, any of those that count may move up.
             count = wanted.count if rules.max_overlap >= 1 else rules.max_objects
             asked[wanted.name] = max(count, asked.get(wanted.name, 0))
     return asked
 
 
-def _thresholds(detector: Detector) -> Row:
-    return {"threshold": detector.threshold, "counting_threshold": detector.counting_threshold}
-
-
 def _packed(detections: Sequence[Detection]) -> list[Row]:
-    return [
-        {"class": d.name, "box": [float(x) for x in d.box], "score": float(d.score), "colours": dict(d.colours)}
-        for d in detections
-    ]
+    """Detections as they stand in a row, without their masks."""
+    rows = []
+    for one in detections:
+        # Plain numbers: JSON knows none of numpy's. Masks are left out, for no rule looks at them.
+        box = [float(edge) for edge in one.box]
+        rows.append({"class": one.name, "box": box, "score": float(one.score), "colours": dict(one.colors)})
+    return rows
 
 
-def _unpacked(rows: Sequence[Mapping[str, Any]]) -> list[Detection]:
-    return [Detection(row["class"], tuple(row["box"]), row["score"], row["colours"]) for row in rows]
+# ----------------------------------------------------------------------------------------------------- the scores
 
 
-def verdicts(run: RunFolder, detector: str = "", rules: Rules | None = None) -> dict[str, list[Verdict]]:
-    """The verdict on every picture of every prompt, by key, from raw detections alone.
+@dataclass(frozen=True)
+class Findings:
+    """What one detector found in a run's pictures, and what the rules say of it."""
+
+    detector: str
+    rules: Rules
+    prompts: list[Prompt]
+    detections: list[list[list[Detection]]]
+    """Of each prompt's pictures."""
+    verdicts: list[list[Verdict]]
+    """On each prompt's pictures."""
+
+    @property
+    def correct(self) -> list[list[bool]]:
+        """Whether each prompt's pictures are correct."""
+        return [[verdict.correct for verdict in verdicts] for verdicts in self.verdicts]
+
+
+def detectors_of(run: RunFolder) -> list[str]:
+    """The names of the detectors that looked at a run, sorted.
+
+    Raises:
+        RunError: if none has.
+    """
+    names = [run.rows(path.stem)[0]["detector"] for path in sorted(run.folder.glob("detections-*.jsonl"))]
+    if not names:
+        raise RunError(f"{run.folder} has no detections yet; the command that began the run goes on with it")
+    return sorted(names)
+
+
+def read_findings(run: RunFolder, detector: str = "", rules: Rules | None = None) -> Findings:
+    """Read a detector's rows and judge them; neither pictures nor a model are needed.
 
     Args:
-        run: neither its pictures nor a model is needed.
+        run: drawn and looked at.
         detector: whose rows; "" if only one has looked.
         rules: None takes the official ones with the detector's own thresholds.
 
     Raises:
-        RunError: if rows are missing or of several detectors.
+        RunError: if rows are missing, of several detectors, or of several thresholds.
         EvaluationError: if the rules ask for less confident detections than the detector promises to give.
     """
-    rows, own = _detections(run, detector)
-    rules = rules or own
-    if (low := min(rules.threshold, rules.counting_threshold)) < min(own.threshold, own.counting_threshold):
-        raise EvaluationError(
-            f"a threshold of {low} is below those of {rows[0]['detector']}, so what it found between may not have been "
-            f"noted: detect again with a detector of that threshold"
-        )
-    prompts = prompts_of(run)
-    return {
-        prompt.key: [judge(prompt, _unpacked(picture), rules) for picture in row["pictures"]]
-        for prompt, row in zip(prompts, rows, strict=True)
-    }
-
-
-def found(run: RunFolder, detector: str = "") -> tuple[Rules, dict[str, list[list[Detection]]]]:
-    """The official rules with a detector's own thresholds, and what it noted of every picture, by key.
-
-    Raises:
-        RunError: if rows are missing or of several detectors.
-    """
-    rows, own = _detections(run, detector)
-    return own, {row["key"]: [_unpacked(picture) for picture in row["pictures"]] for row in rows}
-
-
-def _detections(run: RunFolder, detector: str) -> tuple[list[Row], Rules]:
-    """A detector's rows, and the rules with its thresholds."""
     names = [rows_name(detector)] if detector else sorted(path.stem for path in run.folder.glob("detections-*.jsonl"))
     if len(names) != 1:
         which = f"{' and '.join(names)}: say which" if names else "none yet: detect first"
@@ -178,158 +262,65 @@ def _detections(run: RunFolder, detector: str) -> tuple[list[Row], Rules]:
     if len(kinds) > 1:
         both = " and ".join(f"{name} (thresholds {low}, {high})" for name, low, high in kinds)
         raise RunError(f"{run.folder}/{names[0]}.jsonl holds rows of {both}: delete it and detect again")
-    return rows, Rules(*kinds[0][1:])
-
-
-def score(run: RunFolder, detector: str = "", rules: Rules | None = None) -> Row:
-    """The scores of a run by one detector's rows: those of `summarise`, the rules, the first wrong pictures.
-
-    Raises:
-        RunError: if rows are missing or of several detectors.
-        EvaluationError: see `verdicts`.
-    """
-    rows, own = _detections(run, detector)
-    judged = verdicts(run, detector, rules)
+    name, *thresholds = kinds[0]
+    rules = rules or Rules(*thresholds)
+    # A detector keeps nothing it is not sure enough of, so looser rules would count too little and not say so.
+    lowest = min(rules.threshold, rules.counting_threshold)
+    if lowest < min(thresholds):
+        raise EvaluationError(
+            f"a threshold of {lowest} is below those of {name}, so what it found between may not have been noted: "
+            f"detect again with a detector of that threshold"
+        )
     prompts = prompts_of(run)
-    wrong: dict[str, list[Row]] = {}
-    for prompt in prompts:
-        for number, verdict in enumerate(judged[prompt.key]):
-            row = {"key": prompt.key, "prompt": prompt.prompt, "picture": number, "reasons": list(verdict.reasons)}
-            wrong.setdefault(prompt.tag, []).extend([] if verdict.correct else [row])
-    correct = [[verdict.correct for verdict in judged[prompt.key]] for prompt in prompts]
-    return {
-        "name": "geneval",
-        **summarise([prompt.tag for prompt in prompts], correct),
-        "detector": rows[0]["detector"],
-        "rules": asdict(rules or own),
-        "examples": [row for rows in wrong.values() for row in rows[:_SHOWN]],
-    }
+    found = []
+    verdicts = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        pictures = []
+        for picture in row["pictures"]:
+            pictures.append(
+                [Detection(one["class"], tuple(one["box"]), one["score"], one["colours"]) for one in picture]
+            )
+        found.append(pictures)
+        verdicts.append([verdict_of(prompt, picture, rules) for picture in pictures])
+    return Findings(name, rules, prompts, found, verdicts)
 
 
-def evaluate(
-    generator: Generator,
-    prompts: Sequence[Prompt],
-    folder: str | Path | None,
-    detector: Detector,
-    model: str,
-    model_hash: str,
-    n: int = 4,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 42,
-    batch_size: int = 16,
-) -> Row:
-    """Draw, detect and score; what is there already of the same run is not made again.
+@dataclass(frozen=True)
+class WrongPicture:
+    """A picture that does not show what its prompt says."""
 
-    Args:
-        generator: anything with ``image(prompts, n, steps, guidance_scale, seed)`` and a ``device``.
-        prompts: of `open_pisces.eval.drawing.prompts`.
-        folder: the run's; None chooses one by the manifest (`RunFolder.open`).
-        detector: which judges.
-        model: what the scores call the model, usually its folder.
-        model_hash: of `open_pisces.eval.run.model_hash`.
-        n: pictures of each prompt; official 4.
-        steps: of the decoder's sampler; None is the model's own (official sampler: 50).
-        guidance_scale: None is the model's own (official sampler: 9.0).
-        seed: of the noise; official 42.
-        batch_size: prompts at once.
-
-    Returns:
-        the scores as written to ``scores.json``.
-
-    Raises:
-        PromptSetError: if the detector does not know a class or colour; nothing is drawn then.
-        RunError: if the folder holds another run.
-    """
-    check_known(prompts, detector.classes, detector.colours, detector.name)
-    how = {"n": n, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
-    manifest = Manifest("geneval", model, model_hash, how, device=str(generator.device))
-    run = RunFolder.open(folder, manifest, items_of(prompts))
-    draw(generator, run)
-    detect(detector, run)
-    return run.write_scores(score(run, detector.name))
+    key: str
+    prompt: str
+    picture: int
+    reasons: list[str]
 
 
-def score_folder(
-    path: str | Path,
-    detector: Detector,
-    folder: str | Path | None = None,
-    n: int = 4,
-    batch_size: int = 16,
-    prompts: Sequence[Prompt] | None = None,
-) -> Row:
-    """Score pictures that any model made, in the official layout: ``00000/metadata.jsonl``, ``00000/samples/0000.png``.
+@dataclass(frozen=True)
+class GenEvalScore(DrawingScore):
+    """Scores by one detector's rows."""
 
-    As in the official scorer folders and pictures count whose names are digits. Nothing is written below ``path``.
-
-    Args:
-        path: of the folder with the numbered folders.
-        detector: which judges.
-        folder: of the run with the raw detections, to go on with after an interruption and to score again; None
-            chooses one by the manifest (`RunFolder.open`).
-        n: pictures that each prompt has to have.
-        batch_size: prompts whose pictures are shown at once.
-        prompts: whose pictures have to be there, and no others; None takes what there is.
-
-    Raises:
-        EvaluationError: naming the folder whose metadata or pictures are missing or of another number.
-        ImageError: naming the picture that cannot be read.
-    """
-    files, there = _official_layout(Path(path), n)
-    if prompts is not None:
-        _check_complete(Path(path), there, prompts)
-    every = [file for group in files.values() for file in group]
-    sums = {str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in every}
-    manifest = Manifest("geneval", str(path), digest(sums), {"n": n, "batch_size": batch_size})
-    run = RunFolder.open(folder, manifest, items_of(there))
-    detect(detector, run, lambda key: [open_image(file) for file in files[key]])
-    return run.write_scores(score(run, detector.name))
+    detector: str
+    rules: Rules
+    examples: list[WrongPicture]
+    """The first wrong pictures of each category."""
 
 
-def _official_layout(path: Path, n: int) -> tuple[dict[str, list[Path]], list[Prompt]]:
-    """The pictures of each prompt, by key, and the prompts; in the order of the folders' numbers."""
-    folders = sorted(
-        (f for f in path.glob("*") if f.is_dir() and f.name.isdigit()), key=lambda f: (int(f.name), f.name)
-    )
-    if not folders:
-        raise EvaluationError(f"{path}: holds no numbered folders; GenEval's layout is 00000/samples/0000.png")
-    files, prompts = {}, []
-    for folder in folders:
-        prompt = _metadata(folder)
-        prompt = replace(prompt, key=f"{folder.name}-{prompt.tag}")
-        prompts.append(prompt)
-        files[prompt.key] = _samples(folder / "samples", n)
-    return files, prompts
+def score_run(run: RunFolder, detector: str = "", rules: Rules | None = None) -> GenEvalScore:
+    """The scores of a run by one detector's rows; see `read_findings` for arguments and errors."""
+    return score_findings(read_findings(run, detector, rules))
 
 
-def _metadata(folder: Path) -> Prompt:
-    """The prompt of a numbered folder."""
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
-        raise EvaluationError(f"{path}: no such file; it holds the prompt's line of evaluation_metadata.jsonl")
-    try:
-        return from_row(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:  # JSON's errors, bytes that are no text, and prompts that are none
-        raise EvaluationError(f"{path}: {error}") from None
-
-
-def _samples(folder: Path, n: int) -> list[Path]:
-    """The pictures of a prompt in the order of their numbers."""
-    files = [file for file in folder.glob("*") if re.fullmatch(r"\d+\.png", file.name)]
-    if len(files) != n:
-        others = sorted(file.name for file in folder.glob("*") if file not in files)
-        beside = f" beside {', '.join(others[:3])}, whose names are not digits and .png" if others else ""
-        raise EvaluationError(f"{folder}: {len(files)} pictures{beside}, expected are {n}; add them or say how many")
-    return sorted(files, key=lambda file: int(file.stem))
-
-
-def _check_complete(path: Path, present: Sequence[Prompt], prompts: Sequence[Prompt]) -> None:
-    """Raise unless the folders are of ``prompts``, each once."""
-    there, wanted = (Counter(json.dumps(to_row(p)) for p in group) for group in (present, prompts))
-    for rows, what in (
-        (wanted - there, "has no pictures"),
-        (there - wanted, "is not one of those asked, or comes twice"),
-    ):
-        if rows:
-            prompt = json.loads(next(iter(rows)))["prompt"]
-            raise EvaluationError(f"{path}: {prompt!r} {what} ({rows.total()} such of {len(prompts)} prompts)")
+def score_findings(findings: Findings) -> GenEvalScore:
+    """The scores of what one detector found."""
+    wrong: dict[str, list[WrongPicture]] = {}
+    for prompt, verdicts in zip(findings.prompts, findings.verdicts, strict=True):
+        group = wrong.setdefault(prompt.tag, [])
+        for number, verdict in enumerate(verdicts):
+            # The first ones, not the worst or the best: nothing is picked.
+            if not verdict.correct and len(group) < _SHOWN:
+                group.append(WrongPicture(prompt.key, prompt.prompt, number, list(verdict.reasons)))
+    scores = summarize([prompt.tag for prompt in findings.prompts], findings.correct)
+    examples: list[WrongPicture] = []
+    for group in wrong.values():
+        examples += group
+    return GenEvalScore(**vars(scores), detector=findings.detector, rules=findings.rules, examples=examples)

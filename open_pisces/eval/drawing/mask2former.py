@@ -11,11 +11,11 @@ networks is done here as well, each step from its source:
 - the 100 likeliest (query, class) pairs; masks enlarged to the padded picture, cut, resized to the true one, and there
   where the logit is above 0; confidence = probability of the class x mean probability inside the mask; the box is the
   mask's, its right and bottom outside (mmdet's ``MaskFormerFusionHead.instance_postprocess``, ``mask2bbox``);
-- colour: the object on grey #999, cropped to its box, compared with each colour's direction: the mean of three texts'
-  normalised embeddings, normalised (GenEval's ``evaluate_images.py``, clip_benchmark's ``zero_shot_classifier``).
+- color: the object on gray #999, cropped to its box, compared with each color's direction: the mean of three texts'
+  normalized embeddings, normalized (GenEval's ``evaluate_images.py``, clip_benchmark's ``zero_shot_classifier``).
 
 Known small differences: Pillow's bilinear filter in place of OpenCV's where a picture shrinks; a CLIP crop's long side
-may be rounded to a neighbouring pixel.
+may be rounded to a neighboring pixel.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from open_pisces.eval.drawing.prompts import tables
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
-GREY = (0x99, 0x99, 0x99)
+GRAY = (0x99, 0x99, 0x99)
 """What surrounds a cut-out object (#999)."""
 _INSTANCES = 100  # (query, class) pairs looked at, mmdet's max_per_image
 _MULTIPLE = 32  # of the sides of what the backbone sees
@@ -69,7 +69,7 @@ class Segmenter(Mask2FormerForUniversalSegmentation):
 
 
 class Mask2FormerClip:
-    """`detection.Detector` for the 80 classes of COCO and ten colours; see the head of this file.
+    """`detection.Detector` for the 80 classes of COCO and ten colors; see the head of this file.
 
     Args:
         detector: folder or hub name of a Mask2Former for instances.
@@ -101,24 +101,27 @@ class Mask2FormerClip:
         self.mask2former = _load(Segmenter, detector, "Mask2Former").to(self.device)
         self.labels = class_names(self.mask2former.config.id2label)
         self.classes = tuple(dict.fromkeys(self.labels))
-        self.reader = ColourReader(clip, self.device)
-        self.colours = self.reader.colours
+        self.reader = ColorReader(clip, self.device)
+        self.colors = self.reader.colors
         self.name = name or f"transformers Mask2Former ({Path(detector).name}) + CLIP ({Path(clip).name})"
-        self.floor, self.batch_size, self.sides = floor, batch_size, sides
+        self.floor = floor
+        self.batch_size = batch_size
+        self.sides = sides
 
     @torch.inference_mode()
-    def detect(self, images: Sequence[Image], coloured: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
+    def detect(self, images: Sequence[Image], colored: Sequence[Mapping[str, int]]) -> list[list[Detection]]:
         """Everything above the floor in each picture, with masks, in falling order of confidence.
 
         Raises:
-            DetectorError: if a colour is asked of a class that it does not know.
+            DetectorError: if a color is asked of a class that it does not know.
         """
         images = [image.convert("RGB") for image in images]
-        unknown = [name for wanted in coloured for name in wanted if name not in self.classes]
-        if unknown:
-            raise DetectorError(f"{self.name} does not know the class {unknown[0]!r}: it knows {len(self.classes)}")
+        for wanted in colored:
+            for name in wanted:
+                if name not in self.classes:
+                    raise DetectorError(f"{self.name} does not know the class {name!r}: it knows {len(self.classes)}")
         prepared = [prepare(image, *self.sides) for image in images]
-        groups: dict[tuple[int, ...], list[int]] = {}  # one padded size at a time: no picture changes its neighbours
+        groups: dict[tuple[int, ...], list[int]] = {}  # one padded size at a time: no picture changes its neighbors
         for number, (pixels, _) in enumerate(prepared):
             groups.setdefault(pixels.shape, []).append(number)
         found: dict[int, list[Detection]] = {}
@@ -126,7 +129,7 @@ class Mask2FormerClip:
             for start in range(0, len(numbers), self.batch_size):
                 batch = numbers[start : start + self.batch_size]
                 found |= self._instances(batch, [prepared[i] for i in batch], [images[i].size for i in batch])
-        return self._coloured(images, [found[number] for number in range(len(images))], coloured)
+        return self._colored(images, [found[number] for number in range(len(images))], colored)
 
     def _instances(
         self, numbers: list[int], prepared: list[tuple[np.ndarray, tuple[int, int]]], sizes: list[tuple[int, int]]
@@ -142,20 +145,20 @@ class Mask2FormerClip:
             )
         }
 
-    def _coloured(
-        self, images: Sequence[Image], found: list[list[Detection]], coloured: Sequence[Mapping[str, int]]
+    def _colored(
+        self, images: Sequence[Image], found: list[list[Detection]], colored: Sequence[Mapping[str, int]]
     ) -> list[list[Detection]]:
-        """The detections with colours where they are wanted; all crops of all pictures go through CLIP together."""
-        asked = [
-            (picture, place)
-            for picture, (detections, wanted) in enumerate(zip(found, coloured, strict=True))
-            for name, count in wanted.items()
-            for place in [p for p, detection in enumerate(detections) if detection.name == name][:count]
-        ]
+        """The detections with colors where they are wanted; all crops of all pictures go through CLIP together."""
+        asked: list[tuple[int, int]] = []  # picture, and place among its detections
+        for picture, (detections, wanted) in enumerate(zip(found, colored, strict=True)):
+            for name, count in wanted.items():
+                places = [place for place, detection in enumerate(detections) if detection.name == name]
+                asked += [(picture, place) for place in places[:count]]
         crops = [cut_out(images[picture], found[picture][place]) for picture, place in asked]
-        colours = self.reader.probabilities(crops, [found[picture][place].name for picture, place in asked])
-        for (picture, place), probabilities in zip(asked, colours, strict=True):
+        colors = self.reader.probabilities(crops, [found[picture][place].name for picture, place in asked])
+        for (picture, place), probabilities in zip(asked, colors, strict=True):
             old = found[picture][place]
+            # Detections are frozen, so one with its colors takes the place of the old one.
             found[picture][place] = Detection(old.name, old.box, old.score, probabilities, old.mask)
         return found
 
@@ -166,7 +169,10 @@ def class_names(labels: Mapping[int, str]) -> tuple[str, ...]:
     Args:
         labels: name of each output, as ``config.id2label`` has them.
     """
-    spellings = {other: name for name, others in tables()["classes"].items() for other in (name, *others)}
+    spellings = {}
+    for name, others in tables()["classes"].items():
+        for other in (name, *others):
+            spellings[other] = name
     names = [labels[number] for number in sorted(labels)]
     return tuple(spellings.get(name.lower().replace("_", " "), name) for name in names)
 
@@ -177,11 +183,13 @@ def prepare(image: Image, short: int, long: int) -> tuple[np.ndarray, tuple[int,
     Returns:
         ``float32 (3, H, W)``, H and W multiples of 32, and the part of it that is picture, from the upper left.
     """
+    # mmcv's rescale: the largest size within both bounds, sides rounded half up.
     scale = min(long / max(image.size), short / min(image.size))
     width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
     pixels = np.asarray(image.resize((width, height), Pillow.Resampling.BILINEAR), dtype=np.float32) / 255
     pixels = (pixels - np.array(IMAGENET_DEFAULT_MEAN, np.float32)) / np.array(IMAGENET_DEFAULT_STD, np.float32)
-    right, below = -width % _MULTIPLE, -height % _MULTIPLE
+    right = -width % _MULTIPLE
+    below = -height % _MULTIPLE
     return np.pad(pixels, ((0, below), (0, right), (0, 0))).transpose(2, 0, 1), (height, width)
 
 
@@ -228,67 +236,70 @@ def instances(
 
 def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of what is True in ``mask`` (H, W), which must hold something; the ends lie outside."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    columns = np.flatnonzero(mask.any(axis=0))
+    rows = np.flatnonzero(mask.any(axis=1))
     return (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
 
 
 def cut_out(image: Image, detection: Detection) -> Image:
-    """The object on grey, cropped to its box; without a mask the picture inside the box."""
+    """The object on gray, cropped to its box; without a mask the picture inside the box."""
     if detection.mask is not None:
-        ground = Pillow.new("RGB", image.size, GREY)
+        ground = Pillow.new("RGB", image.size, GRAY)
         image = Pillow.composite(image.convert("RGB"), ground, Pillow.fromarray(detection.mask))
     left, top, right, bottom = (round(side) for side in detection.box)
     return image.crop((left, top, right, bottom))
 
 
-class ColourReader:
-    """Names the colours of cut-out objects with CLIP.
+class ColorReader:
+    """Names the colors of cut-out objects with CLIP.
 
     Args:
         folder: folder or hub name of a CLIP with its tokenizer.
         device: where it computes.
-        colours: their names; None takes GenEval's ten.
+        colors: their names; None takes GenEval's ten.
 
     Raises:
         DetectorError: if weights or tokenizer are not there or are of something else.
     """
 
-    def __init__(self, folder: str | Path, device: torch.device, colours: Sequence[str] | None = None) -> None:
+    def __init__(self, folder: str | Path, device: torch.device, colors: Sequence[str] | None = None) -> None:
         self.clip = _load(CLIPModel, folder, "CLIP").to(device)
-        self.device, self.colours = device, tuple(colours or tables()["colours"])
-        self.tokenizer = _tokenizer(folder, self.colours)
+        self.device = device
+        self.colors = tuple(colors or tables()["colours"])
+        self.tokenizer = _tokenizer(folder, self.colors)
+        # Thirty texts a class: written out once, not for every crop.
         self.directions = lru_cache(maxsize=None)(self._directions)
 
     @torch.inference_mode()
     def probabilities(self, crops: Sequence[Image], names: Sequence[str]) -> list[dict[str, float]]:
-        """Each colour's probability for each crop of an object of the class ``names[i]``, as CLIP sees it.
+        """Each color's probability for each crop of an object of the class ``names[i]``, as CLIP sees it.
 
         As for CLIP itself the similarities are multiplied by 100 before the softmax.
         """
         size = self.clip.config.vision_config.image_size
         found: list[dict[str, float]] = []
         for start in range(0, len(crops), _CROPS):
-            shown = [_normalised(crop, size) for crop in crops[start : start + _CROPS]]
+            shown = [_normalized(crop, size) for crop in crops[start : start + _CROPS]]
             pixels_BCHW = torch.from_numpy(np.stack(shown)).to(self.device)
             pooled_BD = self.clip.vision_model(pixel_values=pixels_BCHW).pooler_output
             seen_BE = F.normalize(self.clip.visual_projection(pooled_BD), dim=-1)
             for seen_E, name in zip(seen_BE, names[start : start + _CROPS], strict=True):
                 chances = (100 * self.directions(name) @ seen_E).softmax(-1)
-                found.append(dict(zip(self.colours, chances.tolist(), strict=True)))
+                found.append(dict(zip(self.colors, chances.tolist(), strict=True)))
         return found
 
     def _directions(self, name: str) -> Tensor:
-        """For each colour the mean direction of its texts about the class ``name``: (colours, E), normalised."""
+        """For each color the mean direction of its texts about the class ``name``: (colors, E), normalized."""
         templates = tables()["colour_texts"]
-        texts = [text.format(colour=colour, name=name) for colour in self.colours for text in templates]
+        texts = [text.format(colour=color, name=name) for color in self.colors for text in templates]
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
         pooled_TD = self.clip.text_model(**tokens).pooler_output
         told_TE = F.normalize(self.clip.text_projection(pooled_TD), dim=-1)
-        return F.normalize(told_TE.unflatten(0, (len(self.colours), len(templates))).mean(1), dim=-1)
+        return F.normalize(told_TE.unflatten(0, (len(self.colors), len(templates))).mean(1), dim=-1)
 
 
-def _normalised(crop: Image, size: int) -> np.ndarray:
-    """A crop as CLIP sees it: short side to ``size``, centre cut, CLIP's mean and deviation; (3, size, size)."""
+def _normalized(crop: Image, size: int) -> np.ndarray:
+    """A crop as CLIP sees it: short side to ``size``, center cut, CLIP's mean and deviation; (3, size, size)."""
     mean, deviation = (np.array(values, np.float32)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     pixels: np.ndarray = (generation_pixels(crop, size) - mean) / deviation
     return pixels
@@ -313,16 +324,16 @@ def _load(kind: Any, folder: str | Path, what: str) -> Any:
     return model.eval()
 
 
-def _tokenizer(folder: str | Path, colours: Sequence[str]) -> Any:
+def _tokenizer(folder: str | Path, colors: Sequence[str]) -> Any:
     """CLIP's tokenizer, which lies beside its weights; refused if it cannot tell ``colours`` apart."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        told_apart = len({tuple(ids) for ids in tokenizer(list(colours))["input_ids"]})
+        told_apart = len({tuple(ids) for ids in tokenizer(list(colors))["input_ids"]})
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise DetectorError(
             f"{folder}: no tokenizer ({first}): put CLIP's tokenizer files beside its weights"
         ) from None
-    if told_apart < len(colours):  # without its files transformers makes an empty one
+    if told_apart < len(colors):  # without its files transformers makes an empty one
         raise DetectorError(f"{folder}: no tokenizer that knows words: put CLIP's tokenizer files beside its weights")
     return tokenizer

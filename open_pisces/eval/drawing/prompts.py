@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.artwork import article
 from open_pisces.errors import PiscesError
 
@@ -41,7 +41,7 @@ class PromptSetError(PiscesError):
 
 @cache
 def tables() -> dict[str, Any]:
-    """``geneval.yaml``: number words, official colours, classes with their spellings, CLIP's colour texts."""
+    """``geneval.yaml``: number words, official colors, classes with their spellings, CLIP's color texts."""
     found: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "prompts.yaml").read_text(encoding="utf-8"))
     return found
 
@@ -53,7 +53,7 @@ class Wanted:
     name: str
     """Its class."""
     count: int = 1
-    colour: str = ""
+    color: str = ""
     position: tuple[str, int] | None = None
     """One of `RELATIONS`, and the number of the earlier object of ``include`` that it refers to."""
 
@@ -121,7 +121,7 @@ def to_row(prompt: Prompt) -> dict[str, Any]:
 
 def _wanted_row(wanted: Wanted) -> dict[str, Any]:
     row: dict[str, Any] = {"class": wanted.name, "count": wanted.count}
-    row |= {"color": wanted.colour} if wanted.colour else {}
+    row |= {"color": wanted.color} if wanted.color else {}
     return row | ({"position": list(wanted.position)} if wanted.position else {})
 
 
@@ -146,6 +146,7 @@ def from_row(row: Any, number: int = 0) -> Prompt:
     include = tuple(_wanted(_fields(thing, ("class", "count"), ("color", "position"))) for thing in row["include"])
     exclude = [_fields(thing, ("class", "count"), ()) for thing in row.get("exclude", ())]
     unwanted = tuple(Unwanted(thing["class"], thing["count"]) for thing in exclude)
+    # Runs keep keys of their own; the official file has none.
     key = row.get("key", f"{number:05d}-{row['tag']}")
     return Prompt(key, row["tag"], row["prompt"], include, unwanted)
 
@@ -199,17 +200,17 @@ def write_prompts(path: str | Path, prompts: Iterable[Prompt]) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def check_known(prompts: Iterable[Prompt], classes: Sequence[str], colours: Sequence[str], who: str) -> None:
+def check_known(prompts: Iterable[Prompt], classes: Sequence[str], colors: Sequence[str], who: str) -> None:
     """Raise unless ``who``, a detector of ``classes`` and ``colours``, can judge all prompts.
 
     Raises:
-        PromptSetError: naming the prompt, the class or colour, and what may have been meant.
+        PromptSetError: naming the prompt, the class or color, and what may have been meant.
     """
-    known = {"class": set(classes), "colour": set(colours)}
+    known = {"class": set(classes), "colour": set(colors)}
     for prompt in prompts:
         things: list[Wanted | Unwanted] = [*prompt.include, *prompt.exclude]
         asked = [("class", thing.name) for thing in things]
-        asked += [("colour", wanted.colour) for wanted in prompt.include if wanted.colour]
+        asked += [("colour", wanted.color) for wanted in prompt.include if wanted.color]
         for kind, name in asked:
             if name in known[kind]:
                 continue
@@ -229,26 +230,28 @@ class _Words:
     """A vocabulary that prompts are made of."""
 
     classes: tuple[str, ...]
-    colours: tuple[str, ...]
-    coloured: tuple[str, ...]
+    colors: tuple[str, ...]
+    colored: tuple[str, ...]
     plurals: Mapping[str, str]
 
     def sizes(self, tag: str) -> tuple[int, ...]:
         """How many choices each of a category's draws has."""
-        things, colours, coloured = len(self.classes), len(self.colours), len(self.coloured)
+        things = len(self.classes)
+        colors = len(self.colors)
+        colored = len(self.colored)
         return {
             "single_object": (things,),
             "two_object": (things, things - 1),
             "counting": (things, len(COUNTS)),
-            "colors": (coloured, colours),
+            "colors": (colored, colors),
             "position": (things, things - 1, len(RELATIONS)),
-            "color_attr": (coloured, coloured - 1, colours, colours - 1),
+            "color_attr": (colored, colored - 1, colors, colors - 1),
         }[tag]
 
     def prompt(self, tag: str, draws: tuple[int, ...]) -> Prompt:
         """The prompt of a category's draws; its text is what stands behind "a photo of", its key is empty."""
         first, *rest = draws
-        a = (self.coloured if tag in ("colors", "color_attr") else self.classes)[first]
+        a = (self.colored if tag in ("colors", "color_attr") else self.classes)[first]
         if tag == "single_object":
             return Prompt("", tag, article(a), (Wanted(a),))
         if tag == "counting":
@@ -256,12 +259,14 @@ class _Words:
             text = f"{tables()['numbers'][count]} {self.plurals.get(a) or plural(a)}"
             return Prompt("", tag, text, (Wanted(a, count),), (Unwanted(a, count + 1),))
         if tag == "colors":
-            colour = self.colours[rest[0]]
-            return Prompt("", tag, article(f"{colour} {a}"), (Wanted(a, 1, colour),))
+            color = self.colors[rest[0]]
+            return Prompt("", tag, article(f"{color} {a}"), (Wanted(a, 1, color),))
         if tag == "color_attr":
-            b, one, two = self.coloured[_other(first, rest[0])], rest[1], _other(rest[1], rest[2])
-            things = (Wanted(a, 1, self.colours[one]), Wanted(b, 1, self.colours[two]))
-            return Prompt("", tag, " and ".join(article(f"{thing.colour} {thing.name}") for thing in things), things)
+            b = self.colored[_other(first, rest[0])]
+            one = rest[1]
+            two = _other(rest[1], rest[2])
+            things = (Wanted(a, 1, self.colors[one]), Wanted(b, 1, self.colors[two]))
+            return Prompt("", tag, " and ".join(article(f"{thing.color} {thing.name}") for thing in things), things)
         b = self.classes[_other(first, rest[0])]
         if tag == "two_object":
             return Prompt("", tag, f"{article(a)} and {article(b)}", (Wanted(a), Wanted(b)))
@@ -276,45 +281,47 @@ def _other(first: int, draw: int) -> int:
 
 def generate(
     classes: Sequence[str],
-    colours: Sequence[str],
+    colors: Sequence[str],
     per_category: int = 100,
     seed: int = 0,
     template: str = "a photo of {}",
     plurals: Mapping[str, str] | None = None,
-    coloured: Sequence[str] | None = None,
+    colored: Sequence[str] | None = None,
 ) -> list[Prompt]:
     """A prompt set in GenEval's manner for any vocabulary: the six categories, drawn evenly, none twice.
 
     The official script draws with repetition and then drops what came twice, hence its 553 prompts; here a category
     has ``per_category`` prompts, or all that there are (single objects: one for each class). A category is empty if
-    the vocabulary cannot fill it. The categories are drawn apart, so a change of colours leaves the others alone.
+    the vocabulary cannot fill it. The categories are drawn apart, so a change of colors leaves the others alone.
 
     Args:
         classes: names of things, as prompts say them.
-        colours: names of colours.
+        colors: names of colors.
         per_category: prompts of each category.
         seed: other seeds give other prompts.
         template: what is said around each, with one ``{}``.
         plurals: of the classes for which `plural` is wrong.
-        coloured: classes that may be given a colour; None takes all but "person", as the official prompts do.
+        colored: classes that may be given a color; None takes all but "person", as the official prompts do.
 
     Raises:
-        PromptSetError: for a template without its place, a class or colour that comes twice, an unknown coloured
+        PromptSetError: for a template without its place, a class or color that comes twice, an unknown colored
             class, or ``per_category`` below 1.
     """
     if template.count("{}") != 1:
         raise PromptSetError(f"template {template!r}: it needs one {{}} where the things go")
     if per_category < 1:
         raise PromptSetError(f"per_category = {per_category}: ask at least one prompt of each category")
-    for kind, names in (("class", classes), ("colour", colours)):
+    for kind, names in (("class", classes), ("colour", colors)):
         if len(set(names)) != len(names) or not all(name.strip() for name in names):
             raise PromptSetError(f"a {kind} is empty or comes twice among {', '.join(names)}")
-    if coloured is None:
-        coloured = [name for name in classes if name not in tables()["uncoloured"]]
-    if unknown := [name for name in coloured if name not in classes]:
+    if colored is None:
+        colored = [name for name in classes if name not in tables()["uncoloured"]]
+    if unknown := [name for name in colored if name not in classes]:
         raise PromptSetError(f"{unknown[0]!r} is to be coloured, but is not one of the {len(classes)} classes")
-    words = _Words(tuple(classes), tuple(colours), tuple(coloured), plurals or {})
-    made = [prompt for tag in CATEGORIES for prompt in _made(words, tag, per_category, seed)]
+    words = _Words(tuple(classes), tuple(colors), tuple(colored), plurals or {})
+    made: list[Prompt] = []
+    for tag in CATEGORIES:
+        made += _made(words, tag, per_category, seed)
     return [
         replace(prompt, key=f"{number:05d}-{prompt.tag}", prompt=template.replace("{}", prompt.prompt))
         for number, prompt in enumerate(made)
@@ -325,6 +332,7 @@ def _made(words: _Words, tag: str, per_category: int, seed: int) -> Iterator[Pro
     """Prompts of one category, drawn without repetition from all that there are."""
     sizes = words.sizes(tag)
     possible = math.prod(sizes) if min(sizes) > 0 else 0
+    # Without repetition, and from a stream of its own: another category or size changes nothing here.
     chosen = stream(seed, "eval", "geneval", tag).choice(possible, min(per_category, possible), replace=False)
     for draws in zip(*np.unravel_index(chosen, sizes), strict=True) if possible else ():
         yield words.prompt(tag, tuple(int(draw) for draw in draws))

@@ -21,9 +21,10 @@ from open_pisces.eval.drawing.gallery import model_names
 from open_pisces.eval.drawing.rules import Rules
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.report.markdown import HERE, NOT_RUN, to_markdown
-from open_pisces.eval.run import Row, RunError, RunFolder, digest, write_whole
+from open_pisces.eval.run import Row, RunError, RunFolder, digest
 from open_pisces.eval.understanding.benchmarks import benchmarks
 from open_pisces.eval.understanding.questions import FIXTURES
+from open_pisces.files import write_whole
 
 PICTURES = 4
 """GenEval's pictures of each prompt."""
@@ -100,8 +101,11 @@ def collect(paths: Sequence[str | Path]) -> tuple[list[Result], list[str]]:
         RunError: see `report`.
     """
     named = {Path(path).resolve() for path in paths}
-    folders = {folder.resolve(): folder for path in paths for folder in run_folders(Path(path))}
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        folders |= {folder.resolve(): folder for folder in run_folders(Path(path))}
     loaded = [run for run in map(RunFolder.load, folders.values()) if run.manifest.task != GALLERY]
+    # A run that was named has to have scores; one that was only found in a folder may be under way.
     done = [run for run in loaded if run.folder.resolve() in named or (run.folder / "scores.json").is_file()]
     names = _names(done)
     results = [Result(run, run.scores(run.manifest.model_hash), names[run.manifest.model_hash]) for run in done]
@@ -148,19 +152,26 @@ def _names(runs: Sequence[RunFolder]) -> dict[str, str]:
 
 def aside(result: Result) -> str:
     """Why a run's scores do not compare with published figures; "" if they do."""
-    check = {"geneval": _geneval_aside, "understanding": _understanding_aside, "fid": _fid_aside}.get(result.kind)
-    return check(result) if check else "nothing like it is published"
+    if result.kind == "geneval":
+        return _geneval_aside(result)
+    if result.kind == "understanding":
+        return _understanding_aside(result)
+    if result.kind != "fid":
+        return "nothing like it is published"
+    return "" if result.scores.get("protocol") == "COCO-30K" else "not the COCO-30K protocol with Inception's features"
 
 
 def prompts_digest(items: Sequence[Row]) -> str:
     """`digest` of GenEval's rows, without their keys and in an order of their own."""
-    rows = [{name: value for name, value in item.items() if name != "key"} for item in items]
+    rows = [dict(item) for item in items]
+    for row in rows:
+        row.pop("key", None)
     return digest(sorted(rows, key=lambda row: json.dumps(row, sort_keys=True)))
 
 
 def _geneval_aside(result: Result) -> str:
-    run, official = result.run, baselines()["official"]["geneval"]
-    if prompts_digest(run.items) != official:
+    run = result.run
+    if prompts_digest(run.items) != baselines()["official"]["geneval"]:
         return f"{len(run.items)} prompts that are not the 553 official ones"
     if run.manifest.settings.get("n") != PICTURES:
         return f"{run.manifest.settings.get('n')} pictures of each prompt, not {PICTURES}"
@@ -168,16 +179,13 @@ def _geneval_aside(result: Result) -> str:
 
 
 def _understanding_aside(result: Result) -> str:
-    row, n = benchmarks().get(result.subject), len(result.run.items)
+    row = benchmarks().get(result.subject)
+    n = len(result.run.items)
     if row is None or row.column is None:
         return "no column of the paper"
     if result.scores.get("data") == FIXTURES:
         return f"{n:,} made-up questions, none of the benchmark's"
     return "" if n == row.size else f"{n:,} questions, the whole split has {row.size:,}"
-
-
-def _fid_aside(result: Result) -> str:
-    return "" if result.scores.get("protocol") == "COCO-30K" else "not the COCO-30K protocol with Inception's features"
 
 
 def figures(result: Result) -> dict[str, Row]:
@@ -217,14 +225,18 @@ def build(results: Sequence[Result]) -> dict[str, Any]:
 def _table(table: dict[str, Any], key: str, results: Sequence[Result], models: Sequence[str]) -> dict[str, Any]:
     """One table: published rows by group, then a row for each model measured here."""
     form = table["tables"][key]
-    columns, kind = form["columns"], form.get("from")
+    columns = form["columns"]
+    kind = form.get("from")
     rows = [_published(table, row, columns) for row in table["rows"][form["rows"]]]
-    missing = [model for model in form.get("always", []) if model not in [row["key"] for row in rows if row["figures"]]]
-    rows = [row for row in rows if row["figures"]] + [_published(table, {"model": m}, columns) for m in missing]
+    rows = [row for row in rows if row["figures"]]
+    missing = set(form.get("always", [])) - {row["key"] for row in rows}  # such as the paper's own, whatever is known
+    rows += [_published(table, {"model": model}, columns) for model in form.get("always", []) if model in missing]
     order = list(table["groups"].values())
     rows.sort(key=lambda row: order.index(row["group"]))  # stable
-    own = [result for result in results if result.kind == kind and set(figures(result)) & set(columns)]
-    own += [r for r in results if r.kind == kind and not figures(r) and r.subject in columns]  # judged ones, unjudged
+    alike = [result for result in results if result.kind == kind]
+    own = [result for result in alike if set(figures(result)) & set(columns)]
+    # Benchmarks whose judge was missing have no figure, but a run that says so.
+    own += [result for result in alike if not figures(result) and result.subject in columns]
     return {
         **{name: form[name] for name in ("title", "digits", "notes")},
         "columns": {column: table["columns"][column] for column in columns},
@@ -253,23 +265,26 @@ def _here(name: str, results: Sequence[Result], columns: Sequence[str]) -> dict[
     """The row of a model that was measured here."""
     cells: dict[str, Any] = {}
     filled: dict[str, Result] = {}
-    for result in (result for result in results if result.name == name):
+    mine = [result for result in results if result.name == name]
+    for result in mine:
         for column, figure in figures(result).items():
             if column in filled:
                 raise EvaluationError(
                     f"{filled[column].run.folder} and {result.run.folder} both give {column} of {name}: report one of "
                     f"them, for a table has one figure in a cell"
                 )
-            filled[column], cells[column] = result, figure
+            filled[column] = result
+            cells[column] = figure
     known = {column: cells.get(column, NOT_RUN) for column in columns}
     return {"model": name, "params": "", "group": HERE, "here": True, "figures": known}
 
 
 def measured(result: Result) -> Row:
     """A run's figures, and what they depend on as far as the run and its scores say it."""
-    run, scores, found = result.run, result.scores, figures(result)
-    manifest = run.manifest
-    told = {name: scores[name] for name in _TOLD if name in scores and _says_something(scores[name])}
+    scores = result.scores
+    found = figures(result)
+    manifest = result.run.manifest
+    told = {name: scores[name] for name in _TOLD if _says_something(scores.get(name))}
     if told.get("rules") == asdict(Rules()):
         told["rules"] = "official"
     return {
@@ -280,7 +295,7 @@ def measured(result: Result) -> Row:
         "told": _public(told),
         "settings": {key: _public(value) for key, value in manifest.settings.items() if not isinstance(value, Mapping)},
         **{name: getattr(manifest, name) for name in ("task", "device", "threads", "versions", "model_hash")},
-        "run": run.hash,
+        "run": result.run.hash,
     }
 
 
@@ -292,7 +307,7 @@ def _measure(result: Result) -> str:
 
 
 def _says_something(value: Any) -> bool:
-    """Whether a value is worth a word: numbers are, what is empty or false is not."""
+    """Whether a value is worth a word: numbers are, 0 too; what is empty or false is not."""
     return bool(value) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 

@@ -17,28 +17,40 @@ longer captions, other guidance, other seeds, and the empty caption. All of it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL.Image import Image
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from open_pisces.datasets.scenes.composer import Cutouts, load_cutouts
 from open_pisces.eval.drawing.detection import Detector
-from open_pisces.eval.drawing.judged_run import detect, items_of, verdicts
-from open_pisces.eval.drawing.rules import summarise
-from open_pisces.eval.intervals import EvaluationError, macro_interval, mean_interval
-from open_pisces.eval.run import Manifest, Row, RunFolder, model_hash
+from open_pisces.eval.drawing.judged_run import JudgedPictures, detectors_of, read_findings
+from open_pisces.eval.drawing.prompts import Prompt
+from open_pisces.eval.drawing.rules import summarize
+from open_pisces.eval.evaluation import Score, rounded
+from open_pisces.eval.intervals import EvaluationError, Interval, macro_interval
+from open_pisces.eval.run import Row, RunFolder
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.diagnose_plot import SOURCES, plot
+from open_pisces.eval.scenes.diagnose_vectors import (
+    Retrieval,
+    VectorFigures,
+    predict_vectors,
+    probe_score,
+    retrieval_score,
+    train_probe,
+    vector_figures,
+    vector_rows,
+)
 from open_pisces.eval.scenes.drawing import frozen_prompts, measured
-from open_pisces.eval.scenes.vqa import fresh_scenes
+from open_pisces.eval.scenes.frozen import FrozenScene
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -55,325 +67,322 @@ PLACES = {
 """Where the loss of a source lies, and what to try."""
 
 
-def diagnose(
-    generator: Generator,
-    model: str | Path,
-    detectors: Sequence[Detector],
-    folder: str | Path | None = None,
-    per_category: int = 60,
-    split: str = "train",
-    batch_size: int = 16,
-    cutouts: Cutouts | None = None,
-) -> Row:
-    """Draw, judge and compare; what is there already of the same run is not made again.
+@dataclass
+class Diagnosis(JudgedPictures):
+    """Drawings of the frozen captions from several sources, judged and compared; the result is plotted too.
 
     Args:
         generator: the model.
-        model: its folder, for the manifest.
         detectors: judges; the figures are the first one's, the others' scores stand beside them.
-        folder: the run's; None chooses one by the manifest (`RunFolder.open`).
         per_category: captions of each of GenEval's categories, at most 60.
         split: ``train``, or ``pairs`` for two things that no training has seen together.
         batch_size: captions at once.
         cutouts: what `open_pisces.datasets.scenes.composer.load_cutouts` gives; None loads the default ones.
 
-    Returns:
-        ``score`` (free), ``sources``, ``losses``, ``captions``, ``guidance``, ``diversity``, ``vectors``,
-        ``retrieval``, ``probe``, ``null_distance``, ``others``, ``sentence``, ``png`` and ``folder``.
-
     Raises:
-        EvaluationError: without artwork, without matplotlib, for an unknown split, or a number that is not there.
+        EvaluationError: when it is run, without artwork, without matplotlib, for an unknown split, or a number that is
+            not there.
     """
-    if find_spec("matplotlib") is None:
-        raise EvaluationError("matplotlib is not installed: pip install 'open-pisces[eval]'")
-    cutouts = load_cutouts() if cutouts is None else cutouts
-    asked = items_of(frozen_prompts(split, per_category))
-    by_key = {scene.key: scene for scene in frozen_scenes.load(f"drawing/{split}")}
-    scenes = [by_key[item["key"]] for item in asked]
-    true, differ = frozen_scenes.pictures(scenes, cutouts)
-    names = picture_names(generator)
-    settings = {"scenes": frozen_scenes.VERSION, "split": split, "per_category": per_category, "pictures": names}
-    settings |= {"batch_size": batch_size, "pictures_differ": differ, "probed": PROBED}
-    settings["guidance_scale"] = generator.pisces.settings.decoder.guidance_scale
-    items = [{**item, "detailed": scene.detailed} for item, scene in zip(asked, scenes, strict=True)]
-    manifest = Manifest("diagnose", str(model), model_hash(model), settings, device=str(generator.device))
-    run = RunFolder.open(folder, manifest, items)
-    if not (run.has("vectors") and run.has("images")):
-        vectors = _vectors(generator, items, true, batch_size)
-        if not run.has("vectors"):
-            probe = _probe(generator, cutouts, batch_size)
-            run.append("vectors", vector_rows(items, vectors, probe))
-        _draw(generator, run, true, vectors)
-    for detector in detectors:
-        detect(detector, run)
-    run.note("model", {"null_distance": generator.null_distance()})
-    scores = run.write_scores(score_run(run, [detector.name for detector in detectors]))
-    plot(scores, run.folder / "diagnosis.png")
-    return {**scores, "png": str(run.folder / "diagnosis.png"), "folder": str(run.folder)}
+
+    generator: Generator
+    detectors: Sequence[Detector]
+    per_category: int = 60
+    split: str = "train"
+    batch_size: int = 16
+    cutouts: Cutouts | None = None
+    task = "diagnose"
+
+    def __post_init__(self) -> None:
+        self.device = str(self.generator.device)
+
+    @property
+    def settings(self) -> Row:
+        """Those of the captions and of what is drawn of them."""
+        own = {name: getattr(self, name) for name in ("split", "per_category", "batch_size")}
+        found = {"scenes": frozen_scenes.VERSION, "pictures": picture_names(self.generator), "probed": PROBED}
+        scale = self.generator.pisces.settings.decoder.guidance_scale
+        return {**own, **found, "pictures_differ": self._true[1], "guidance_scale": scale}
+
+    def prompts(self) -> Sequence[Prompt]:
+        """The short captions."""
+        return frozen_prompts(self.split, self.per_category)
+
+    def items(self) -> list[Row]:
+        """The prompts, with their detailed captions."""
+        rows = super().items()
+        return [{**row, "detailed": scene.detailed} for row, scene in zip(rows, self._scenes, strict=True)]
+
+    @cached_property
+    def _scenes(self) -> list[FrozenScene]:
+        """The scenes behind the captions."""
+        by_key = {scene.key: scene for scene in frozen_scenes.load(f"drawing/{self.split}")}
+        return [by_key[prompt.key] for prompt in self.prompts()]
+
+    @cached_property
+    def _true(self) -> tuple[list[Image], int]:
+        """The true pictures, and how many are not what they were when the scenes were frozen."""
+        return frozen_scenes.pictures(self._scenes, self._artwork)
+
+    @cached_property
+    def _artwork(self) -> Cutouts:
+        return load_cutouts() if self.cutouts is None else self.cutouts
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """What the vectors say, the pictures, then what each detector finds in them."""
+        return ["vectors", "images", *super().stages]
+
+    def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
+        """Keep the rows or pictures of a batch."""
+        # Vectors are those of all captions, so a batch is found by its places.
+        keys = {item["key"] for item in batch}
+        places = [place for place, item in enumerate(run.items) if item["key"] in keys]
+        if stage == "vectors":
+            run.append(stage, [self._vector_rows[place] for place in places])
+        elif stage == "images":
+            names = run.manifest.settings["pictures"]
+            drawn = [_drawn(self.generator, name, places, self._true[0], self._vectors) for name in names]
+            run.save_images({item["key"]: pictures for item, *pictures in zip(batch, *drawn, strict=True)})
+        else:
+            super().answer(run, stage, batch)
+
+    @cached_property
+    def _vectors(self) -> dict[str, Tensor]:
+        """Of all captions: the noise is as large as their mean error."""
+        return predict_vectors(self.generator, self._scenes, self._true[0], self.batch_size)
+
+    @cached_property
+    def _vector_rows(self) -> list[Row]:
+        """Of all captions: a picture's own vectors are looked for among those of all."""
+        probe = train_probe(self.generator, self._artwork, PROBED, self.batch_size)
+        return vector_rows(self.items(), self._vectors, probe)
+
+    def complete(self, run: RunFolder) -> None:
+        """As every evaluation, and note how far the empty caption is off."""
+        super().complete(run)
+        # Of the model as a whole: it belongs to no caption.
+        run.note("model", {"null_distance": self.generator.null_distance()})
+
+    def score(self, run: RunFolder) -> DiagnosisScore:
+        """By the first detector's rows."""
+        return score_run(run, [detector.name for detector in self.detectors])
+
+    def run(self, model: str | Path, folder: str | Path | None = None) -> Row:
+        """As every evaluation, and plot the figures; the result names the PNG."""
+        if find_spec("matplotlib") is None:
+            raise EvaluationError("matplotlib is not installed: pip install 'open-pisces[eval]'")
+        scores = super().run(model, folder)
+        png = Path(scores["folder"]) / "diagnosis.png"
+        plot(scores, png)
+        return {**scores, "png": str(png)}
 
 
 def picture_names(generator: Generator) -> list[str]:
     """What is drawn of every caption, in order."""
     usual = generator.pisces.settings.decoder.guidance_scale
-    sweep = [scale for scale in GUIDANCE if scale != usual]
-    return [
-        *SOURCES,
-        "noise",
-        "detailed",
-        *(f"seed {j}" for j in range(1, SEEDS)),
-        *(f"guidance {scale:g}" for scale in sweep),
-    ]
+    # The usual scale is drawn already, as `free`.
+    sweep = [f"guidance {scale:g}" for scale in GUIDANCE if scale != usual]
+    return [*SOURCES, "noise", "detailed", *(f"seed {j}" for j in range(1, SEEDS)), *sweep]
 
 
 # ----------------------------------------------------------------------------------------------------- the pictures
 
 
-def _vectors(generator: Generator, items: Sequence[Row], true: Sequence[Image], batch_size: int) -> dict[str, Tensor]:
-    """True and predicted vectors (n, M, E) of every caption, in the LLM's space."""
-    found: dict[str, list[Tensor]] = {name: [] for name in ("true", "forced", "free", "detailed")}
-    for start in track(range(0, len(items), batch_size), "vectors", console=Console(stderr=True)):
-        batch = items[start : start + batch_size]
-        encoded = generator.encode(list(true[start : start + batch_size])).float()
-        captions = [item["prompt"] for item in batch]
-        found["true"].append(encoded)
-        found["forced"].append(generator.vectors(captions, encoded))
-        found["free"].append(generator.vectors(captions))
-        found["detailed"].append(generator.vectors([item["detailed"] for item in batch]))
-    vectors = {name: torch.cat(parts) for name, parts in found.items()}
-    draws = torch.randn(vectors["true"].shape, generator=torch.Generator().manual_seed(0)).to(vectors["true"].device)
-    spread_M1 = (vectors["forced"] - vectors["true"]).pow(2).mean((0, 2)).sqrt()[:, None]
-    return {**vectors, "noise": vectors["true"] + spread_M1 * draws}
-
-
-def _draw(generator: Generator, run: RunFolder, true: Sequence[Image], vectors: dict[str, Tensor]) -> None:
-    """Pictures of every caption from every source, as named in the manifest."""
-    places = {item["key"]: number for number, item in enumerate(run.items)}
-    size: int = run.manifest.settings["batch_size"]
-    batches = list(run.batches("images", size))
-    for batch in track(batches, "drawing", console=Console(stderr=True), disable=not batches):
-        rows = [places[item["key"]] for item in batch]
-        drawn = [_drawn(generator, name, rows, true, vectors) for name in run.manifest.settings["pictures"]]
-        run.save_images({item["key"]: [part[i] for part in drawn] for i, item in enumerate(batch)})
-
-
 def _drawn(
-    generator: Generator, name: str, rows: Sequence[int], true: Sequence[Image], vectors: dict[str, Tensor]
+    generator: Generator, name: str, places: Sequence[int], true: Sequence[Image], vectors: dict[str, Tensor]
 ) -> list[Image]:
     """One picture of each caption from one source; picture j of a caption starts from noise of (0, j)."""
     if name == "true":
-        return [true[row] for row in rows]
+        return [true[place] for place in places]
     kind, _, value = name.partition(" ")
-    source = {"decoder": "true", **{own: own for own in ("noise", "forced", "detailed")}}.get(kind, "free")
+    own_vectors = {"decoder": "true", "noise": "noise", "forced": "forced", "detailed": "detailed"}
+    source = vectors[own_vectors.get(kind, "free")]
+    # Guidance turns away from the empty caption: of true vectors that is the data's own, of the LLM's what it says.
     painter = generator.painter
     null_ME = painter.bridge.statistics.null_ME if kind in ("decoder", "noise") else generator.null_vectors
-    number, scale = int(value) if kind == "seed" else 0, float(value) if kind == "guidance" else None
-    return painter.paint(vectors[source][list(rows)], null_ME, [number] * len(rows), None, scale, 0)
-
-
-# ------------------------------------------------------------------------------------------------------ the vectors
-
-
-class Probe:
-    """Reads the concept of a single object from its vectors: ridge regression on one-hot names (closed form).
-
-    Beside the vectors themselves it sees their mean and largest value over the positions, for a thing stands anywhere.
-    """
-
-    def __init__(self, vectors_BME: Tensor, names: Sequence[str], strength: float = 10.0) -> None:
-        self.names = sorted(set(names))
-        x = self._seen(vectors_BME)
-        self.mean, self.std = x.mean(0), x.std(0).clamp_min(1e-6)
-        x = (x - self.mean) / self.std
-        y = torch.tensor([[float(name == own) for name in self.names] for own in names], dtype=torch.float64)
-        inner = x @ x.T + strength * x.shape[1] / 100 * torch.eye(len(x), dtype=torch.float64)
-        self.weight = x.T @ torch.linalg.solve(inner, y - 1 / len(self.names))
-
-    def __call__(self, vectors_BME: Tensor) -> list[str]:
-        """The likeliest concept of each picture."""
-        scores = (self._seen(vectors_BME) - self.mean) / self.std @ self.weight
-        return [self.names[int(i)] for i in scores.argmax(1)]
-
-    @staticmethod
-    def _seen(vectors_BME: Tensor) -> Tensor:
-        x = vectors_BME.double().cpu()
-        return torch.cat([x.flatten(1), x.mean(1), x.amax(1)], 1)
-
-
-def _probe(generator: Generator, cutouts: Cutouts, batch_size: int) -> Probe:
-    """A probe trained on true vectors of fresh single objects."""
-    singles = (s for s in fresh_scenes("train", 2, cutouts) if len((s.facts or {})["objects"]) == 1)
-    samples = [sample for sample, _ in zip(singles, range(PROBED), strict=False)]
-    parts = [samples[start : start + batch_size] for start in range(0, PROBED, batch_size)]
-    vectors = torch.cat([generator.encode([s.images[0] for s in part]).float() for part in parts])
-    return Probe(vectors, [(s.facts or {})["objects"][0]["concept"] for s in samples])
-
-
-def vector_rows(items: Sequence[Row], vectors: dict[str, Tensor], probe: Probe) -> list[Row]:
-    """What there is to say of each caption's predicted vectors.
-
-    For each of ``forced`` and ``free``: ``error`` by position (mean squared over channels, in the targets' space),
-    ``norm`` and ``variance`` by position (the latter: squared distance from the mean over all captions, mean over
-    channels), ``rank`` of the own true picture among all by the distance of vectors (0 is the nearest; equal true
-    vectors share the better rank), and whether the probe reads the concept (single objects only). ``true`` likewise.
-    """
-    true = vectors["true"]
-    found: dict[str, dict[str, Any]] = {}
-    for name in ("true", "forced", "free"):
-        own = vectors[name]
-        apart = torch.cdist(own.flatten(1).double(), true.flatten(1).double())
-        found[name] = {
-            "error": (own - true).pow(2).mean(-1),
-            "norm": own.norm(dim=-1),
-            "variance": (own - own.mean(0)).pow(2).mean(-1),
-            "rank": (apart < apart.diagonal()[:, None] - 1e-9).sum(1),
-            "read": probe(own),
-        }
-    return [
-        {"key": item["key"], **{name: _of_one(part, i, item) for name, part in found.items()}}
-        for i, item in enumerate(items)
-    ]
-
-
-def _of_one(part: dict[str, Any], i: int, item: Row) -> Row:
-    """One caption's row."""
-    row: Row = {name: [round(float(x), 5) for x in part[name][i]] for name in ("error", "norm", "variance")}
-    row["rank"] = int(part["rank"][i])
-    if item["tag"] in ("single_object", "colors"):
-        row["probe"] = part["read"][i] == item["include"][0]["class"]
-    return row
+    number = int(value) if kind == "seed" else 0
+    scale = float(value) if kind == "guidance" else None
+    return painter.paint(source[list(places)], null_ME, [number] * len(places), None, scale, 0)
 
 
 # ------------------------------------------------------------------------------------------------------- the figures
 
 
-def score_run(run: RunFolder, detectors: Sequence[str]) -> Row:
-    """The figures of `diagnose` from a run's rows; the first detector's, the others beside them."""
-    names: list[str] = run.manifest.settings["pictures"]
-    tags = [item["tag"] for item in run.items]
-    judged = {name: _correct(run, name) for name in detectors}
-    correct = judged[detectors[0]]
-    columns = dict(zip(names, correct.T, strict=True))
-    sources = {name: _score(tags, columns[name]) for name in SOURCES}
-    losses = {
-        after: _difference(tags, columns[before], columns[after])
-        for before, after in zip(SOURCES, SOURCES[1:], strict=False)
-    }
-    noise = {**_score(tags, columns["noise"]), "lost": _difference(tags, columns["decoder"], columns["noise"])}
-    rows, usual = run.rows("vectors"), run.manifest.settings["guidance_scale"]
-    scores: Row = {
-        "name": "diagnose",
-        **{key: sources["free"][key] for key in ("score", "low", "high", "n")},
-        "baseline": 0.0,
-        "scenes": run.manifest.settings["scenes"],
-        "split": run.manifest.settings["split"],
-        "detector": detectors[0],
-        "sources": sources,
-        "by_source": {name: row["score"] for name, row in {**sources, "noise": noise}.items()},
-        "losses": {"true": _difference(tags, np.ones_like(columns["true"]), columns["true"]), **losses},
-        "noise": noise,
-        "captions": _difference(tags, columns["detailed"], columns["free"]),
-        "guidance": {str(usual): sources["free"]["score"]}
-        | {n.split()[1]: _score(tags, columns[n])["score"] for n in names if n.startswith("guidance")},
-        "diversity": _diversity(run, names, columns),
-        "vectors": _vector_figures(rows),
-        "retrieval": {name: _retrieval(rows, name) for name in ("forced", "free")},
-        "probe": {name: _probe_score(rows, name) for name in ("true", "forced", "free")},
-        **run.noted("model"),
-        "judges": {name: measured(name) for name in detectors},
-        "agreement": {name: _agreement(judged[detectors[0]], other, names) for name, other in list(judged.items())[1:]},
-        "others": {
-            name: {s: _score(tags, other.T[names.index(s)])["score"] for s in SOURCES}
-            for name, other in list(judged.items())[1:]
-        },
-    }
-    return {**scores, "sentence": sentence(scores)}
-
-
-def _correct(run: RunFolder, detector: str) -> np.ndarray:
-    """Whether picture j of caption i is correct, (captions, pictures)."""
-    found = verdicts(run, detector)
-    return np.array([[verdict.correct for verdict in found[item["key"]]] for item in run.items], dtype=float)
-
-
-def _score(tags: Sequence[str], hits: np.ndarray) -> Row:
+@dataclass(frozen=True)
+class SourceScore:
     """GenEval's score of one picture a caption."""
-    found = summarise(tags, [[bool(hit)] for hit in hits])
-    kept = {key: found[key] for key in ("score", "low", "high", "n")}
-    return {**kept, "categories": {tag: row["score"] for tag, row in found["categories"].items()}}
+
+    score: float | None
+    low: float | None
+    high: float | None
+    n: int
+    categories: dict[str, float]
 
 
-def _difference(tags: Sequence[str], before: np.ndarray, after: np.ndarray) -> dict[str, float]:
-    """How much is lost between two sources, caption by caption, with its interval."""
-    apart = before - after
-    lost = {tag: [x for own, x in zip(tags, apart, strict=True) if own == tag] for tag in dict.fromkeys(tags)}
-    return macro_interval(lost).rounded()
+@dataclass(frozen=True)
+class NoiseScore(SourceScore):
+    """Of true vectors with noise."""
+
+    lost: Interval
+    """Against true vectors without."""
 
 
-def _agreement(one: np.ndarray, other: np.ndarray, names: Sequence[str]) -> float:
-    """Share of drawn pictures (not the true ones) on which two detectors' verdicts are the same."""
-    drawn = [j for j, name in enumerate(names) if name != "true"]
-    return round(float((one[:, drawn] == other[:, drawn]).mean()), 4)
-
-
-def _diversity(run: RunFolder, names: Sequence[str], columns: dict[str, np.ndarray]) -> Row:
+@dataclass(frozen=True)
+class Diversity:
     """How far pictures of one caption lie apart, against pictures of different captions; and their verdicts."""
-    seeds = [names.index(name) for name in ("free", *(f"seed {j}" for j in range(1, SEEDS)))]
-    pixels = np.stack([[_pixels(run.images(item["key"])[j]) for j in seeds] for item in run.items])
-    within = np.mean([np.abs(pixels[:, a] - pixels[:, b]).mean() for a in range(SEEDS) for b in range(a)])
-    between = np.abs(pixels[:, 0] - np.roll(pixels[:, 0], 1, axis=0)).mean()
-    hits = np.stack([columns[names[j]] for j in seeds])
-    return {
-        "within": round(float(within), 4),
-        "between": round(float(between), 4),
-        "same_verdict": round(float((hits == hits[:1]).all(0).mean()), 4),
-        "scores": [round(float(row.mean()), 4) for row in hits],
-    }
+
+    within: float
+    """Mean absolute difference of pictures of one caption from other noise, pixels in [0, 1]."""
+    between: float
+    """Of pictures of neighboring captions."""
+    same_verdict: float
+    """Share of captions whose pictures are all correct or all wrong."""
+    scores: list[float]
+    """Share of correct pictures, for each seed."""
 
 
-def _pixels(image: Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+@dataclass(frozen=True)
+class DiagnosisScore(Score):
+    """The first detector's figures; the score is that of the source ``free``."""
+
+    baseline: float
+    scenes: str
+    split: str
+    detector: str
+    sources: dict[str, SourceScore]
+    by_source: dict[str, float | None]
+    losses: dict[str, Interval]
+    """What is lost on the way to each source, caption by caption."""
+    noise: NoiseScore
+    captions: Interval
+    """What detailed captions win over short ones."""
+    guidance: dict[str, float | None]
+    """Score by guidance scale."""
+    diversity: Diversity
+    vectors: dict[str, VectorFigures]
+    retrieval: dict[str, Retrieval]
+    probe: dict[str, Row]
+    """How often the probe reads the concept of single objects: an interval and ``n``, which may be 0."""
+    null_distance: float
+    judges: dict[str, Row]
+    """What each detector was measured at."""
+    agreement: dict[str, float]
+    """Share of drawn pictures on which another detector's verdict is the first one's."""
+    others: dict[str, dict[str, float | None]]
+    """The sources' scores by the other detectors."""
+    sentence: str
+    """Where the next gain lies."""
 
 
-def _vector_figures(rows: Sequence[Row]) -> Row:
-    """Means over captions, by position; norms and variances as shares of the true ones."""
-    mean = {
-        (name, what): np.mean([row[name][what] for row in rows], axis=0)
-        for name in ("true", "forced", "free")
-        for what in ("error", "norm", "variance")
-    }
-    figures: Row = {}
-    for name in ("forced", "free"):
-        figures[name] = {
-            "error": [round(float(x), 4) for x in mean[name, "error"]],
-            "mean_error": round(float(mean[name, "error"].mean()), 4),
-            **{w: [round(float(x), 4) for x in mean[name, w] / mean["true", w]] for w in ("norm", "variance")},
-        }
-    return figures
+def score_run(run: RunFolder, names: Sequence[str] = ()) -> DiagnosisScore:
+    """The figures of a run from its rows; the first detector's, the others beside them.
 
-
-def _retrieval(rows: Sequence[Row], name: str) -> Row:
-    """How often the predicted vectors lie nearest to those of their own picture."""
-    ranks = np.array([row[name]["rank"] for row in rows])
-    top = mean_interval(ranks == 0).rounded()
-    return {**top, "top5": round(float((ranks < 5).mean()), 4), "median_rank": float(np.median(ranks)), "n": len(ranks)}
-
-
-def _probe_score(rows: Sequence[Row], name: str) -> Row:
-    """How often the probe reads the concept of single objects."""
-    hits = [row[name]["probe"] for row in rows if "probe" in row[name]]
-    return {**mean_interval(hits).rounded(), "n": len(hits)} if hits else {"n": 0}
-
-
-def sentence(scores: Row) -> str:
-    """Where the next gain lies, by the largest loss."""
-    place = max(PLACES, key=lambda name: scores["losses"][name]["score"])
-    loss, (where, advice) = scores["losses"][place], PLACES[place]
-    noise = 100 * scores["noise"]["lost"]["score"]
-    rest = ", ".join(
-        f"{PLACES[name][0]} {100 * scores['losses'][name]['score']:.0f}" for name in PLACES if name != place
+    Args:
+        run: complete.
+        names: of the detectors; none takes all that have looked, sorted.
+    """
+    names = names or detectors_of(run)
+    settings = run.manifest.settings
+    tags = [item["tag"] for item in run.items]
+    columns, *others = [_columns(run, name) for name in names]
+    sources = {name: _score(tags, columns[name]) for name in SOURCES}
+    # What is missing of true pictures is the judge's fault, held against a perfect score.
+    losses = {"true": _difference(tags, np.ones(len(tags)), columns["true"])}
+    for before, after in zip(SOURCES, SOURCES[1:], strict=False):
+        losses[after] = _difference(tags, columns[before], columns[after])
+    lost = _difference(tags, columns["decoder"], columns["noise"])
+    noise = NoiseScore(**vars(_score(tags, columns["noise"])), lost=lost)
+    guidance = {str(settings["guidance_scale"]): sources["free"].score}
+    for name in settings["pictures"]:
+        if name.startswith("guidance"):
+            guidance[name.split()[1]] = _score(tags, columns[name]).score
+    agreement = {}
+    other_scores = {}
+    for name, other in zip(names[1:], others, strict=True):
+        # True pictures are left out: on those both are nearly always right.
+        same = [columns[source] == other[source] for source in columns if source != "true"]
+        agreement[name] = round(float(np.mean(same)), 4)
+        other_scores[name] = {source: _score(tags, other[source]).score for source in SOURCES}
+    rows = run.rows("vectors")
+    return DiagnosisScore(
+        name=Diagnosis.task,
+        score=sources["free"].score,
+        low=sources["free"].low,
+        high=sources["free"].high,
+        n=sources["free"].n,
+        baseline=0.0,
+        scenes=settings["scenes"],
+        split=settings["split"],
+        detector=names[0],
+        sources=sources,
+        by_source={name: row.score for name, row in {**sources, "noise": noise}.items()},
+        losses=losses,
+        noise=noise,
+        captions=_difference(tags, columns["detailed"], columns["free"]),
+        guidance=guidance,
+        diversity=_diversity(run, columns),
+        vectors=vector_figures(rows),
+        retrieval={name: retrieval_score(rows, name) for name in ("forced", "free")},
+        probe={name: probe_score(rows, name) for name in ("true", "forced", "free")},
+        null_distance=run.noted("model")["null_distance"],
+        judges={name: measured(name) for name in names},
+        agreement=agreement,
+        others=other_scores,
+        sentence=sentence(losses, lost.score),
     )
+
+
+def _columns(run: RunFolder, detector: str) -> dict[str, np.ndarray]:
+    """Whether the picture of every caption is correct, for each source."""
+    correct = np.array(read_findings(run, detector).correct, dtype=float)
+    return dict(zip(run.manifest.settings["pictures"], correct.T, strict=True))
+
+
+def _score(tags: Sequence[str], hits: np.ndarray) -> SourceScore:
+    """GenEval's score of one picture a caption."""
+    found = summarize(tags, [[bool(hit)] for hit in hits])
+    categories = {tag: row.score for tag, row in found.categories.items()}
+    return SourceScore(found.score, found.low, found.high, found.n, categories)
+
+
+def _difference(tags: Sequence[str], before: np.ndarray, after: np.ndarray) -> Interval:
+    """How much is lost between two sources, caption by caption, with its interval."""
+    lost: dict[str, list[float]] = {}
+    for tag, difference in zip(tags, before - after, strict=True):
+        lost.setdefault(tag, []).append(difference)
+    return rounded(macro_interval(lost))
+
+
+def _diversity(run: RunFolder, columns: Mapping[str, np.ndarray]) -> Diversity:
+    """The pictures of the source ``free``, and those from other noise."""
+    names = ["free", *(f"seed {j}" for j in range(1, SEEDS))]
+    places = [run.manifest.settings["pictures"].index(name) for name in names]
+    pixels = []
+    for item in run.items:
+        images = run.images(item["key"])
+        pixels.append([np.asarray(images[j].convert("RGB"), dtype=np.float32) / 255 for j in places])
+    by_seed = np.array(pixels).swapaxes(0, 1)
+    within = [np.abs(a - b).mean() for a, b in combinations(by_seed, 2)]
+    # Against the next caption only: one comparison for each is enough for a mean.
+    between = np.abs(by_seed[0] - np.roll(by_seed[0], 1, axis=0)).mean()
+    hits = np.stack([columns[name] for name in names])
+    return Diversity(
+        within=round(float(np.mean(within)), 4),
+        between=round(float(between), 4),
+        same_verdict=round(float((hits == hits[:1]).all(0).mean()), 4),
+        scores=[round(float(row.mean()), 4) for row in hits],
+    )
+
+
+def sentence(losses: Mapping[str, Interval], noise: float) -> str:
+    """Where the next gain lies, by the largest loss; ``noise`` is what noise of the errors' size loses."""
+    # PLACES leaves out the judge's own loss: nothing can be won there by training.
+    place = max(PLACES, key=lambda name: losses[name].score)
+    loss = losses[place]
+    where, advice = PLACES[place]
+    rest = ", ".join(f"{PLACES[name][0]} {100 * losses[name].score:.0f}" for name in PLACES if name != place)
     return (
-        f"The largest loss, {100 * loss['score']:.0f} points [{100 * loss['low']:.0f}, {100 * loss['high']:.0f}], lies "
-        f"in {where} (the others: {rest}): {advice}. White noise of the size of its errors costs {noise:.0f} on true "
-        f"vectors: as much a decoder that is used to it could win."
+        f"The largest loss, {100 * loss.score:.0f} points [{100 * loss.low:.0f}, {100 * loss.high:.0f}], lies "
+        f"in {where} (the others: {rest}): {advice}. White noise of the size of its errors costs {100 * noise:.0f} on "
+        f"true vectors: as much a decoder that is used to it could win."
     )

@@ -45,7 +45,8 @@ _INK = {"true": "#9aa0a6", "decoder": "#1f6feb", "forced": "#e8710a", "free": "#
 def _plot_sources(axis: Any, scores: Row) -> None:
     values = [scores["sources"][name] for name in SOURCES]
     heights = [v["score"] for v in values]
-    below, above = ([abs(v[end] - v["score"]) for v in values] for end in ("low", "high"))
+    below = [abs(v["low"] - v["score"]) for v in values]
+    above = [abs(v["high"] - v["score"]) for v in values]
     axis.bar(range(4), heights, color=[_INK[name] for name in SOURCES], yerr=[below, above], capsize=4)
     for i, height in enumerate(heights):
         axis.text(i, 0.03, f"{height:.2f}", ha="center", color="white", fontweight="bold")
@@ -55,7 +56,8 @@ def _plot_sources(axis: Any, scores: Row) -> None:
 
 def _plot_categories(axis: Any, scores: Row) -> None:
     tags = [tag for tag in CATEGORIES if tag in scores["sources"]["true"]["categories"]]
-    table = np.array([[scores["sources"][name]["categories"][tag] for name in SOURCES] for tag in tags])
+    columns = [scores["sources"][name]["categories"] for name in SOURCES]
+    table = np.array([[column[tag] for column in columns] for tag in tags])
     axis.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for (i, j), value in np.ndenumerate(table):
         axis.text(j, i, f"{value:.2f}", ha="center", va="center")
@@ -98,7 +100,8 @@ def _plot_found(axis: Any, scores: Row) -> None:
 def _plot_guidance(axis: Any, scores: Row) -> None:
     points = sorted((float(scale), score) for scale, score in scores["guidance"].items())
     axis.plot(*zip(*points, strict=True), marker="o", color=_INK["free"])
-    seeds, lost = scores["diversity"], scores["captions"]["score"]
+    seeds = scores["diversity"]
+    lost = scores["captions"]["score"]
     text = (
         f"other seeds: {', '.join(f'{s:.2f}' for s in seeds['scores'])}\npictures of one caption differ by "
         f"{seeds['within']:.3f}, of two by {seeds['between']:.3f}\ndetailed captions: {lost:+.2f}\n"

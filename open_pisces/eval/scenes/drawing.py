@@ -8,25 +8,30 @@ category. No figure from here may be compared with published scores of GenEval: 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from open_pisces.eval.drawing.judged_run import detect, draw, found, items_of, prompts_of, score, verdicts
+from open_pisces.eval.drawing.detection import Detector
+from open_pisces.eval.drawing.judged_run import (
+    Findings,
+    GenEvalScore,
+    JudgedDrawing,
+    detectors_of,
+    read_findings,
+    score_findings,
+)
 from open_pisces.eval.drawing.prompts import CATEGORIES, Prompt
-from open_pisces.eval.drawing.rules import judge, summarise
+from open_pisces.eval.drawing.rules import summarize, verdict_of
 from open_pisces.eval.intervals import EvaluationError
-from open_pisces.eval.run import Manifest, Row, RunFolder, model_hash
+from open_pisces.eval.run import Row, RunFolder
 from open_pisces.eval.scenes import frozen as frozen_scenes
-from open_pisces.eval.scenes.judge import SceneJudge, card
+from open_pisces.eval.scenes.judge import card
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
-
-TASK = "scenes/drawing"
 
 
 def frozen_prompts(split: str = "train", per_category: int = 60, detailed: bool = False) -> list[Prompt]:
@@ -35,35 +40,25 @@ def frozen_prompts(split: str = "train", per_category: int = 60, detailed: bool 
     Raises:
         EvaluationError: for an unknown split, or a number that is not there.
     """
-    every = frozen_scenes.load(f"drawing/{split}")
-    most = max(sum(scene.category == tag for scene in every) for tag in CATEGORIES)
+    groups: dict[str, list[Prompt]] = {tag: [] for tag in CATEGORIES}
+    for scene in frozen_scenes.load(f"drawing/{split}"):
+        groups[scene.category].append(scene.prompt(detailed))
+    most = max(len(group) for group in groups.values())
     if not 1 <= per_category <= most:
         raise EvaluationError(f"{per_category} captions of each category: the frozen scenes hold 1 to {most}")
-    groups = ([scene for scene in every if scene.category == tag][:per_category] for tag in CATEGORIES)
-    return [scene.prompt(detailed) for group in groups for scene in group]
+    prompts = []
+    for group in groups.values():
+        prompts += group[:per_category]
+    return prompts
 
 
-def evaluate_drawing(
-    generator: Generator,
-    model: str | Path,
-    judges: Sequence[SceneJudge],
-    folder: str | Path | None = None,
-    split: str = "train",
-    per_category: int = 60,
-    n: int = 1,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    detailed: bool = False,
-) -> Row:
-    """Draw the frozen captions and judge the pictures; what is there already of the same run is not made again.
+@dataclass
+class SceneDrawing(JudgedDrawing):
+    """Drawings of the frozen captions.
 
     Args:
         generator: anything with ``image(prompts, n, steps, guidance_scale, seed)`` and a ``device``.
-        model: its folder, for the manifest.
-        judges: the first one's figures are the scores.
-        folder: the run's; None chooses one by the manifest (`RunFolder.open`).
+        detectors: judges; the first one's figures are the scores.
         split: ``train``, or ``pairs`` of things that no training has seen together.
         per_category: captions of each category, at most 60.
         n: pictures of each caption.
@@ -72,78 +67,117 @@ def evaluate_drawing(
         seed: of the noise.
         batch_size: captions at once.
         detailed: take the detailed captions, not the short ones.
-
-    Returns:
-        as `score_run`, with ``seconds`` and ``folder``.
-
-    Raises:
-        EvaluationError: for an unknown split or number.
-        RunError: if the folder holds another run.
     """
-    start = time.time()
-    settings = {"scenes": frozen_scenes.VERSION, "split": split, "per_category": per_category, "detailed": detailed}
-    settings |= {"n": n, "steps": steps, "guidance_scale": guidance_scale, "seed": seed, "batch_size": batch_size}
-    manifest = Manifest(TASK, str(model), model_hash(model), settings, device=str(generator.device))
-    run = RunFolder.open(folder, manifest, items_of(frozen_prompts(split, per_category, detailed)))
-    draw(generator, run)
-    for one in judges:
-        detect(one, run)
-    scores = run.write_scores(score_run(run, [one.name for one in judges]))
-    return {**scores, "seconds": round(time.time() - start, 1), "folder": str(run.folder)}
+
+    generator: Generator
+    detectors: Sequence[Detector]
+    split: str = "train"
+    per_category: int = 60
+    n: int = 1
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 16
+    detailed: bool = False
+    task = "scenes/drawing"
+
+    @property
+    def settings(self) -> Row:
+        """Those of the captions and of the sampler."""
+        names = ("split", "per_category", "detailed", *self.sampler)
+        return {"scenes": frozen_scenes.VERSION, **{name: getattr(self, name) for name in names}}
+
+    def prompts(self) -> Sequence[Prompt]:
+        """The frozen captions.
+
+        Raises:
+            EvaluationError: see `frozen_prompts`.
+        """
+        return frozen_prompts(self.split, self.per_category, self.detailed)
+
+    def score(self, run: RunFolder) -> SceneDrawingScore:
+        """The first judge's score, the others' beside it."""
+        return score_run(run, [detector.name for detector in self.detectors])
 
 
-def score_run(run: RunFolder, names: Sequence[str] = ()) -> Row:
+@dataclass(frozen=True)
+class OtherJudge:
+    """What another judge says of the same pictures."""
+
+    score: float | None
+    low: float | None
+    high: float | None
+    categories: dict[str, float]
+    same_verdict: float
+    """Share of the pictures on which its verdict is the first one's."""
+
+
+@dataclass(frozen=True)
+class SceneDrawingScore(GenEvalScore):
+    """The first judge's score; ``baseline`` is that of the same pictures under other captions."""
+
+    others: dict[str, OtherJudge]
+    judges: dict[str, Row]
+    """What each judge was measured at."""
+    scenes: str
+    split: str
+    detailed: bool
+
+
+def score_run(run: RunFolder, names: Sequence[str] = ()) -> SceneDrawingScore:
     """The scores of a run from raw detections alone.
 
     Args:
         run: drawn and looked at.
-        names: of the judges, the first one's figures come first; none takes both judges of the package.
-
-    Returns:
-        the figures of `drawing.judged_run.score`; ``baseline``: of the same pictures under other captions;
-        ``others``: the other judges' scores and how often their verdict is the first one's; ``judges``: what each was
-        measured at.
+        names: of the judges, the first one's figures come first; none takes all that have looked, sorted.
     """
-    names = names or [f"scene judge ({kind})" for kind in card() if kind.endswith("stage")]
-    first = verdicts(run, names[0])
-    others = {}
-    for name in names[1:]:
-        pairs = ((own, first[key]) for key, own in verdicts(run, name).items())
-        same = [a.correct == b.correct for one, two in pairs for a, b in zip(one, two, strict=True)]
-        figures = score(run, name)
-        others[name] = {
-            **{key: figures[key] for key in ("score", "low", "high")},
-            "categories": {tag: row["score"] for tag, row in figures["categories"].items()},
-            "same_verdict": round(float(np.mean(same)), 4),
-        }
-    return {
-        **score(run, names[0]),
-        "name": TASK,
-        "baseline": _baseline(run, names[0]),
-        "others": others,
-        "judges": {name: measured(name) for name in names},
-        **{key: run.manifest.settings[key] for key in ("scenes", "split", "detailed")},
-    }
+    names = names or detectors_of(run)
+    first, *rest = [read_findings(run, name) for name in names]
+    settings = run.manifest.settings
+    scores = replace(score_findings(first), name=SceneDrawing.task, baseline=_baseline(first))
+    return SceneDrawingScore(
+        **vars(scores),
+        others={other.detector: _beside(other, first) for other in rest},
+        judges={name: measured(name) for name in names},
+        scenes=settings["scenes"],
+        split=settings["split"],
+        detailed=settings["detailed"],
+    )
 
 
-def _baseline(run: RunFolder, name: str) -> float | None:
+def _beside(other: Findings, first: Findings) -> OtherJudge:
+    """Another judge's scores, and how often it agrees with the first."""
+    scores = score_findings(other)
+    # Picture by picture: equal scores may hide that two judges disagree on half of them.
+    same = np.array(other.correct) == np.array(first.correct)
+    categories = {tag: row.score for tag, row in scores.categories.items()}
+    return OtherJudge(scores.score, scores.low, scores.high, categories, round(float(np.mean(same)), 4))
+
+
+def _baseline(findings: Findings) -> float | None:
     """The score of the pictures when each is held against the next caption of its category; None if none has two."""
-    rules, detections = found(run, name)
-    groups: dict[str, list[Prompt]] = {}
-    for prompt in prompts_of(run):
-        groups.setdefault(prompt.tag, []).append(prompt)
-    tags, correct = [], []
-    for tag, prompts in groups.items():
-        for prompt, other in zip(prompts, [*prompts[1:], prompts[0]], strict=True) if len(prompts) > 1 else ():
+    groups: dict[str, list[int]] = {}
+    for place, prompt in enumerate(findings.prompts):
+        groups.setdefault(prompt.tag, []).append(place)
+    tags = []
+    correct = []
+    for tag, places in groups.items():
+        # A caption alone in its category would be held against itself.
+        if len(places) == 1:
+            continue
+        for place, other in zip(places, [*places[1:], places[0]], strict=True):
+            pictures = findings.detections[other]
             tags.append(tag)
-            correct.append([judge(prompt, picture, rules).correct for picture in detections[other.key]])
-    return summarise(tags, correct)["score"] if correct else None
+            correct.append([verdict_of(findings.prompts[place], one, findings.rules).correct for one in pictures])
+    return summarize(tags, correct).score if correct else None
 
 
-def measured(name: str) -> dict[str, Any]:
+def measured(name: str) -> dict[str, Row]:
     """What a judge's card says of it, in single figures; nothing of detectors that are no judges."""
     if not name.startswith("scene judge ("):
         return {}
     known = card()[name.removeprefix("scene judge (").removesuffix(")")]
-    parts = ("real scenes, train", "labelled drawings")
-    return {part: {what: row["score"] for what, row in known[part].items()} for part in parts}
+    found = {}
+    for part in ("real scenes, train", "labelled drawings"):
+        found[part] = {what: row["score"] for what, row in known[part].items()}
+    return found

@@ -53,6 +53,7 @@ def freeze(
         scenes = balanced_scenes(fresh_scenes(split, seed, cutouts), limit, seed, kinds)  # type: ignore[arg-type]
         rows += [_row(f"questions/{split}", sample, question) for sample, question in scenes]
     for split, number in per_category.items():
+        # Another seed than the questions': no scene is in both parts.
         fresh = fresh_scenes(split, seed + 1, cutouts)  # type: ignore[arg-type]
         rows += _by_category(fresh, f"drawing/{split}", number, split == "pairs")
     for split, number in placed.items():
@@ -60,6 +61,7 @@ def freeze(
         rows += [_row(f"placement/{split}", sample) for sample in objects]
     lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # mtime=0: the same scenes give the same bytes, which a test compares.
     path.write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
 
 
@@ -97,15 +99,15 @@ def _categories(sample: Sample) -> list[str]:
 def _row(part: str, sample: Sample, question: Question | None = None, category: str = "") -> dict[str, Any]:
     facts = sample.facts or {}
     shapes = {thing.concept for thing in vocabulary().shapes}
-    things = tuple(
-        Thing(thing["concept"], thing["colour"], thing["concept"] in shapes, tuple(thing["box"]))
-        for thing in facts["objects"]
-    )
+    things = []
+    for thing in facts["objects"]:
+        is_shape = thing["concept"] in shapes
+        things.append(Thing(thing["concept"], thing["colour"], is_shape, tuple(thing["box"])))
     scene = FrozenScene(
         key=sample.key,
         style=facts["objects"][0]["style"],
         ground=vocabulary().backgrounds[facts["background"]],
-        things=things,
+        things=tuple(things),
         layout=facts["layout"],
         relation=facts.get("relation", ""),
         short=sample.short,

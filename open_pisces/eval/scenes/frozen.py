@@ -42,9 +42,9 @@ class Thing:
 
     concept: str
     colour: str
-    """Its one colour, "" if it has several."""
+    """Its one color, "" if it has several."""
     is_shape: bool
-    """Whether captions name its colour."""
+    """Whether captions name its color."""
     box: Box
     """Left, top, right, bottom in pixels; right and bottom lie outside."""
 
@@ -82,6 +82,7 @@ class FrozenScene:
             if key not in cutouts.pictures:
                 raise EvaluationError(f"the artwork lacks {' '.join(key).strip()}: `pisces data build artwork`")
             left, top, right, bottom = thing.box
+            # The longer side decides: drawings keep their shape.
             drawing = fit(cutouts.pictures[key], max(right - left, bottom - top))
             picture.paste(drawing, (left, top), drawing)
         return picture
@@ -92,10 +93,10 @@ class FrozenScene:
         Two objects come with a relation here, for the scenes' captions have no other way to say them; the category
         "two_object" does not look at it.
         """
-        colour = {thing.concept: thing.colour for thing in self.things}
-        names = list(colour)
-        coloured = self.category in ("colors", "color_attr")
-        wanted = [Wanted(name, colour=colour[name] if coloured else "") for name in names]
+        color = {thing.concept: thing.colour for thing in self.things}
+        names = list(color)
+        colored = self.category in ("colors", "color_attr")
+        wanted = [Wanted(name, color=color[name] if colored else "") for name in names]
         unwanted: tuple[Unwanted, ...] = ()
         if self.category == "counting":
             wanted = [Wanted(names[0], len(self.things))]

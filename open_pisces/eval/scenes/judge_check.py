@@ -1,4 +1,4 @@
-"""How good the judges are: on real scenes, whose truth is exact, and on drawn pictures that a person labelled.
+"""How good the judges are: on real scenes, whose truth is exact, and on drawn pictures that a person labeled.
 
 A judge's threshold is chosen before, on worn pictures of its own kind (`calibrate`), never on what is measured here.
 """
@@ -16,8 +16,8 @@ import torch
 from PIL import Image as Pillow
 from PIL.Image import Image
 
-from open_pisces.data.draws import stream
 from open_pisces.data.images import open_image, to_pil
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import SIZE
 from open_pisces.eval.drawing.detection import Detection
@@ -25,11 +25,11 @@ from open_pisces.eval.drawing.rules import relations
 from open_pisces.eval.intervals import EvaluationError, mean_interval
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.frozen import FrozenScene
-from open_pisces.eval.scenes.judge import COLOURS, JUDGES, SceneJudge, classes, load_network, overlap
-from open_pisces.eval.scenes.judge_training import Pictures, compose, train, wear
+from open_pisces.eval.scenes.judge import COLORS, JUDGES, SceneJudge, classes, load_network, overlap
+from open_pisces.eval.scenes.judge_training import compose, train, wear
 
 THRESHOLDS = tuple(round(0.1 + 0.05 * i, 2) for i in range(17))
-LABELLED = JUDGES / "labelled"
+LABELED = JUDGES / "labelled"
 """Drawn pictures and what a person saw in them: ``pictures.png``, a sheet without gaps, and ``labels.json``."""
 PLAN = {"one-stage": (1, 3200), "two-stage": (2, 5000)}
 """Seed and steps of the judges in the package."""
@@ -44,8 +44,11 @@ _AT_ONCE = 100
 def found_in(judge: SceneJudge, images: Sequence[Image], threshold: float | None = None) -> list[list[Detection]]:
     """What a judge finds above its threshold, in batches."""
     least = judge.threshold if threshold is None else threshold
-    every = [d for start in range(0, len(images), _AT_ONCE) for d in judge.detect(images[start : start + _AT_ONCE])]
-    return [[one for one in detections if one.score > least] for detections in every]
+    found = []
+    for start in range(0, len(images), _AT_ONCE):
+        for detections in judge.detect(images[start : start + _AT_ONCE]):
+            found.append([one for one in detections if one.score > least])
+    return found
 
 
 def calibrate(judge: SceneJudge, cutouts: Cutouts, seed: int, count: int) -> float:
@@ -53,21 +56,18 @@ def calibrate(judge: SceneJudge, cutouts: Cutouts, seed: int, count: int) -> flo
     made = compose(cutouts, count, seed)
     worn = wear(torch.from_numpy(made.pixels_NHWC).permute(0, 3, 1, 2).float() / 255, stream(seed, "judge", "check"))
     every = found_in(judge, [to_pil(pixels) for pixels in worn.numpy()], 0.0)
-    truth = [_names(made, i) for i in range(count)]
-    right = {
-        threshold: sum(
-            Counter(d.name for d in found if d.score > threshold) == names
-            for found, names in zip(every, truth, strict=True)
-        )
-        for threshold in THRESHOLDS
-    }
+    right = dict.fromkeys(THRESHOLDS, 0)
+    for class_K, found in zip(made.class_NK, every, strict=True):
+        truth = Counter(classes()[int(c)] for c in class_K if c >= 0)
+        for threshold in THRESHOLDS:
+            right[threshold] += _names(found, threshold) == truth
     best = [threshold for threshold in THRESHOLDS if right[threshold] == max(right.values())]
-    return best[len(best) // 2]
+    return best[len(best) // 2]  # the middle: as far as can be from being worse
 
 
-def _names(made: Pictures, i: int) -> Counter[str]:
-    """How many of each class are in a composed picture."""
-    return Counter(classes()[int(c)] for c in made.class_NK[i] if c >= 0)
+def _names(detections: Sequence[Detection], threshold: float = 0.0) -> Counter[str]:
+    """How often each class was found above a threshold."""
+    return Counter(one.name for one in detections if one.score > threshold)
 
 
 def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence[Image]) -> dict[str, Any]:
@@ -76,19 +76,20 @@ def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence
     ``class``: share of objects in whose place (overlap at least a half) one of their class was found. ``count``:
     share of scenes in which each class was found as often as it is there, and no other. ``position``: share of pairs
     whose found objects stand in the true relation, by GenEval's rule, and in no opposite one. ``colour``: share of
-    objects of one colour that were found and given that colour. Each with its interval and ``n``.
+    objects of one color that were found and given that color. Each with its interval and ``n``.
     """
     hits: dict[str, list[bool]] = {name: [] for name in ("class", "count", "position", "colour")}
     for scene, found in zip(scenes, found_in(judge, images), strict=True):
         truth = Counter(thing.concept for thing in scene.things)
-        hits["count"].append(Counter(d.name for d in found) == truth)
+        hits["count"].append(_names(found) == truth)
         matched: list[Detection | None] = []
         for thing in scene.things:
+            # A half: what counts as the same box in Pascal VOC.
             near = [d for d in found if d.name == thing.concept and overlap(d.box, thing.box) >= 0.5]
             matched.append(near[0] if near else None)
             hits["class"].append(bool(near))
-            if thing.colour in COLOURS:
-                hits["colour"].append(bool(near) and near[0].colour == thing.colour)
+            if thing.colour in COLORS:
+                hits["colour"].append(bool(near) and near[0].color == thing.colour)
         if scene.layout == "pair":
             first, second = matched
             true = first is not None and second is not None and relations(first.box, second.box) == (scene.relation,)
@@ -99,8 +100,8 @@ def on_scenes(judge: SceneJudge, scenes: Sequence[FrozenScene], images: Sequence
 # -------------------------------------------------------------------------------------------- what a person saw
 
 
-def labelled(folder: Path = LABELLED) -> tuple[list[Image], list[dict[str, Any]]]:
-    """Drawn pictures, and for each its caption and what a person saw: ``things`` as [concept, colour or "", place].
+def labeled(folder: Path = LABELED) -> tuple[list[Image], list[dict[str, Any]]]:
+    """Drawn pictures, and for each its caption and what a person saw: ``things`` as [concept, color or "", place].
 
     A place is one of nine, such as "top left" or "centre"; what could not be told is "?" and is not asked about.
 
@@ -127,7 +128,7 @@ def write_sheet(images: Sequence[Image], path: Path, columns: int = 10) -> None:
     sheet.save(path, optimize=True)
 
 
-def on_labelled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def on_labeled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Agreement with a person on drawn pictures.
 
     ``things``: share of pictures in which judge and person name the same things as often. ``class``: share of the
@@ -138,18 +139,21 @@ def on_labelled(judge: SceneJudge, images: Sequence[Image], rows: Sequence[dict[
     for row, found in zip(rows, found_in(judge, images), strict=True):
         seen = [thing for thing in row["things"] if thing[0] != "?"]
         free = len(row["things"]) - len(seen)
-        wanted, got = Counter(thing[0] for thing in seen), Counter(d.name for d in found)
+        wanted = Counter(thing[0] for thing in seen)
+        got = _names(found)
         extra = got - wanted
         hits["things"].append(not wanted - got and extra.total() <= free)
         left = list(found)
-        for concept, colour, place in seen:
+        for concept, color, place in seen:
             near = [d for d in left if d.name == concept]
             hits["class"].append(bool(near))
             if near:
+                # Of several of one kind the one in the same place, so that the others are left for their own places.
                 best = next((d for d in near if place_of(d) == place), near[0])
                 left.remove(best)
                 hits["place"].append(place_of(best) == place)
-                hits["colour"] += [best.colour == colour] if colour in COLOURS else []
+                if color in COLORS:
+                    hits["colour"].append(best.color == color)
     return {name: {**mean_interval(values).rounded(), "n": len(values)} for name, values in hits.items() if values}
 
 
@@ -163,8 +167,8 @@ def place_of(detection: Detection) -> str:
 
 def agreement(judges: Sequence[SceneJudge], images: Sequence[Image]) -> float:
     """Share of pictures in which two judges find the same things as often."""
-    one, other = ([Counter(d.name for d in found) for found in found_in(judge, images)] for judge in judges)
-    return float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
+    one, other = (found_in(judge, images) for judge in judges)
+    return float(np.mean([_names(a) == _names(b) for a, b in zip(one, other, strict=True)]))
 
 
 # ------------------------------------------------------------------------------------------------------ the card
@@ -205,17 +209,17 @@ def write_card(
         parameters = sum(p.numel() for p in judge.network.parameters())
         trained = {"seed": seed, "steps": steps, "pictures": pictures, "parameters": parameters}
         card[judge.kind] = {"threshold": judge.threshold, "trained": trained, **measure(judge, cutouts)}
-    images, _ = labelled()
+    images, _ = labeled()
     card["agreement on labelled pictures"] = round(agreement(judges, images), 4)
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     return card
 
 
 def measure(judge: SceneJudge, cutouts: Cutouts) -> dict[str, Any]:
-    """A judge on frozen scenes (`MEASURED`) and on labelled drawings."""
+    """A judge on frozen scenes (`MEASURED`) and on labeled drawings."""
     found: dict[str, Any] = {}
     for split, count in MEASURED.items():
         scenes = frozen_scenes.questions(count, split)
         images, _ = frozen_scenes.pictures(scenes, cutouts)
         found[f"real scenes, {split}"] = on_scenes(judge, scenes, images)
-    return {**found, "labelled drawings": on_labelled(judge, *labelled())}
+    return {**found, "labelled drawings": on_labeled(judge, *labeled())}

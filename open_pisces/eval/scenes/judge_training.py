@@ -2,7 +2,7 @@
 
 Their pictures are wilder than the scenes that models train on: none to five things of any style and size anywhere on
 any ground, shapes that are half one thing and half another, and blots, which are nothing; then worn by blur, noise and
-shifted colours, as drawings are. So a judge does not learn which scenes are likely, and does not take a blot for a cat.
+shifted colors, as drawings are. So a judge does not learn which scenes are likely, and does not take a blot for a cat.
 """
 
 from __future__ import annotations
@@ -19,17 +19,31 @@ from PIL import ImageDraw, ImageFilter
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import SIZE, Thing, vocabulary
-from open_pisces.eval.scenes.judge import COLOURS, GRID, NETWORKS, STRIDE, TwoStage, boxes, classes, cut
+from open_pisces.eval.scenes.judge import (
+    COLORS,
+    GRID,
+    NETWORKS,
+    STRIDE,
+    TwoStage,
+    at_cells,
+    boxes,
+    classes,
+    cut,
+    peaks,
+)
 
 MOST_OBJECTS = 5
 SIDES = (14, 48)
 """Longer side of an object in pixels; fewer objects may be larger."""
-CHIMERAS, BLOTS, CLOSE = 0.08, 0.15, 0.3
-"""Shares: of objects that are half of one and half of another, of pictures with a blot, of pictures whose objects may
-touch."""
+CHIMERAS = 0.08
+"""Share of objects that are half of one and half of another."""
+BLOTS = 0.15
+"""Share of pictures with a blot."""
+CLOSE = 0.3
+"""Share of pictures whose objects may touch."""
 
 
 class Pictures(NamedTuple):
@@ -38,8 +52,8 @@ class Pictures(NamedTuple):
     pixels_NHWC: np.ndarray
     box_NK4: np.ndarray
     class_NK: np.ndarray
-    colour_NK: np.ndarray
-    """-1 where a drawing has no single colour."""
+    color_NK: np.ndarray
+    """-1 where a drawing has no single color."""
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -59,7 +73,7 @@ def compose(cutouts: Cutouts, count: int, seed: int) -> Pictures:
         for k, (thing, box) in enumerate(objects):
             kept.box_NK4[i, k] = box
             kept.class_NK[i, k] = classes().index(thing.concept)
-            kept.colour_NK[i, k] = COLOURS.index(thing.colour) if thing.colour in COLOURS else -1
+            kept.color_NK[i, k] = COLORS.index(thing.colour) if thing.colour in COLORS else -1
     return kept
 
 
@@ -71,8 +85,10 @@ def _picture(cutouts: Cutouts, rng: np.random.Generator) -> tuple[Image, list[Pl
     grounds = list(vocabulary().backgrounds.values())
     ground = np.array(grounds[int(rng.integers(len(grounds)))]) + rng.integers(-12, 13, 3)
     picture = Pillow.new("RGB", (SIZE, SIZE), tuple(int(c) for c in ground.clip(0, 255)))
+    # Mostly one to four, as captions ask; some none, so that nothing can be answered with nothing.
     number = int(rng.choice(MOST_OBJECTS + 1, p=(0.04, 0.34, 0.24, 0.16, 0.16, 0.06)))
     together = rng.random() < 0.5  # several of one kind, as counts are
+    # Drawings of small models touch; scenes never do.
     gap = -4 if rng.random() < CLOSE else 1
     taken: list[tuple[int, int, int, int]] = []
     objects: list[Placed] = []
@@ -83,7 +99,8 @@ def _picture(cutouts: Cutouts, rng: np.random.Generator) -> tuple[Image, list[Pl
     side = int(rng.integers(SIDES[0], most))
     for _ in range(number):
         if not together:
-            (style, thing), side = _any(cutouts, rng), int(rng.integers(SIDES[0], most))
+            style, thing = _any(cutouts, rng)
+            side = int(rng.integers(SIDES[0], most))
         drawing = cutouts.fitted(*(first if together else (style, thing)), side)
         chimera = rng.random() < CHIMERAS
         if chimera:
@@ -99,8 +116,9 @@ def _picture(cutouts: Cutouts, rng: np.random.Generator) -> tuple[Image, list[Pl
 
 
 def _any(cutouts: Cutouts, rng: np.random.Generator) -> tuple[str, Thing]:
-    """A thing in a style that draws it; the shapes' many colours count as a fifth."""
-    styles, words = sorted(cutouts.words), vocabulary()
+    """A thing in a style that draws it; the shapes' many colors count as a fifth."""
+    styles = sorted(cutouts.words)
+    words = vocabulary()
     while True:
         style = styles[int(rng.integers(len(styles)))]
         some = words.shapes if rng.random() < 0.25 else words.objects
@@ -137,7 +155,7 @@ def _halves(one: Image, other: Image, rng: np.random.Generator) -> Image:
 
 
 def _blot(picture: Image, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draw a blot of two colours, neither round nor square, and say where it is."""
+    """Draw a blot of two colors, neither round nor square, and say where it is."""
     side = int(rng.integers(10, 34))
     left, top = (int(rng.integers(0, SIZE - side)) for _ in range(2))
     layer = Pillow.new("RGB", (side, side), tuple(int(c) for c in rng.integers(0, 256, 3)))
@@ -156,10 +174,11 @@ def wear(pixels_BCHW: Tensor, rng: np.random.Generator) -> Tensor:
     """A batch as imperfect decoders might have drawn it; a quarter of the pictures stay as they are.
 
     Lines bent by up to about two pixels, edges blurred (half of the pictures down to every other pixel), blotches and
-    grain, lighter or darker colours: what small decoders do to pictures, but none of theirs, so that a judge favours no
+    grain, lighter or darker colors: what small decoders do to pictures, but none of theirs, so that a judge favours no
     model.
     """
-    B, side = len(pixels_BCHW), pixels_BCHW.shape[-1]
+    B = len(pixels_BCHW)
+    side = pixels_BCHW.shape[-1]
 
     def some(*shape: int) -> Tensor:
         return torch.from_numpy(rng.standard_normal((B, *shape), np.float32))
@@ -204,8 +223,8 @@ class Wanted(NamedTuple):
 def wanted(box_BK4: Tensor, class_BK: Tensor) -> Wanted:
     """Targets on the grid: a hill around each middle; the cells near the top of a hill learn its object's box."""
     cells = (torch.arange(GRID) + 0.5) * STRIDE
-    x, y = (box_BK4[..., 0] + box_BK4[..., 2]) / 2, (box_BK4[..., 1] + box_BK4[..., 3]) / 2
-    width, height = box_BK4[..., 2] - box_BK4[..., 0], box_BK4[..., 3] - box_BK4[..., 1]
+    x, y = ((box_BK4[..., :2] + box_BK4[..., 2:]) / 2).unbind(-1)
+    width, height = (box_BK4[..., 2:] - box_BK4[..., :2]).unbind(-1)
     spread = (torch.minimum(width, height) / 6).clamp_min(2.0)[..., None, None]
     apart = (cells[None, None, None] - x[..., None, None]) ** 2 + (cells[None, None, :, None] - y[..., None, None]) ** 2
     hill = torch.exp(-apart / (2 * spread**2)) * (class_BK >= 0)[..., None, None]
@@ -223,9 +242,11 @@ def wanted(box_BK4: Tensor, class_BK: Tensor) -> Wanted:
 
 def found_loss(maps: dict[str, Tensor], want: Wanted) -> Tensor:
     """CenterNet's focal loss of the middles, and the absolute error of the boxes, weighted by the hills."""
-    logit, heat = maps["middle"][:, 0], want.heat_BHW
+    logit = maps["middle"][:, 0]
+    heat = want.heat_BHW
     chance = logit.sigmoid()
     top = heat == 1
+    # CenterNet's exponents: alpha = 2, beta = 4.
     hit = (1 - chance) ** 2 * F.logsigmoid(logit)
     miss = (1 - heat) ** 4 * chance**2 * F.logsigmoid(-logit)
     focal = -torch.where(top, hit, miss).sum() / top.sum().clamp_min(1)
@@ -236,46 +257,48 @@ def found_loss(maps: dict[str, Tensor], want: Wanted) -> Tensor:
 
 def _named_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean cross-entropy where there is a target."""
+    # Smoothed a little, so that confidences stay below 1 and can be told apart by a threshold.
     loss = F.cross_entropy(logits, target, ignore_index=-1, reduction="none", label_smoothing=0.02)
     weight = (target >= 0).float() * (1.0 if weight is None else weight)
     return (loss * weight).sum() / weight.sum().clamp_min(1)
 
 
-def one_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, colour: Tensor) -> Tensor:
+def one_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, color: Tensor) -> Tensor:
     """Everything at the cells where it should be found."""
-    maps, want = network.maps(pixels), wanted(box, class_)  # type: ignore[operator]
+    maps = network.maps(pixels)  # type: ignore[operator]
+    want = wanted(box, class_)
     index = want.index_BHW.clamp_min(0).flatten(1)
     total = found_loss(maps, want)
-    for name, truth in (("classes", class_), ("colours", colour)):
+    for name, truth in (("classes", class_), ("colours", color)):
         target = torch.where(want.index_BHW >= 0, truth.gather(1, index).view_as(want.index_BHW), -1)
         total = total + _named_loss(maps[name], target, want.heat_BHW)
     return total
 
 
-def two_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, colour: Tensor) -> Tensor:
+def two_stage_loss(network: nn.Module, pixels: Tensor, box: Tensor, class_: Tensor, color: Tensor) -> Tensor:
     """The boxes; then names of shaken true boxes, and of places where nothing (whole) is."""
     assert isinstance(network, TwoStage)
-    maps, want = network.maps(pixels), wanted(box, class_)
+    maps = network.maps(pixels)
+    want = wanted(box, class_)
     picture, place = torch.nonzero(class_ >= 0, as_tuple=True)
     true = box[picture, place]
     side = (true[:, 2:] - true[:, :2]).repeat(1, 2)
+    # The first stage's boxes are off by about this much.
     shaken = true + side * 0.06 * torch.randn_like(true)
     empty_picture, empty = _empty(maps, box, class_)
     crops = cut(pixels, torch.cat([shaken, empty]), torch.cat([picture, empty_picture]))
-    named, colours = network.name(crops)
+    named, colors = network.name(crops)
     none = torch.zeros(len(empty), dtype=torch.long)
     names = torch.cat([class_[picture, place] + 1, none])
-    hues = torch.cat([colour[picture, place], none - 1])
-    return found_loss(maps, want) + _named_loss(named, names) + _named_loss(colours, hues)
+    hues = torch.cat([color[picture, place], none - 1])
+    return found_loss(maps, want) + _named_loss(named, names) + _named_loss(colors, hues)
 
 
 @torch.no_grad()
 def _empty(maps: dict[str, Tensor], box: Tensor, class_: Tensor) -> tuple[Tensor, Tensor]:
     """Boxes that the first stage proposes where no object is: its surest wrong one in each picture, if it has any."""
-    from open_pisces.eval.scenes.judge import _at, peaks
-
     score, cell = peaks(maps["middle"].sigmoid())
-    proposed = boxes(_at(maps["box"], cell), cell)
+    proposed = boxes(at_cells(maps["box"], cell), cell)
     middle = (proposed[..., :2] + proposed[..., 2:]) / 2
     inside = (middle[:, :, None] > box[:, None, :, :2]) & (middle[:, :, None] < box[:, None, :, 2:])
     on_one = (inside.all(-1) & (class_ >= 0)[:, None]).any(-1)
@@ -310,12 +333,15 @@ def train(
     torch.manual_seed(seed)
     network = NETWORKS[kind]()
     made = compose(cutouts, pictures, seed)
+    # Not train.optim's: that decays no biases and begins its cosine after the warm-up, so the judges in the package
+    # could not be made again.
     optimizer = torch.optim.AdamW(network.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01)
     warm = max(1, steps // 20)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / warm) * (0.5 + 0.5 * np.cos(np.pi * s / steps))
     )
-    start, mean = time.time(), 0.0
+    start = time.time()
+    mean = 0.0
     for step, indices in enumerate(_walk(pictures, batch_size, steps, seed)):
         rng = stream(seed, "judge", "wear", step)
         pixels = torch.from_numpy(made.pixels_NHWC[indices]).permute(0, 3, 1, 2).float() / 255

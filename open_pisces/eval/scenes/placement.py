@@ -1,12 +1,11 @@
-"""The decoder's gate: from true vectors, is the object in the right third of the picture, in the right colour?
+"""The decoder's gate: from true vectors, is the object in the right third of the picture, in the right color?
 
 No learned judge. Held-out scenes with a single object go through the generation encoder and the decoder, and pixel
-arithmetic looks at what comes back: the background is the median of the border, the object is what differs from it,
-its place is the centroid, its colour the class most of its pixels fall in. The right third comes from the scene's
-exact box, the right colour from the same rule on the true picture. Neighbouring names (orange and brown, red and
-pink, white and gray) are different colours here; ``colour_near`` says how often the right one came second.
+arithmetic (`open_pisces.eval.scenes.pixels`) looks at what comes back. The right third comes from the scene's exact
+box, the right color from the same rule on the true picture. Neighboring names (orange and brown, red and pink, white
+and gray) are different colors here; ``colour_near`` says how often the right one came second.
 
-Asked are objects that have a dominant colour: one with at least `LEAD` times the share of the next in the true
+Asked are objects that have a dominant color: one with at least `LEAD` times the share of the next in the true
 picture. Of a penguin, half black and half white, blurring by one pixel decides the name; ``all`` scores those too.
 How good the ruler itself is stands in the result: ``ceiling`` is the score of the true pictures, ``degraded`` that
 of the same pictures blurred and noisy, ``baseline`` the mean score over all wrong pairings of pictures.
@@ -14,25 +13,30 @@ of the same pictures blurred and noisy, ``baseline`` the mean score over all wro
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ImageFilter
 
 from open_pisces.batch import Sample
-from open_pisces.data.draws import stream
-from open_pisces.data.images import contact_sheet, generation_pixels, to_pil
+from open_pisces.data.images import generation_pixels, to_pil
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Cutouts, load_cutouts
 from open_pisces.datasets.scenes.layout import Split
-from open_pisces.eval.intervals import EvaluationError, mean_interval
-from open_pisces.eval.run import Manifest, RunFolder, model_hash
+from open_pisces.eval.distances.pixel_errors import psnr
+from open_pisces.eval.evaluation import Counted, Evaluation, Score, rounded
+from open_pisces.eval.intervals import EvaluationError, Interval, mean_interval
+from open_pisces.eval.run import Row, RunFolder
 from open_pisces.eval.scenes import frozen as frozen_scenes
+from open_pisces.eval.scenes.pixels import Look, look, third
 from open_pisces.eval.scenes.vqa import fresh_scenes
+from open_pisces.sheets import contact_sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,122 +44,20 @@ if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
     from open_pisces.generate.painter import Painter
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "gray", "white")
 COLUMNS = ("left", "centre", "right")
 ROWS = ("top", "middle", "bottom")
-NOWHERE = -1
-
-FOREGROUND_DISTANCE = 0.2
-"""Distance in RGB (each in [0, 1]) from the background at which a pixel belongs to the object."""
-LEAD = 2.0
-"""How many times the second colour's share the first one's must be for a colour to be dominant."""
 MARGIN = 0.03
-"""Scenes whose box centre is this close to a border between thirds are not asked: their centroid may lie beyond it."""
-PSNR_CAP = 60.0
-"""Decibels given to equal pictures: about what rounding to 8 bits costs."""
+"""Scenes whose box center is this close to a border between thirds are not asked: their centroid may lie beyond it."""
 _SEARCHED = 100  # scenes looked through for each one wanted before giving up
 _SHOWN = 64  # scenes on a sheet
-_HUES = ((17, "red"), (37, "orange"), (63, "yellow"), (175, "green"), (250, "blue"), (300, "purple"), (345, "pink"))
-"""Upper end of each hue in degrees; above is red. Set so that the coloured emoji shapes get their own names."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """What pixel arithmetic sees in a picture."""
-
-    column: int
-    """The centroid's horizontal third, 0 to 2, or `NOWHERE` if the picture is empty."""
-    row: int
-    """Its vertical third."""
-    colours: tuple[str, ...]
-    """Names of the colours present, the largest share first."""
-    dominant: bool
-    """Whether the first colour has `LEAD` times the share of the second."""
-
-
-# ------------------------------------------------------------------------------------------------- the measurement
-
-
-def look(pixels: np.ndarray) -> Look:
-    """Place and colours of the one object in ``pixels`` (3, H, W) in [0, 1]."""
-    mask = foreground(pixels)
-    if not mask.any():
-        return Look(NOWHERE, NOWHERE, (), False)
-    y, x = (float(places.mean() + 0.5) for places in np.nonzero(mask))
-    height, width = mask.shape
-    shares = colour_shares(pixels[:, mask])
-    largest = [*shares.values(), 0.0]
-    return Look(third(x / width), third(y / height), tuple(shares), largest[0] >= LEAD * largest[1])
-
-
-def foreground(pixels: np.ndarray) -> np.ndarray:
-    """Mask (H, W) of the pixels that differ from the background, the median colour of the border."""
-    border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]], axis=1)
-    background = np.median(border, axis=1)[:, None, None]
-    return np.sqrt(((pixels - background) ** 2).sum(axis=0)) > FOREGROUND_DISTANCE
-
-
-def third(place: float) -> int:
-    """0, 1 or 2: the third in which ``place`` (share of the picture's side, in [0, 1]) lies."""
-    return min(2, int(place * 3))
-
-
-def colour_shares(pixels: np.ndarray) -> dict[str, float]:
-    """Weighted count of each colour present in ``pixels`` (3, K), the largest first.
-
-    Colourless pixels weigh half: outlines, shadows and highlights are black, gray and white whatever the object is.
-    """
-    classes = colour_classes(pixels)
-    shares = np.bincount(classes, minlength=len(COLOURS)).astype(float)
-    shares[[COLOURS.index(name) for name in ("black", "gray", "white")]] /= 2
-    order = np.argsort(-shares, kind="stable")
-    return {COLOURS[i]: float(shares[i]) for i in order if shares[i] > 0}
-
-
-def colour_classes(pixels: np.ndarray) -> np.ndarray:
-    """Indices (K,) into `COLOURS` of ``pixels`` (3, K) in [0, 1], by hue where there is colour, else by lightness."""
-    high, low = pixels.max(axis=0), pixels.min(axis=0)
-    chroma, lightness = high - low, (high + low) / 2
-    hue = _hue(pixels, high, chroma)
-    names = np.array([name for _, name in _HUES] + ["red"])[np.searchsorted([end for end, _ in _HUES], hue, "right")]
-    pale = np.where(names == "orange", lightness > 0.8, lightness > 0.7)
-    dull = (high < 0.8) & np.where((hue < 17) | (hue >= 345), chroma < 0.6 * high, hue < 48)
-    names = np.where(((names == "red") | (names == "orange")) & pale, "pink", names)
-    names = np.where(dull, "brown", names)  # brown is dark orange, or a red that is both dark and weak
-    plain = np.where(lightness > 0.8, "white", np.where(high < 0.33, "black", "gray"))
-    names = np.where((chroma < 0.15) | (high < 0.15), plain, names)
-    return np.array([COLOURS.index(name) for name in names], dtype=np.int64)
-
-
-def _hue(pixels: np.ndarray, high: np.ndarray, chroma: np.ndarray) -> np.ndarray:
-    """Hue in degrees [0, 360) of ``pixels`` (3, K); 0 where there is no colour."""
-    red, green, blue = pixels
-    safe = np.maximum(chroma, 1e-6)
-    sector = np.where(
-        high == red,
-        ((green - blue) / safe) % 6,
-        np.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
-    )
-    return sector * 60 % 360
 
 
 # ------------------------------------------------------------------------------------------------------ the score
 
 
-def evaluate_placement(
-    generator: Generator | Painter,
-    limit: int,
-    seed: int | None = None,
-    split: Split = "train",
-    batch_size: int = 64,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    cutouts: Cutouts | None = None,
-    sheet: str | Path | None = None,
-    model: str | Path | None = None,
-    folder: str | Path | None = None,
-) -> dict[str, Any]:
-    """Score ``generator.reconstruct`` on ``limit`` single-object scenes, as many for each horizontal third.
+@dataclass
+class Placement(Evaluation):
+    """Reconstructions of single-object scenes, as many for each horizontal third.
 
     Args:
         generator: anything with ``reconstruct(images, steps, guidance_scale, seed) -> images``.
@@ -168,79 +70,136 @@ def evaluate_placement(
         guidance_scale: None is the model's own.
         cutouts: what `open_pisces.datasets.scenes.composer.load_cutouts` gives; None loads the default ones.
         sheet: where to save true pictures above their reconstructions; None saves none.
-        model: the model's folder, for the run's manifest; None keeps no run.
-        folder: the run's folder; None chooses one by the manifest (`RunFolder.open`).
-
-    Returns:
-        ``score`` with ``low`` and ``high``: share of the ``n`` objects of dominant colour with both the horizontal
-        third and the colour right. ``third``, ``third_vertical``, ``third_both``, ``colour``, ``colour_near`` of the
-        same objects, and of all scenes ``mae`` (pixels in [0, 1]) and ``psnr`` (dB), each as
-        ``{"score", "low", "high"}``; the ruler's own ``ceiling``, ``degraded`` and ``baseline``; ``all``, the score
-        over all ``limit`` scenes; ``scenes``, ``split``.
 
     Raises:
-        EvaluationError: if ``limit`` is below 3, there are no cut-outs, or ``split`` is ``pairs``.
-        RunError: if ``folder`` holds another run.
+        EvaluationError: when it is opened, if ``limit`` is below 3, there are no cut-outs, or ``split`` is ``pairs``.
     """
-    start, noise = time.time(), seed or 0
-    samples, which = _chosen(limit, seed, split, cutouts)
 
-    def draw(first: int) -> list[Image]:
-        images = [sample.images[0] for sample in samples[first : first + batch_size]]
-        return generator.reconstruct(images, steps=steps, guidance_scale=guidance_scale, seed=noise + first)
+    generator: Generator | Painter
+    limit: int
+    seed: int | None = None
+    split: Split = "train"
+    batch_size: int = 64
+    steps: int | None = None
+    guidance_scale: float | None = None
+    cutouts: Cutouts | None = None
+    sheet: str | Path | None = None
+    task = "decoder/placement"
+    stages = ("images",)
 
-    if model is None:
-        drawn = [image for first in range(0, limit, batch_size) for image in draw(first)]
-        found = {"name": "decoder/placement", **compare(samples, drawn, noise), **which}
-    else:
-        settings = {"limit": limit, "seed": noise, "steps": steps, "guidance_scale": guidance_scale}
-        settings |= {"batch_size": batch_size, **which}
-        items = [{"key": f"{i:05d}", "objects": (s.facts or {})["objects"]} for i, s in enumerate(samples)]
-        run = RunFolder.open(folder, Manifest("decoder/placement", str(model), model_hash(model), settings), items)
-        for batch in run.batches("images", batch_size):
-            first = int(batch[0]["key"])
-            pairs = zip(batch, samples[first : first + batch_size], draw(first), strict=True)
-            run.save_images({item["key"]: [sample.images[0], image] for item, sample, image in pairs})
-        found = {**run.write_scores(score_run(run)), "folder": str(run.folder)}
-        drawn = [run.images(item["key"])[1] for item in items]
-    if sheet is not None:
-        write_sheet(sheet, samples, drawn)
-    return {**found, "seconds": round(time.time() - start, 1)}
+    @property
+    def settings(self) -> Row:
+        """Those of the scenes and of the decoder."""
+        _, scenes, pictures_differ = self._chosen
+        names = ("limit", "steps", "guidance_scale", "batch_size", "split")
+        found = {"seed": self.seed or 0, "scenes": scenes, "pictures_differ": pictures_differ}
+        return {**{name: getattr(self, name) for name in names}, **found}
+
+    def items(self) -> list[Row]:
+        """The objects of each scene."""
+        samples, _, _ = self._chosen
+        return [{"key": f"{i:05d}", "objects": (one.facts or {})["objects"]} for i, one in enumerate(samples)]
+
+    @cached_property
+    def _chosen(self) -> tuple[list[Sample], str, int]:
+        """The scenes, what they are, and how many pictures are not what they were."""
+        if self.seed is None and self.split != "pairs":
+            samples, differ = frozen_objects(self.limit, self.split, self.cutouts)
+            return samples, frozen_scenes.VERSION, differ
+        return single_objects(self.limit, self.seed or 0, self.split, self.cutouts), f"fresh, seed {self.seed}", 0
+
+    def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
+        """Keep true pictures, each with its reconstruction; every batch starts from noise of its own."""
+        first = int(batch[0]["key"])
+        true = [sample.images[0] for sample in self._chosen[0][first : first + len(batch)]]
+        # By the place of the batch: two batches must not start from the same noise.
+        seed = (self.seed or 0) + first
+        drawn = self.generator.reconstruct(true, steps=self.steps, guidance_scale=self.guidance_scale, seed=seed)
+        # The true picture is kept too: scores can be made again without the artwork.
+        run.save_images({item["key"]: pair for item, *pair in zip(batch, true, drawn, strict=True)})
+
+    def complete(self, run: RunFolder) -> None:
+        """As every evaluation, and write the sheet."""
+        super().complete(run)
+        if self.sheet is not None:
+            write_sheet(self.sheet, *_pictures(run))
+
+    def score(self, run: RunFolder) -> PlacementScore:
+        """By pixel arithmetic."""
+        return score_run(run)
 
 
-def score_run(run: RunFolder) -> dict[str, Any]:
-    """The figures of `evaluate_placement` from a run's pictures, each true one beside what was drawn of it."""
-    pairs = [run.images(item["key"]) for item in run.items]
-    samples = [
-        Sample(item["key"], (true,), facts={"objects": item["objects"]})
-        for item, (true, _) in zip(run.items, pairs, strict=True)
-    ]
-    which = {name: run.manifest.settings[name] for name in ("scenes", "split", "pictures_differ", "seed")}
-    figures = compare(samples, [drawn for _, drawn in pairs], run.manifest.settings["seed"])
-    return {"name": "decoder/placement", **figures, **which}
+@dataclass(frozen=True)
+class PlacementScore(Score):
+    """Share of the ``n`` objects of dominant color with both the horizontal third and the color right."""
+
+    third: Interval
+    third_vertical: Interval
+    third_both: Interval
+    colour: Interval
+    colour_near: Interval
+    """The right color is the drawn picture's first or second."""
+    mae: Interval
+    """Mean absolute error of all pictures, pixels in [0, 1]."""
+    psnr: Interval
+    """In dB, of all pictures."""
+    ceiling: float
+    """The score of the true pictures."""
+    degraded: float
+    """That of the true pictures, blurred and noisy."""
+    baseline: float
+    """Mean score over all wrong pairings of pictures."""
+    all: Counted
+    """The score over all scenes, also those without a dominant color."""
+    scenes: str
+    split: str
+    pictures_differ: int
+    """True pictures that are not what they were when the scenes were frozen."""
+    seed: int
 
 
-def _chosen(limit: int, seed: int | None, split: Split, cutouts: Cutouts | None) -> tuple[list[Sample], dict[str, Any]]:
-    """The scenes, and what they are."""
-    if seed is not None or split == "pairs":
-        which = {"scenes": f"fresh, seed {seed}", "split": split, "pictures_differ": 0}
-        return single_objects(limit, seed or 0, split, cutouts), which
+def score_run(run: RunFolder) -> PlacementScore:
+    """The score of a run from its pictures, each true one beside what was drawn of it."""
+    settings = run.manifest.settings
+    which = {name: settings[name] for name in ("scenes", "split", "pictures_differ")}
+    return compare(*_pictures(run), settings["seed"], **which)
+
+
+def _pictures(run: RunFolder) -> tuple[list[Sample], list[Image]]:
+    """The scenes of a run, and what was drawn of each."""
+    samples = []
+    drawn = []
+    for item in run.items:
+        true, image = run.images(item["key"])
+        samples.append(Sample(item["key"], (true,), facts={"objects": item["objects"]}))
+        drawn.append(image)
+    return samples, drawn
+
+
+def frozen_objects(limit: int, split: Split, cutouts: Cutouts | None = None) -> tuple[list[Sample], int]:
+    """``limit`` frozen scenes with one object, as `single_objects`, and how many pictures are not what they were.
+
+    Raises:
+        EvaluationError: if so many were not frozen, or there are no cut-outs.
+    """
     every = frozen_scenes.load(f"placement/{split}")
     if not len(COLUMNS) <= limit <= len(every):
         raise EvaluationError(
             f"limit = {limit}: the frozen scenes hold {len(every)} single objects of split {split!r}; ask for "
             f"{len(COLUMNS)} to {len(every)}, or give a seed for fresh scenes"
         )
-    left = {column: limit // 3 + (column < limit % 3) for column in range(3)}
+    # Frozen scenes come in any order of thirds; the first of each third are taken.
+    left = [limit // 3 + (column < limit % 3) for column in range(3)]
     samples = []
     images, differ = frozen_scenes.pictures(every, load_cutouts() if cutouts is None else cutouts)
     for scene, image in zip(every, images, strict=True):
         objects = [{"concept": thing.concept, "box": list(thing.box)} for thing in scene.things]
         sample = Sample(scene.key, (image,), facts={"objects": objects})
-        if left[column := true_place(sample)[0]]:
+        column, _ = true_place(sample)
+        if left[column]:
             left[column] -= 1
             samples.append(sample)
-    return samples, {"scenes": frozen_scenes.VERSION, "split": split, "pictures_differ": differ}
+    return samples, differ
 
 
 def single_objects(limit: int, seed: int, split: Split, cutouts: Cutouts | None = None) -> list[Sample]:
@@ -268,66 +227,78 @@ def single_objects(limit: int, seed: int, split: Split, cutouts: Cutouts | None 
 
 
 def true_place(sample: Sample) -> tuple[int, int]:
-    """Column and row of the third in which the centre of the only object's exact box lies."""
-    x, y = _centre(sample)
+    """Column and row of the third in which the center of the only object's exact box lies."""
+    x, y = _center(sample)
     return third(x), third(y)
 
 
-def _centre(sample: Sample) -> tuple[float, float]:
-    """Centre of the only object's box as shares of the picture's width and height."""
+def _center(sample: Sample) -> tuple[float, float]:
+    """Center of the only object's box as shares of the picture's width and height."""
     left, top, right, bottom = (sample.facts or {})["objects"][0]["box"]
     width, height = sample.images[0].size
     return (left + right) / 2 / width, (top + bottom) / 2 / height
 
 
 def _clear(sample: Sample) -> bool:
-    """Whether the box's centre keeps `MARGIN` from the borders between thirds, both ways."""
-    return all(abs(place - border) >= MARGIN for place in _centre(sample) for border in (1 / 3, 2 / 3))
+    """Whether the box's center keeps `MARGIN` from the borders between thirds, both ways."""
+    return all(min(abs(place - 1 / 3), abs(place - 2 / 3)) >= MARGIN for place in _center(sample))
 
 
-def compare(samples: Sequence[Sample], drawn: Sequence[Image], seed: int = 0) -> dict[str, Any]:
-    """The figures of `evaluate_placement` for single-object ``samples`` and what was ``drawn`` of each."""
+def compare(
+    samples: Sequence[Sample],
+    drawn: Sequence[Image],
+    seed: int = 0,
+    scenes: str = "",
+    split: str = "train",
+    pictures_differ: int = 0,
+) -> PlacementScore:
+    """The score of single-object ``samples`` and what was ``drawn`` of each; the last three are passed on.
+
+    Raises:
+        EvaluationError: if no object has a dominant color.
+    """
     true = [generation_pixels(sample.images[0], image.width) for sample, image in zip(samples, drawn, strict=True)]
-    wanted = [_wanted(sample, pixels) for sample, pixels in zip(samples, true, strict=True)]
+    wanted = []
+    for sample, pixels in zip(samples, true, strict=True):
+        column, row = true_place(sample)
+        wanted.append(replace(look(pixels), column=column, row=row))
     seen = [look(_pixels(image)) for image in drawn]
     asked = [index for index, reference in enumerate(wanted) if reference.dominant]
     if not asked:
         raise EvaluationError(f"none of {len(samples)} scenes has an object with a dominant colour: ask more scenes")
-    hits = {name: values[asked] for name, values in _hits(wanted, seen).items()}
-    every = _hits(wanted, seen)["score"]
-    return {
-        **mean_interval(hits["score"], seed=seed).rounded(),
-        "n": len(asked),
-        **{name: mean_interval(hits[name], seed=seed).rounded() for name in hits if name != "score"},
-        **_errors(true, drawn, seed),
-        **_ruler([wanted[i] for i in asked], [seen[i] for i in asked], [true[i] for i in asked], seed),
-        "all": {**mean_interval(every, seed=seed).rounded(), "n": len(every)},
-    }
+    hits = _hits(wanted, seen)
+    figures = {name: rounded(mean_interval(values[asked], seed=seed)) for name, values in hits.items()}
+    # All pictures count for pixels: a dominant color matters to the naming of colors alone.
+    pairs = [(pixels, _pixels(image)) for pixels, image in zip(true, drawn, strict=True)]
+    references = [wanted[i] for i in asked]
+    worn = [_degraded(true[i], seed, place) for place, i in enumerate(asked)]
+    return PlacementScore(
+        name=Placement.task,
+        score=figures["score"].score,
+        low=figures["score"].low,
+        high=figures["score"].high,
+        n=len(asked),
+        third=figures["third"],
+        third_vertical=figures["third_vertical"],
+        third_both=figures["third_both"],
+        colour=figures["colour"],
+        colour_near=figures["colour_near"],
+        mae=rounded(mean_interval([np.abs((a - b).astype(np.float64)).mean() for a, b in pairs], seed=seed)),
+        psnr=rounded(mean_interval([psnr(a, b) for a, b in pairs], seed=seed), 2),
+        ceiling=_mean_score(references, [true[i] for i in asked]),
+        degraded=_mean_score(references, worn),
+        baseline=round(_wrong_pairings(references, [seen[i] for i in asked]), 4),
+        all=Counted(**mean_interval(hits["score"], seed=seed).rounded(), n=len(samples)),
+        scenes=scenes,
+        split=split,
+        pictures_differ=pictures_differ,
+        seed=seed,
+    )
 
 
-def _errors(true: Sequence[np.ndarray], drawn: Sequence[Image], seed: int) -> dict[str, Any]:
-    """Mean absolute error (pixels in [0, 1]) and peak signal-to-noise ratio (dB) of all pictures."""
-    errors = [(a - _pixels(b)).astype(np.float64) for a, b in zip(true, drawn, strict=True)]
-    return {
-        "mae": mean_interval([np.abs(error).mean() for error in errors], seed=seed).rounded(),
-        "psnr": mean_interval([_decibels(error) for error in errors], seed=seed).rounded(2),
-    }
-
-
-def _ruler(wanted: Sequence[Look], seen: Sequence[Look], true: Sequence[np.ndarray], seed: int) -> dict[str, float]:
-    """What the measurement gives perfect pictures, worn ones, and pictures of something else."""
-    worn = [look(_degraded(pixels, seed, index)) for index, pixels in enumerate(true)]
-    return {
-        "ceiling": round(float(_hits(wanted, [look(pixels) for pixels in true])["score"].mean()), 4),
-        "degraded": round(float(_hits(wanted, worn)["score"].mean()), 4),
-        "baseline": round(_wrong_pairings(wanted, seen), 4),
-    }
-
-
-def _wanted(sample: Sample, true: np.ndarray) -> Look:
-    """The reference: the place of the exact box, the colours of the true picture."""
-    column, row = true_place(sample)
-    return replace(look(true), column=column, row=row)
+def _mean_score(wanted: Sequence[Look], pictures: Sequence[np.ndarray]) -> float:
+    """What the measurement gives ``pictures`` (3, H, W) that should be right."""
+    return round(float(_hits(wanted, [look(pixels) for pixels in pictures])["score"].mean()), 4)
 
 
 def _hits(wanted: Sequence[Look], seen: Sequence[Look]) -> dict[str, np.ndarray]:
@@ -335,31 +306,27 @@ def _hits(wanted: Sequence[Look], seen: Sequence[Look]) -> dict[str, np.ndarray]
     pairs = list(zip(wanted, seen, strict=True))
     across = np.array([a.column == b.column for a, b in pairs])
     down = np.array([a.row == b.row for a, b in pairs])
-    colour = np.array([bool(a.colours) and a.colours[:1] == b.colours[:1] for a, b in pairs])
-    near = np.array([bool(a.colours) and a.colours[0] in b.colours[:2] for a, b in pairs])
+    color = np.array([bool(a.colors) and a.colors[:1] == b.colors[:1] for a, b in pairs])
+    near = np.array([bool(a.colors) and a.colors[0] in b.colors[:2] for a, b in pairs])
     return {
-        "score": across & colour,
+        "score": across & color,
         "third": across,
         "third_vertical": down,
         "third_both": across & down,
-        "colour": colour,
+        "colour": color,
         "colour_near": near,
     }
 
 
 def _wrong_pairings(wanted: Sequence[Look], seen: Sequence[Look]) -> float:
     """Mean score when every picture is held against every other picture's reference: what seeing nothing earns."""
-    names = {name: code for code, name in enumerate(COLOURS)}
-    right = np.array([(a.column, names[a.colours[0]] if a.colours else -1) for a in wanted])
-    found = np.array([(b.column, names[b.colours[0]] if b.colours else -2) for b in seen])
-    agree = (right[:, None] == found[None]).all(axis=-1)
-    n = len(wanted)
-    return float((agree.sum() - np.trace(agree)) / max(1, n * (n - 1)))
-
-
-def _decibels(error: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of an ``error`` in [0, 1] units, at most `PSNR_CAP`."""
-    return float(-10 * np.log10(max((error**2).mean(), 10 ** (-PSNR_CAP / 10))))
+    right = [(one.column, one.first_color) for one in wanted]
+    found = [(one.column, one.first_color) for one in seen]
+    counts = Counter(one for one in found if one[1])  # an empty picture agrees in nothing
+    # Counted, not compared pair by pair: right pairings are taken off again.
+    own = sum(bool(b[1]) and a == b for a, b in zip(right, found, strict=True))
+    agree = sum(counts[one] for one in right) - own
+    return agree / max(1, len(right) * (len(right) - 1))
 
 
 def _degraded(pixels: np.ndarray, seed: int, index: int) -> np.ndarray:
@@ -396,4 +363,4 @@ def write_sheet(path: str | Path, samples: Sequence[Sample], drawn: Sequence[Ima
 def _described(image: Image) -> str:
     """What pixel arithmetic sees, in words."""
     seen = look(_pixels(image))
-    return f"{seen.colours[0]}, {ROWS[seen.row]} {COLUMNS[seen.column]}" if seen.colours else "nothing"
+    return f"{seen.first_color}, {ROWS[seen.row]} {COLUMNS[seen.column]}" if seen.colors else "nothing"

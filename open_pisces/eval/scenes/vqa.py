@@ -4,28 +4,29 @@ Scenes are frozen (`open_pisces.eval.scenes.frozen`) or composed at evaluation t
 was in a training set: see `fresh_scenes` for why. Each scene gives one question, each of the six types the same number
 of questions, and the score is the mean of the types' accuracies. What it has to beat is the better of two:
 ``constant``, the best fixed answer per type, chosen on the very answers it is scored on (no other constant is better),
-and ``blank``, the same model asked the same questions over a picture of plain mid-grey.
+and ``blank``, the same model asked the same questions over a picture of plain mid-gray.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import count, islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image as Pillow
 
 from open_pisces.batch import Question, Sample
-from open_pisces.data.draws import stream
+from open_pisces.data.order import stream
 from open_pisces.datasets.scenes.composer import Composer, Cutouts, load_cutouts
 from open_pisces.datasets.scenes.layout import Split
-from open_pisces.eval.intervals import EvaluationError, macro_interval
-from open_pisces.eval.run import Manifest, RunFolder, model_hash
+from open_pisces.eval.evaluation import Evaluation, Score, rounded
+from open_pisces.eval.intervals import EvaluationError, Interval, macro_interval
+from open_pisces.eval.run import Row, RunFolder
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.frozen import KINDS, checksum
 
@@ -38,8 +39,8 @@ NEVER_ASKED = {"pairs": ("how_many",)}
 """Types without an open answer in a split: held-out pairs are always one thing and another."""
 SEEDS_FROM = 2**62
 """Evaluation composes its scenes with seeds from here on; datasets are built with smaller ones."""
-GREY = (128, 128, 128)
-"""The blank picture: mid-grey is as far from a light ground as from a dark one, so it suggests no object."""
+GRAY = (128, 128, 128)
+"""The blank picture: mid-gray is as far from a light ground as from a dark one, so it suggests no object."""
 _SEARCHED = 100  # scenes looked through for each question before giving up
 _SHOWN = 20
 
@@ -49,11 +50,12 @@ def fresh_scenes(split: Split, seed: int, cutouts: Cutouts | None = None) -> Ite
 
     A scene is a function of (composer's seed, split, index). The composer's seed here is derived from ``seed`` under
     the purpose ``"eval"`` and lies at or above `SEEDS_FROM`, where no dataset's seed lies, so the draws behind a
-    scene (objects, sizes, places, colours) are independent of those behind any training scene.
+    scene (objects, sizes, places, colors) are independent of those behind any training scene.
 
     Raises:
         EvaluationError: if there are no cut-outs, or no such split.
     """
+    # Not the seed itself: a dataset of the same seed would hold the same scenes.
     own = int(stream(seed, "eval", "scenes").integers(SEEDS_FROM, 2**63 - 1))
     composer = Composer(load_cutouts() if cutouts is None else cutouts, split, seed=own)
     return (composer.scene(index) for index in count())
@@ -75,6 +77,7 @@ def balanced_scenes(
     wanted = {kind: limit // len(kinds) + (place < limit % len(kinds)) for place, kind in enumerate(kinds)}
     found: list[tuple[Sample, Question]] = []
     for index, sample in enumerate(islice(scenes, _SEARCHED * limit)):
+        # In turn, not wherever one is found: the answers of a type stay spread as the composer spreads them.
         kind = kinds[index % len(kinds)]
         questions = [question for question in sample.questions if question.kind == kind]
         if not questions or not wanted[kind]:
@@ -88,23 +91,15 @@ def balanced_scenes(
     raise EvaluationError(f"too few questions of type {missing} in {_SEARCHED * limit} scenes: build the artwork again")
 
 
-def normalise(answer: str) -> str:
+def normalize(answer: str) -> str:
     """The form in which answers are compared: lower case, single spaces, no full stop at the end, no article."""
     text = " ".join(answer.lower().split()).rstrip(".").rstrip()
     return re.sub(r"^(a|an|the) (?=\S)", "", text)
 
 
-def evaluate_vqa(
-    generator: Generator,
-    limit: int,
-    seed: int | None = None,
-    split: Split = "train",
-    batch_size: int = 64,
-    cutouts: Cutouts | None = None,
-    model: str | Path | None = None,
-    folder: str | Path | None = None,
-) -> dict[str, Any]:
-    """Score ``generator.text`` on ``limit`` questions about scenes, asked over the picture and over a blank one.
+@dataclass
+class SceneQuestions(Evaluation):
+    """Questions about scenes, asked over the picture and over a blank one.
 
     Args:
         generator: anything with ``text(images, prompts) -> answers``.
@@ -115,114 +110,154 @@ def evaluate_vqa(
             "how many") or ``style`` (held-out style).
         batch_size: questions per call of the model.
         cutouts: what `open_pisces.datasets.scenes.composer.load_cutouts` gives; None loads the default ones.
-        model: the model's folder, for the run's manifest; None keeps no run.
-        folder: the run's folder; None chooses one by the manifest (`RunFolder.open`).
-
-    Returns:
-        ``score`` (macro mean of exact match over the types) with ``low`` and ``high``, ``n``, ``baselines``,
-        ``baseline`` (the better one), ``margin`` (score minus that baseline, question by question, with its
-        interval), ``types``, ``examples`` (the first wrong answers), ``scenes``, ``split``, ``seconds``, ``folder``.
 
     Raises:
-        EvaluationError: if ``limit`` is below the number of types, or there are no cut-outs, or no such split.
-        RunError: if ``folder`` holds another run.
+        EvaluationError: when it is opened, if ``limit`` is below the number of types, or there are no cut-outs, or no
+            such split.
     """
-    start = time.time()
-    asked, which = _asked(limit, seed, split, load_cutouts() if cutouts is None else cutouts)
-    items = [
-        {"key": f"{number:05d}", "question": q.question, "answer": q.answer, "kind": q.kind, "pixels": checksum(image)}
-        for number, (image, q) in enumerate(asked)
-    ]
-    batches = (items[first : first + batch_size] for first in range(0, len(items), batch_size))
-    if model is None:
-        rows = [row for batch in batches for row in _rows(generator, batch, asked)]
-        return {"name": "scenes/vqa", **score_answers(*_columns(items, rows)), **which}
-    settings = {"limit": limit, "batch_size": batch_size, **which}
-    run = RunFolder.open(folder, Manifest("scenes/vqa", str(model), model_hash(model), settings), items)
-    for batch in run.batches("answers", batch_size):
-        run.append("answers", _rows(generator, batch, asked))
-    scores = run.write_scores(score_run(run))
-    return {**scores, "seconds": round(time.time() - start, 1), "folder": str(run.folder)}
+
+    generator: Generator
+    limit: int
+    seed: int | None = None
+    split: Split = "train"
+    batch_size: int = 64
+    cutouts: Cutouts | None = None
+    task = "scenes/vqa"
+    stages = ("answers",)
+
+    @property
+    def settings(self) -> Row:
+        """Those of the scenes."""
+        _, scenes, pictures_differ = self._asked
+        found = {"scenes": scenes, "split": self.split, "pictures_differ": pictures_differ}
+        return {"limit": self.limit, "batch_size": self.batch_size, **found}
+
+    def items(self) -> list[Row]:
+        """The questions, with the checksums of their pictures."""
+        rows = []
+        for number, (image, asked) in enumerate(self._asked[0]):
+            row = {"question": asked.question, "answer": asked.answer, "kind": asked.kind}
+            rows.append({"key": f"{number:05d}", **row, "pixels": checksum(image)})
+        return rows
+
+    @cached_property
+    def _asked(self) -> tuple[list[tuple[Image, Question]], str, int]:
+        """Pictures with their questions, what the scenes are, and how many pictures are not what they were."""
+        cutouts = load_cutouts() if self.cutouts is None else self.cutouts
+        if self.seed is None:
+            chosen = frozen_scenes.questions(self.limit, self.split)
+            images, differ = frozen_scenes.pictures(chosen, cutouts)
+            asked = [(image, scene.asked()) for image, scene in zip(images, chosen, strict=True)]
+            return asked, frozen_scenes.VERSION, differ
+        kinds = [kind for kind in KINDS if kind not in NEVER_ASKED.get(self.split, ())]
+        scenes = fresh_scenes(self.split, self.seed, cutouts)
+        fresh = balanced_scenes(scenes, self.limit, self.seed, kinds)
+        return [(sample.images[0], question) for sample, question in fresh], f"fresh, seed {self.seed}", 0
+
+    def answer(self, run: RunFolder, stage: str, batch: Sequence[Row]) -> None:
+        """What the model says to a batch of questions, over their pictures and over blank ones."""
+        images = [self._asked[0][int(item["key"])][0] for item in batch]
+        questions = [item["question"] for item in batch]
+        # Both times the same questions in the same batches: only the pictures differ.
+        answers = self.generator.text([[image] for image in images], questions)
+        blanks = self.generator.text([[Pillow.new("RGB", image.size, GRAY)] for image in images], questions)
+        rows = []
+        for item, answer, blank in zip(batch, answers, blanks, strict=True):
+            rows.append({"key": item["key"], "answer": answer, "blank": blank})
+        run.append(stage, rows)
+
+    def score(self, run: RunFolder) -> SceneQuestionsScore:
+        """Exact match."""
+        return score_run(run)
 
 
-def score_run(run: RunFolder) -> dict[str, Any]:
-    """The figures of `evaluate_vqa` from a run's rows alone."""
+@dataclass(frozen=True)
+class TypeScore:
+    """Accuracies of one type's questions."""
+
+    score: float
+    constant: float
+    blank: float
+    n: int
+
+
+@dataclass(frozen=True)
+class SceneQuestionsScore(Score):
+    """Mean of the types' accuracies (exact match); ``n`` counts questions."""
+
+    baseline: float
+    """The better of the baselines."""
+    baselines: dict[str, float]
+    """``constant`` and ``blank``; see the head of this file."""
+    margin: Interval
+    """Score minus the better baseline, question by question."""
+    types: dict[str, TypeScore]
+    examples: list[tuple[str, str, str]]
+    """Question, true answer and the model's, of the first wrong ones."""
+    scenes: str
+    split: str
+    pictures_differ: int
+    """True pictures that are not what they were when the scenes were frozen."""
+
+
+def score_run(run: RunFolder) -> SceneQuestionsScore:
+    """The score of a run from its rows alone."""
+    questions = [Question(item["question"], item["answer"], item["kind"]) for item in run.items]
+    rows = run.rows("answers")
     which = {name: run.manifest.settings[name] for name in ("scenes", "split", "pictures_differ")}
-    return {"name": "scenes/vqa", **score_answers(*_columns(run.items, run.rows("answers"))), **which}
-
-
-def _asked(
-    limit: int, seed: int | None, split: Split, cutouts: Cutouts
-) -> tuple[list[tuple[Image, Question]], dict[str, Any]]:
-    """Pictures with their questions, and what they are."""
-    if seed is None:
-        chosen = frozen_scenes.questions(limit, split)
-        images, differ = frozen_scenes.pictures(chosen, cutouts)
-        which = {"scenes": frozen_scenes.VERSION, "split": split, "pictures_differ": differ}
-        return [(image, scene.asked()) for image, scene in zip(images, chosen, strict=True)], which
-    kinds = [kind for kind in KINDS if kind not in NEVER_ASKED.get(split, ())]
-    fresh = balanced_scenes(fresh_scenes(split, seed, cutouts), limit, seed, kinds)
-    which = {"scenes": f"fresh, seed {seed}", "split": split, "pictures_differ": 0}
-    return [(sample.images[0], question) for sample, question in fresh], which
-
-
-def _rows(
-    generator: Generator, items: Sequence[dict[str, Any]], asked: Sequence[tuple[Image, Question]]
-) -> list[dict[str, Any]]:
-    """What the model says to a batch of questions, over their pictures and over blank ones."""
-    images, questions = [asked[int(item["key"])][0] for item in items], [item["question"] for item in items]
-    answers = generator.text([[image] for image in images], questions)
-    blanks = generator.text([[Pillow.new("RGB", image.size, GREY)] for image in images], questions)
-    return [
-        {"key": item["key"], "answer": answer, "blank": blank}
-        for item, answer, blank in zip(items, answers, blanks, strict=True)
-    ]
-
-
-def _columns(
-    items: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
-) -> tuple[list[Question], list[str], list[str]]:
-    """Questions, answers, and answers over blank pictures."""
-    questions = [Question(item["question"], item["answer"], item["kind"]) for item in items]
-    return questions, [row["answer"] for row in rows], [row["blank"] for row in rows]
+    return score_answers(questions, [row["answer"] for row in rows], [row["blank"] for row in rows], **which)
 
 
 def score_answers(
-    questions: Sequence[Question], answers: Sequence[str], blanks: Sequence[str], seed: int = 0
-) -> dict[str, Any]:
-    """The figures of `evaluate_vqa` from what was asked and answered; ``blanks`` were given without the picture."""
-    runs = {"score": _hits(questions, answers), "constant": _hits(questions, best_constants(questions))}
-    runs["blank"] = _hits(questions, blanks)
-    means = {name: float(np.mean([hits.mean() for hits in kinds.values()])) for name, kinds in runs.items()}
-    best = max((name for name in means if name != "score"), key=lambda name: means[name])
-    margins = {kind: hits - runs[best][kind] for kind, hits in runs["score"].items()}
-    types = {
-        kind: {**{name: round(float(run[kind].mean()), 4) for name, run in runs.items()}, "n": len(hits)}
-        for kind, hits in runs["score"].items()
-    }
-    wrong = [(q.question, q.answer, a) for q, a in zip(questions, answers, strict=True) if not matches(q, a)]
-    return {
-        **macro_interval(runs["score"], seed=seed).rounded(),
-        "n": len(questions),
-        "baseline": round(means[best], 4),
-        "baselines": {name: round(value, 4) for name, value in means.items() if name != "score"},
-        "margin": macro_interval(margins, seed=seed).rounded(),
-        "types": types,
-        "examples": wrong[:_SHOWN],
-    }
+    questions: Sequence[Question],
+    answers: Sequence[str],
+    blanks: Sequence[str],
+    scenes: str = "",
+    split: str = "train",
+    pictures_differ: int = 0,
+) -> SceneQuestionsScore:
+    """The score of what was asked and answered; ``blanks`` were given without the picture, the rest is passed on."""
+    own = _hits(questions, answers)
+    constant = _hits(questions, best_constants(questions))
+    blank = _hits(questions, blanks)
+    baselines = {"constant": _macro_mean(constant), "blank": _macro_mean(blank)}
+    # Question by question, not as a difference of two scores: both saw the same questions.
+    better = constant if baselines["constant"] >= baselines["blank"] else blank
+    overall = rounded(macro_interval(own))
+    types = {}
+    for kind, hits in own.items():
+        means = [round(float(one.mean()), 4) for one in (hits, constant[kind], blank[kind])]
+        types[kind] = TypeScore(means[0], means[1], means[2], len(hits))
+    pairs = zip(questions, answers, strict=True)
+    wrong = [(asked.question, asked.answer, answer) for asked, answer in pairs if not matches(asked, answer)]
+    return SceneQuestionsScore(
+        name=SceneQuestions.task,
+        score=overall.score,
+        low=overall.low,
+        high=overall.high,
+        n=len(questions),
+        baseline=round(max(baselines.values()), 4),
+        baselines={name: round(value, 4) for name, value in baselines.items()},
+        margin=rounded(macro_interval({kind: hits - better[kind] for kind, hits in own.items()})),
+        types=types,
+        examples=wrong[:_SHOWN],
+        scenes=scenes,
+        split=split,
+        pictures_differ=pictures_differ,
+    )
 
 
 def best_constants(questions: Sequence[Question]) -> list[str]:
     """For each question the most common answer of its type among ``questions``: the strongest constant there is."""
     counts: dict[str, Counter[str]] = {}
     for question in questions:
-        counts.setdefault(question.kind, Counter())[normalise(question.answer)] += 1
+        counts.setdefault(question.kind, Counter())[normalize(question.answer)] += 1
     return [counts[question.kind].most_common(1)[0][0] for question in questions]
 
 
 def matches(question: Question, answer: str) -> bool:
-    """Whether ``answer`` is the question's answer, both normalised."""
-    return normalise(question.answer) == normalise(answer)
+    """Whether ``answer`` is the question's answer, both normalized."""
+    return normalize(question.answer) == normalize(answer)
 
 
 def _hits(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, np.ndarray]:
@@ -231,3 +266,8 @@ def _hits(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, np
     for question, answer in zip(questions, answers, strict=True):
         hits.setdefault(question.kind, []).append(float(matches(question, answer)))
     return {kind: np.array(values) for kind, values in hits.items()}
+
+
+def _macro_mean(hits: dict[str, np.ndarray]) -> float:
+    """Mean of the types' means."""
+    return float(np.mean([values.mean() for values in hits.values()]))

@@ -142,8 +142,9 @@ def choose(names: str | Sequence[str]) -> list[Benchmark]:
         EvaluationError: for a name that is no row.
     """
     table = benchmarks()
-    asked = [names] if isinstance(names, str) else list(names)
-    asked = [row for name in asked for row in (table if name == PAPER else [name])]
+    asked: list[str] = []
+    for name in [names] if isinstance(names, str) else names:
+        asked += table if name == PAPER else [name]
     if unknown := [name for name in asked if name not in table]:
         raise EvaluationError(
             f"no benchmark is called {', '.join(unknown)}: give {PAPER}, or some of {', '.join(table)}"

@@ -28,18 +28,17 @@ _MARKUP = re.compile(r"[*`#]+|\\boxed|</?[a-z]+>")
 def tables() -> dict[str, Any]:
     """The lists and maps of ``parsing.yaml``; ``contractions`` as a map from the wrong form to the right one."""
     found = yaml.safe_load((Path(__file__).parent / "parsing.yaml").read_text(encoding="utf-8"))
-    repaired = {
-        word[:place] + word[place + 1 :]: word
-        for word in found["contractions"]
-        for place, character in enumerate(word)
-        if character == "'"
-    }
+    repaired = {}
+    for word in found["contractions"]:
+        for match in re.finditer("'", word):
+            repaired[word[: match.start()] + word[match.end() :]] = word
     return {**found, "contractions": {**repaired, **found["reversed"]}}
 
 
 def plain(answer: str) -> str:
     """The answer without markup, lead-in, later lines, quotes around it and final punctuation (lenient reading)."""
     text = _MARKUP.sub("", answer).strip()
+    # The last lead-in counts: a model that reasons aloud ends with its answer.
     lead = list(_LEAD.finditer(text))
     if lead and text[lead[-1].end() :].strip():
         text = text[lead[-1].end() :]
@@ -146,10 +145,10 @@ def mmbench_letter(answer: str, options: Options) -> str | None:
     return held[0] if len(held) == 1 else None
 
 
-_MARKS = tuple(
-    (before, after)
-    for before, afters in (("", ". , : ) )."), ("(", ") )."), (":", " , . ) )."))
-    for after in afters.split(" ")
+_MARKS = (
+    *[("", after) for after in (".", ",", ":", ")", ").")],
+    *[("(", after) for after in (")", ").")],
+    *[(":", after) for after in ("", ",", ".", ")", ").")],
 )
 
 
@@ -161,7 +160,8 @@ def lenient_letter(answer: str, options: Options) -> str | None:
     """
     if not options:
         return None
-    text, letters = plain(answer), f"[{''.join(options)}]"
+    text = plain(answer)
+    letters = f"[{''.join(options)}]"
     if match := re.fullmatch(rf"[(\[]?({letters})[)\].:]*", text, re.IGNORECASE):
         return match[1].upper()
     same = [letter for letter, option in options.items() if option.strip().lower() == text.lower()]
@@ -201,7 +201,7 @@ def mmmu_letter(answer: str, options: Options) -> str | None:
         found = [letter for letter in options if form.format(letter) in text]
         if found:
             return max(found, key=lambda letter: text.rfind(place.format(letter)))
-    if len(text.split()) <= 5:
+    if len(text.split()) <= 5:  # MMMU's own limit
         return None
     low = text.lower()
     found = [letter for letter, option in options.items() if option.lower() in low]
@@ -217,7 +217,7 @@ def lenient_mmmu_letter(answer: str, options: Options) -> str | None:
 
 
 def vqa_words(text: str) -> str:
-    """An answer normalised as the VQA challenge does: punctuation, then number words, articles and contractions."""
+    """An answer normalized as the VQA challenge does: punctuation, then number words, articles and contractions."""
     text = _vqa_punctuation(text.replace("\n", " ").replace("\t", " ").strip())
     words = [tables()["numbers"].get(word, word) for word in text.lower().split()]
     kept = [word for word in words if word not in tables()["articles"]]
@@ -226,7 +226,8 @@ def vqa_words(text: str) -> str:
 
 def _vqa_punctuation(text: str) -> str:
     """Punctuation beside a blank, or in a text with a comma between digits, goes; other punctuation becomes a blank."""
-    number, out = re.search(r"\d,\d", text) is not None, text
+    number = re.search(r"\d,\d", text) is not None
+    out = text
     for mark in tables()["punctuation"]:
         beside = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if beside or number else " ")
@@ -241,7 +242,7 @@ def vqa_gold(text: str) -> str:
 
 @lru_cache(1 << 16)
 def m4c_words(text: str) -> str:
-    """An answer normalised as TextVQA and VizWiz are scored (MMF's processor): a possessive 's is split off first."""
+    """An answer normalized as TextVQA and VizWiz are scored (MMF's processor): a possessive 's is split off first."""
     return vqa_words(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
@@ -293,7 +294,8 @@ def mmmu_values(text: str) -> list[str | float]:
 def mmmu_open(answer: str) -> list[str | float]:
     """MMMU ``parse_open_response``: the texts and numbers behind words such as "is", else the whole answer."""
     text = answer.strip().strip(".").lower()
-    lines, keys = re.split(r"\.\s(?=[A-Z])|\n", text), []
+    lines = re.split(r"\.\s(?=[A-Z])|\n", text)
+    keys = []
     for number, line in enumerate(lines):
         marks = [*tables()["indicators"], *(["="] if number == len(lines) - 1 else [])]
         tails = [line.split(mark)[-1].strip() for mark in marks if mark in line]
@@ -304,8 +306,13 @@ def mmmu_open(answer: str) -> list[str | float]:
         if best and best not in set(":,.!?;'"):
             keys.append(best)
     keys = keys or [text]
-    found = [*keys, *(number for key in keys for number in _numbers(key))]
-    return [value for one in found for value in mmmu_values(one)]
+    found = list(keys)
+    for key in keys:
+        found += _numbers(key)
+    values = []
+    for one in found:
+        values += mmmu_values(one)
+    return values
 
 
 def _numbers(text: str) -> list[str]:
@@ -315,7 +322,10 @@ def _numbers(text: str) -> list[str]:
         r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
         r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
     )
-    return [number for form in forms for number in re.findall(form, text)]
+    found = []
+    for form in forms:
+        found += re.findall(form, text)
+    return found
 
 
 def mathvista_extract(answer: str, options: Options, kind: str) -> str | None:
@@ -377,9 +387,10 @@ def edit_distance(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Levenshtein's distance: the fewest insertions, deletions and substitutions."""
     row = list(range(len(second) + 1))
     for number, one in enumerate(first, 1):
-        corner, row[0] = row[0], number
-        for place, other in enumerate(second, 1):
-            corner, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, corner + (one != other))
+        above = row
+        row = [number]
+        for place, other in enumerate(second):
+            row.append(min(above[place + 1] + 1, row[place] + 1, above[place] + (one != other)))
     return row[-1]
 
 

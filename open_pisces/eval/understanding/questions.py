@@ -56,7 +56,8 @@ class Table:
     def texts(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """The rows with only these columns."""
         if isinstance(self.rows, list):
-            yield from ({name: row.get(name) for name in names} for row in self.rows)
+            for row in self.rows:
+                yield {name: row.get(name) for name in names}
         else:
             yield from self.rows.select_columns(list(names))
 
@@ -67,8 +68,9 @@ class Table:
             QuestionsError: if one is missing or damaged.
         """
         cell = self.rows[row].get(column)
+        cells = cell if isinstance(cell, list) else [cell]
         try:
-            return [self._open(one) for one in (cell if isinstance(cell, list) else [cell]) if one is not None]
+            return [self._open(one) for one in cells if one is not None]
         except ImageError as error:
             raise QuestionsError(f"{self.where}, row {row}, column {column}: {error}") from None
 
@@ -85,8 +87,8 @@ class Asked:
     """Questions to ask, shortest prompts first, so that a batch wastes little."""
 
     items: list[Row]
-    """``key``, ``row``, ``prompt`` (as sent; in interleaved ones markers stand for pictures), ``pictures`` (how many),
-    ``gold``, ``options``, ``unit``, ``facts``."""
+    """``key``, ``row``, ``prompt`` (as sent; in interleaved ones markers stand for pictures), ``pictures`` (how
+    many markers; 0 stands for those of the row), ``gold``, ``options``, ``unit``, ``facts``."""
     pictures: Callable[[Row], list[Image]]
     """The pictures of an item, in the order of the prompt's markers."""
     where: str
@@ -109,26 +111,27 @@ def read_questions(benchmark: Benchmark, data: str | Path = HUB, limit: int | No
     table = open_table(benchmark, data, benchmark.subset)
     columns = _columns(benchmark)
     _need(table, columns if benchmark.join else [*columns, *benchmark.picture])
-    items = [
-        _item(benchmark, number, row, table)
-        for number, row in enumerate(table.texts(columns))
-        if all(str(row[column]) in map(str, kept) for column, kept in benchmark.where.items())
-    ]
+    where = {column: set(map(str, values)) for column, values in benchmark.where.items()}
+    items = []
+    for number, row in enumerate(table.texts(columns)):
+        if all(str(row[column]) in values for column, values in where.items()):
+            items.append(_item(benchmark, number, row, table))
     if not items:
         raise QuestionsError(f"{table.where}: no row has {benchmark.where or 'anything to ask'}")
     units = list(dict.fromkeys(item["unit"] for item in items))
     if limit is not None and limit < len(units):
+        # Evenly spread, because many sets are sorted by category.
         kept = {units[i * len(units) // limit] for i in range(limit)}
         items = [item for item in items if item["unit"] in kept]
+    # A picture takes more room than any prompt, so their number counts first.
     items.sort(key=lambda item: (item["pictures"] or 1, len(item["prompt"]), item["key"]))
     return Asked(items, _loader(benchmark, table, data), table.where, len(units))
 
 
 def _columns(benchmark: Benchmark) -> list[str]:
     """The text columns that a benchmark's rows are made of."""
-    templates = (benchmark.prompt, benchmark.lead.get("text", ""))
-    named = [name for text in templates for _, name, _, _ in Formatter().parse(text) if name]
-    named = [name for name in named if name not in _COMPUTED]
+    fields = Formatter().parse(benchmark.prompt + benchmark.lead.get("text", ""))
+    named = [name for _, name, _, _ in fields if name and name not in _COMPUTED]
     unit = [benchmark.unit[part] for part in ("column", "within") if part in benchmark.unit]
     named += [benchmark.question, *benchmark.options.get("columns", []), benchmark.gold["column"], *unit]
     named += [*benchmark.facts, *benchmark.where, *benchmark.suffix.get("by", [])]
@@ -153,7 +156,9 @@ def _item(benchmark: Benchmark, number: int, row: dict[str, Any], table: Table) 
     try:
         options = _options(benchmark, row)
         prompt = _prompt(benchmark, row, options)
-        item = {"key": f"{number:06d}", "row": number, "prompt": prompt, "pictures": _count(benchmark, prompt)}
+        item = {"key": f"{number:06d}", "row": number, "prompt": prompt, "pictures": 0}
+        if benchmark.interleaved:
+            item["pictures"] = len(MARKER.findall(prompt))
         item |= {"gold": _gold(benchmark, row), "options": options, "unit": _unit(benchmark, row, number)}
         return {**item, "facts": {name: _json(row[name]) for name in benchmark.facts}}
     except (ValueError, KeyError, TypeError, IndexError, SyntaxError) as error:
@@ -186,7 +191,8 @@ def _suffix(benchmark: Benchmark, row: dict[str, Any]) -> str:
 
 def _options(benchmark: Benchmark, row: dict[str, Any]) -> dict[str, str]:
     """Letter to text."""
-    form, columns = benchmark.options.get("form", ""), benchmark.options.get("columns", [])
+    form = benchmark.options.get("form", "")
+    columns = benchmark.options.get("columns", [])
     if not form:
         return {}
     if form == "columns":
@@ -198,16 +204,20 @@ def _options(benchmark: Benchmark, row: dict[str, Any]) -> dict[str, str]:
         return {letter: option.strip() for letter, option in found}
     if form == "lettered":  # "(a) Open (b) Closed"
         return {letter.upper(): text.strip() for letter, text in re.findall(r"\(([a-j])\)\s*([^(]+)", cell)}
+    # MMMU stores its list of options as the text of a Python list.
     listed = ast.literal_eval(cell) if isinstance(cell, str) else cell
     return dict(zip(_LETTERS, map(str, listed if listed is not None else []), strict=False))
 
 
 def _gold(benchmark: Benchmark, row: dict[str, Any]) -> Any:
     """The right answer in the form that the rule takes."""
-    cell, form = row[benchmark.gold["column"]], benchmark.gold["form"]
+    cell = row[benchmark.gold["column"]]
+    form = benchmark.gold["form"]
     if form == "texts":
-        cells = cell if isinstance(cell, list) else [cell]
-        return [str(one["answer"] if isinstance(one, dict) else one) for one in cells]
+        texts = []
+        for one in cell if isinstance(cell, list) else [cell]:
+            texts.append(str(one["answer"] if isinstance(one, dict) else one))
+        return texts
     if form == "index":
         return _LETTERS[int(cell)]
     if form == "yes_no":
@@ -232,17 +242,13 @@ def _unit(benchmark: Benchmark, row: dict[str, Any], number: int) -> str:
     value = row[unit["column"]]
     if "modulo" in unit:
         value = int(value) % int(unit["modulo"])
-    if unit.get("pairs"):  # rows are counted from 1
+    if unit.get("pairs"):  # MMVP counts its rows from 1
         value = (int(value) - 1) // 2
     return f"{row[unit['within']]}/{value}" if "within" in unit else str(value)
 
 
-def _count(benchmark: Benchmark, prompt: str) -> int:
-    """Pictures in a prompt, as far as it tells: for prompts without markers 0 stands for "those of the row"."""
-    return len(MARKER.findall(prompt)) if benchmark.interleaved else 0
-
-
 def _empty(cell: Any) -> bool:
+    # Tables that went through pandas hold NaN, which differs from itself, or its text, for an empty cell.
     return cell is None or cell != cell or str(cell).strip() in ("", "nan")
 
 
@@ -258,6 +264,7 @@ def _loader(benchmark: Benchmark, table: Table, data: str | Path) -> Callable[[R
     if benchmark.join:
         other = open_table(benchmark, data, benchmark.join["subset"])
         _need(other, [benchmark.join["id"], *benchmark.picture])
+        # GQA: one picture has many questions, so its pictures are a subset of their own.
         places = {row[benchmark.join["id"]]: n for n, row in enumerate(other.texts([benchmark.join["id"]]))}
         keys = [row[benchmark.join["key"]] for row in table.texts([benchmark.join["key"]])]
 
@@ -273,7 +280,10 @@ def _loader(benchmark: Benchmark, table: Table, data: str | Path) -> Callable[[R
         columns = benchmark.picture
         if benchmark.interleaved:
             columns = [benchmark.picture[int(number) - 1] for number in MARKER.findall(item["prompt"])]
-        return [picture for column in columns for picture in table.pictures(item["row"], column)]
+        pictures = []
+        for column in columns:
+            pictures += table.pictures(item["row"], column)
+        return pictures
 
     return of_row
 
@@ -318,6 +328,7 @@ def _local(root: Path, benchmark: Benchmark, subset: str) -> Table:
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _from_disk(folder, split)
     files = sorted(folder.rglob("*.parquet"))
+    # The hub writes SPLIT-00000-of-00003.parquet; a copy may also be a single file of any name.
     named = [str(file) for file in files if re.match(rf"{re.escape(split)}([-_.]|$)", file.name)]
     named = named or [str(file) for file in files if len(files) == 1]
     if not named:
@@ -340,7 +351,10 @@ def _from_lines(path: Path) -> Table:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise QuestionsError(f"{path}, line {number}: not valid JSON ({error})") from None
-    return Table(str(path), list(dict.fromkeys(name for row in rows for name in row)), rows, path.parent)
+    columns: dict[str, None] = {}  # a set in the order of the file
+    for row in rows:
+        columns |= dict.fromkeys(row)
+    return Table(str(path), list(columns), rows, path.parent)
 
 
 def _from_disk(folder: Path, split: str) -> Table:
@@ -356,6 +370,7 @@ def _table(dataset: Any, where: str) -> Table:
     """A table of a dataset, its pictures as the files they are."""
     import datasets
 
+    # Decoded only when asked about: reading a table of texts should not open 200,000 pictures.
     undecoded = datasets.Image(decode=False)
     for name, feature in dataset.features.items():
         if isinstance(feature, datasets.Image):

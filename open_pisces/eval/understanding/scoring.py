@@ -1,6 +1,6 @@
 """What one answer is worth by a benchmark's rule, from 0 to 1.
 
-Pure functions of a question and an answer; no model, no file. A question is a row of `eval.questions`: ``gold``,
+Pure functions of a question and an answer; no model, no file. A question is an item of `questions.Asked`: ``gold``,
 ``options`` (letter to text) and ``facts`` (columns that its rule asks for).
 """
 
@@ -32,7 +32,7 @@ class Grade:
 def vqa_accuracy(answer: str, golds: Sequence[str]) -> float:
     """Mean over the people who answered of min(1, others who said the same / 3).
 
-    ``answer`` and ``golds`` are compared as they are: normalise them first.
+    ``answer`` and ``golds`` are compared as they are: normalize them first.
     """
     matches = sum(gold == answer for gold in golds)
     worth = [min(1.0, (matches - (gold == answer)) / 3) for gold in golds]
@@ -46,12 +46,12 @@ def vqa_official(answer: str, golds: Sequence[str]) -> float:
 
 
 def vqa_m4c(answer: str, golds: Sequence[str]) -> float:
-    """TextVQA and VizWiz: answer and people's answers are normalised alike."""
+    """TextVQA and VizWiz: answer and people's answers are normalized alike."""
     return vqa_accuracy(parsing.m4c_words(answer), [parsing.m4c_words(gold) for gold in golds])
 
 
 def anls(answer: str, golds: Sequence[str], cut: float = 0.5) -> float:
-    """Average normalised Levenshtein similarity of one answer: the best over golds; below ``cut`` it is 0.
+    """Average normalized Levenshtein similarity of one answer: the best over golds; below ``cut`` it is 0.
 
     Blanks are merged and case ignored for the distance, not for the length it is divided by (DocVQA's own code).
     """
@@ -66,8 +66,9 @@ def anls(answer: str, golds: Sequence[str], cut: float = 0.5) -> float:
 
 def relaxed(answer: str, gold: str, tolerance: float = 0.05) -> float:
     """ChartQA: numbers within 5 % of the gold one; anything else, and a gold of zero, has to be the same text."""
-    found, target = parsing.number_of(answer), parsing.number_of(gold)
-    if found is not None and target:
+    found = parsing.number_of(answer)
+    target = parsing.number_of(gold)
+    if found is not None and target:  # 5 % of zero would be no tolerance
         return float(abs(found - target) / abs(target) <= tolerance)
     return float(answer.lower() == gold.lower())
 
@@ -86,7 +87,9 @@ def _joined(text: str) -> str:
 
 def mmmu_open_right(answer: str, golds: Sequence[str]) -> float:
     """MMMU, open questions: a gold text stands in what was read, or a gold number is among it."""
-    wanted = [value for gold in golds for value in parsing.mmmu_values(gold)]
+    wanted: list[str | float] = []
+    for gold in golds:
+        wanted += parsing.mmmu_values(gold)
     texts = [value for value in wanted if isinstance(value, str)]
     for found in parsing.mmmu_open(answer):
         if any(text in found for text in texts) if isinstance(found, str) else found in wanted:
@@ -99,6 +102,7 @@ def _mmmu(question: Question, answer: str, lenient: bool) -> Grade:
         reading = parsing.lenient_mmmu_letter if lenient else parsing.mmmu_letter
         return _same(reading(answer, question["options"]), question["gold"])
     gold = str(question["gold"])
+    # Several right answers are stored as the text of a Python list.
     golds = [str(one) for one in ast.literal_eval(gold)] if gold.startswith("[") else [gold]
     return _worth(mmmu_open_right(parsing.plain(answer) if lenient else answer, golds), answer)
 
@@ -118,7 +122,8 @@ def mathvista_right(question: Question, extraction: str, nearest: bool = False) 
 
 
 def _realworld(question: Question, answer: str, lenient: bool) -> Grade:
-    options, gold = question["options"], question["gold"]
+    options = question["options"]
+    gold = question["gold"]
     if lenient and options:
         return _same(parsing.lenient_letter(answer, options), gold.strip().upper())
     words = parsing.realworld_words(answer, options)
@@ -137,13 +142,14 @@ def _worth(value: float, answer: str) -> Grade:
 
 
 def _relaxed(question: Question, answer: str, lenient: bool) -> Grade:
-    pair = (answer, question["gold"])
-    if lenient:
-        pair = (parsing.lenient_number(parsing.plain(answer)), parsing.lenient_number(question["gold"]))
-    return _worth(relaxed(*pair), answer)
+    if not lenient:
+        return _worth(relaxed(answer, question["gold"]), answer)
+    gold = parsing.lenient_number(question["gold"])
+    return _worth(relaxed(parsing.lenient_number(parsing.plain(answer)), gold), answer)
 
 
 def _contained(question: Question, answer: str, lenient: bool) -> Grade:
+    # OCRBench's only dataset of handwritten formulas.
     formula = question["facts"]["dataset"] == "HME100k"
     return _worth(contained(parsing.plain(answer) if lenient else answer, question["gold"], formula), answer)
 

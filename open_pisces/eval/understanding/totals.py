@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from open_pisces.eval.intervals import RESAMPLES, EvaluationError, Interval
+from open_pisces.eval.intervals import EvaluationError, bootstrap
 from open_pisces.eval.understanding.scoring import Grade, Question
 
 MME_TASKS = {
@@ -23,7 +23,6 @@ MME_TASKS = {
 }
 """The ten and four subtasks of MME whose scores are summed."""
 CV_SOURCES = ("ADE20K", "COCO", "Omni3D")
-_DRAWS_AT_ONCE = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -53,23 +52,8 @@ class Total:
     why: str = ""
 
 
-def bootstrap(parts: Parts, resamples: int = RESAMPLES) -> Interval:
-    """A score with its 95 % bootstrap interval (seeded): units are drawn anew in each group, which keeps its size."""
-    rng = np.random.default_rng(0)
-    means = {name: _resampled(values, resamples, rng) for name, values in parts.groups.items()}
-    low, high = np.quantile(parts.combine(means), [0.025, 0.975])
-    return Interval(_score(parts), float(low), float(high))
-
-
 def _score(parts: Parts) -> float:
     return float(parts.combine({name: values.mean(0) for name, values in parts.groups.items()}))
-
-
-def _resampled(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means ``(resamples, k)`` of units ``(n, k)`` drawn with replacement, in blocks that fit in memory."""
-    block = max(1, _DRAWS_AT_ONCE // values.size)
-    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
-    return np.concatenate([values[rng.integers(0, len(values), (size, len(values)))].mean(1) for size in sizes])
 
 
 def total(kind: str, questions: Sequence[Question], grades: Sequence[Grade]) -> Total:
@@ -91,7 +75,7 @@ def finish(parts: Parts) -> Total:
     """A total of its parts."""
     if not parts.groups:
         return Total(None, n=parts.n, details=parts.details, why=parts.why)
-    found = bootstrap(parts)
+    found = bootstrap(parts.groups, parts.combine)
     return Total(100 * found.score, 100 * found.low, 100 * found.high, parts.n, parts.details, parts.why)
 
 
@@ -140,12 +124,18 @@ def _pairs(questions: Sequence[Question], grades: Sequence[Grade]) -> Parts:
 
 def _lowest(units: Iterable[Sequence[tuple[Question, Grade]]]) -> np.ndarray:
     """The worst answer of each unit, (n, 1)."""
-    return np.array([[min(one.value for _, one in unit)] for unit in units])
+    worst = [min(unit, key=lambda pair: pair[1].value) for unit in units]
+    return np.array([[one.value] for _, one in worst])
 
 
 def _f1(questions: Sequence[Question], grades: Sequence[Grade]) -> Parts:
     """POPE: F1 of "yes" over all samplings together; an unread answer misses its object and claims none."""
-    values = np.array([_counts(q["gold"], one.read) for q, one in zip(questions, grades, strict=True)])
+    counts = []
+    for question, one in zip(questions, grades, strict=True):
+        said = one.read == "yes"
+        wanted = question["gold"] == "yes"
+        counts.append((said and wanted, said and not wanted, wanted and not said, wanted and one.read is None))
+    values = np.array(counts, dtype=float)
     hit, false, missed, unread = values.sum(0)
     details = {
         "accuracy": _share(grades),
@@ -157,12 +147,6 @@ def _f1(questions: Sequence[Question], grades: Sequence[Grade]) -> Parts:
         "f1_unread_left_out": 100 * _ratio(2 * hit, 2 * hit + false + missed - unread),
     }
     return Parts({"": values[:, :3]}, _f1_of, len(grades), details)
-
-
-def _counts(gold: str, read: str | None) -> tuple[float, float, float, float]:
-    """True positive, false positive, false negative, and whether that one was not read."""
-    yes, wanted = read == "yes", gold == "yes"
-    return float(yes and wanted), float(yes and not wanted), float(not yes and wanted), float(read is None and wanted)
 
 
 def _f1_of(means: dict[str, np.ndarray]) -> np.ndarray:
@@ -182,6 +166,7 @@ def _mme(questions: Sequence[Question], grades: Sequence[Grade]) -> Parts:
     for unit in units.values():
         if len(unit) == 2:
             values = [one.value for _, one in unit]
+            # MME's accuracy of the two questions, plus "accuracy+", which is 1 only if both are right.
             groups.setdefault(unit[0][0]["facts"]["category"], []).append([sum(values) / 2 + min(values)])
     images = sum(len(values) for values in groups.values())
     why = [f"{len(units) - images} images left out: without their two questions"] if images < len(units) else []
@@ -216,17 +201,17 @@ def _categories(questions: Sequence[Question], grades: Sequence[Grade]) -> Parts
 
 def _cv_bench(questions: Sequence[Question], grades: Sequence[Grade]) -> Parts:
     """CV-Bench as published: 1/2 ((ADE20K + COCO) / 2 + Omni3D)."""
+
+    def formula(means: dict[str, np.ndarray]) -> np.ndarray:
+        ade, coco, omni = (means[name][..., 0] for name in CV_SOURCES)
+        return ((ade + coco) / 2 + omni) / 2
+
     groups = _grouped("source", questions, grades)
     details = {"each": _share(grades), **{name: 100 * float(values.mean()) for name, values in groups.items()}}
     missing = [name for name in CV_SOURCES if name not in groups]
     why = f"the formula needs questions from {', '.join(missing)}" if missing else ""
     kept = {} if missing else {name: groups[name] for name in CV_SOURCES}
-    return Parts(kept, _cv_formula, len(grades), details, why)
-
-
-def _cv_formula(means: dict[str, np.ndarray]) -> np.ndarray:
-    ade, coco, omni = (means[name][..., 0] for name in CV_SOURCES)
-    return ((ade + coco) / 2 + omni) / 2
+    return Parts(kept, formula, len(grades), details, why)
 
 
 def _hallusion(questions: Sequence[Question], grades: Sequence[Grade]) -> Parts:
@@ -257,11 +242,16 @@ def ratio(marks: Sequence[tuple[float, float]]) -> Total:
 
 def guesses(questions: Sequence[Question], grades: Sequence[Grade]) -> dict[str, float]:
     """What drawing a letter for each unread answer would add on average (MMMU's published code does)."""
-    unread = [bool(q["options"]) and one.read is None for q, one in zip(questions, grades, strict=True)]
-    worth = [
-        1 / len(q["options"]) if guess else one.value for q, one, guess in zip(questions, grades, unread, strict=True)
-    ]
-    return {"guesses": sum(unread), "score_with_guesses": 100 * float(np.mean(worth))}
+    guessed = 0
+    worth = []
+    for question, one in zip(questions, grades, strict=True):
+        options = question["options"]
+        if options and one.read is None:
+            guessed += 1
+            worth.append(1 / len(options))
+        else:
+            worth.append(one.value)
+    return {"guesses": guessed, "score_with_guesses": 100 * float(np.mean(worth))}
 
 
 TOTALS: dict[str, Callable[[Sequence[Question], Sequence[Grade]], Parts]] = {

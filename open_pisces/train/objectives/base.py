@@ -1,7 +1,7 @@
 """What the loop, the plan and the probes need to know of an objective: one interface, one class a file beside it.
 
 Everything random about a sample is drawn from (seed, epoch, sample, purpose), so neither the order of work nor the
-number of processes can change it.
+number of ranks can change it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses, Sample, StepBatches
 from open_pisces.config import RunConfig
-from open_pisces.data.draws import stream
+from open_pisces.data.features import FeatureStore
 from open_pisces.data.images import generation_bytes
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture, stream
 from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
+from open_pisces.errors import PiscesError
+from open_pisces.factory.encoders import fingerprints, store_keys
 from open_pisces.model.folder import get_part, in_start
 from open_pisces.model.parts import llm_config
 from open_pisces.train.flops import Cost, Counts, structure_of
@@ -35,7 +37,7 @@ class Loads(Protocol):
     mixture: Mixture
 
     def __call__(self, step: int) -> StepBatches:
-        """This process's part of a step."""
+        """This rank's part of a step."""
 
     def blank(self) -> Any:
         """A micro-batch that weighs nothing."""
@@ -46,7 +48,7 @@ class Objective(ABC):
 
     Args:
         config: the recipe.
-        world: the processes; all build the same but for their batches.
+        world: the ranks; all build the same but for their batches.
     """
 
     has_sequences: ClassVar[bool] = False
@@ -65,7 +67,8 @@ class Objective(ABC):
     """What ``train.compile`` compiles, if anything pays."""
 
     def __init__(self, config: RunConfig, world: World) -> None:
-        self.config, self.world = config, world
+        self.config = config
+        self.world = world
         self.weights = {}
 
     # ------------------------------------------------------------------------------------------- a step
@@ -101,7 +104,7 @@ class Objective(ABC):
     @staticmethod
     @abstractmethod
     def rehearsal(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
-        """The loss of one micro-batch of a shape with nothing in it, for `measure_memory`."""
+        """The loss of one micro-batch of a shape with nothing in it, for `measure_activations`."""
 
     @staticmethod
     @abstractmethod
@@ -110,12 +113,42 @@ class Objective(ABC):
 
 
 def get_parts(names: Iterable[str], config: RunConfig, world: World, vocabulary: int | None = None) -> dict[str, Any]:
-    """Parts from the start folder, or new ones. Rank 0 reads them; the others get their structure without weights."""
-    parts = {name: get_part(name, config.model, vocabulary) for name in names} if world.is_first else {}
+    """Parts from the start folder, or new ones.
+
+    Of several ranks only rank 0 reads weights, in the dtype they are stored in: they are upcast block by block as
+    `shard` sends them, so its host never holds a float32 copy of half-precision files. The others get the structure.
+    """
+    parts: dict[str, Any] = {}
+    if world.is_first:
+        dtype = torch.float32 if world.ranks == 1 else None
+        parts = {name: get_part(name, config.model, vocabulary, dtype) for name in names}
     if world.ranks == 1:
         return parts
     structures = world.broadcast_object({name: structure_of(part) for name, part in parts.items()})
     return parts if world.is_first else structures
+
+
+def get_features(config: RunConfig, mixture: Mixture, world: World) -> list[FeatureStore]:
+    """The feature store of each source, or an empty list where a recipe reads pixels.
+
+    Rank 0 alone loads and hashes the encoders; its error is raised on all ranks.
+
+    Raises:
+        ConfigError: if the recipe's encoders cannot be cached.
+        FeatureError: for a store that is missing, or of other weights, pictures or settings.
+    """
+    if not config.data.features:
+        return []
+    found: Any = None
+    if world.is_first:
+        try:
+            found = fingerprints(config)
+        except PiscesError as error:
+            found = error
+    found = world.broadcast_object(found)
+    if isinstance(found, PiscesError):
+        raise found
+    return [FeatureStore(reader, store_keys(config, reader, found)) for reader in mixture.readers]
 
 
 def draw(config: RunConfig, drawn: tuple[int, str], purpose: str) -> np.random.Generator:

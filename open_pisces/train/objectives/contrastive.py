@@ -14,14 +14,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from open_pisces.batch import EmbeddingGradients, Losses, PairBatch, Sample
 from open_pisces.config import RunConfig
-from open_pisces.data.images import contact_sheet, to_pil
+from open_pisces.data.images import to_pil
 from open_pisces.data.loader import PairLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.model.folder import without_sources
 from open_pisces.model.gen_clip import Embedded, GenCLIP, contrast
 from open_pisces.model.parts import build_part
+from open_pisces.sheets import contact_sheet
 from open_pisces.train.contrast import embedding_gradients, surrogate_loss
-from open_pisces.train.flops import Cost, Counts, line, meta, meta_copy, once
+from open_pisces.train.flops import Cost, Counts, length_costs, meta, meta_copy, unit_cost
 from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels, vocabulary
 from open_pisces.train.shapes import Shape, empty_pairs
 from open_pisces.train.world import World
@@ -36,10 +37,12 @@ class ContrastiveObjective(Objective):
         super().__init__(config, world)
         name = f"{config.contrastive.tower}_encoder"
         self.tokenizer = get_tokenizer(config)
+        # The tower may come frozen from another training's folder; here it learns.
         vision = get_parts([name], config, world)[name].requires_grad_(True)
         self.module = self.compiled = GenCLIP(vision, config.contrastive, len(self.tokenizer))
         self.parts = {name: vision}
-        side, settings = vision.image_size, config.train
+        side = vision.image_size
+        settings = config.train
         self.load = PairLoader(
             Mixture(config.data, config.seed),
             self.tokenizer,
@@ -68,14 +71,15 @@ class ContrastiveObjective(Objective):
         return [replace(batch, gradients=mine) for batch, mine in zip(batches, gradients, strict=True)]
 
     def losses(self, batch: PairBatch) -> Losses:
-        """The micro-batch's share of both losses; alone it is compared with those of the other processes at once."""
+        """The micro-batch's share of both losses; alone it is compared with those of the other ranks at once."""
         embedded = self.embed(batch)
         gradients = batch.gradients or embedding_gradients([embedded], [batch], self.world)[0]
         return surrogate_loss(embedded, gradients, batch, self.config.contrastive.mae_weight)
 
     def probe(self, samples: list[Sample], path: Path) -> None:
         """Each picture with the caption it finds among those shown, and with MAE what it makes of a quarter of it."""
-        module, tokenizer = self.module, self.tokenizer
+        module = self.module
+        tokenizer = self.tokenizer
         pixels = stack_pixels(samples, module.vision.image_size, module)
         # Padded here: a tokenizer that is asked to pad remembers it, and would be saved with it.
         rows = [torch.tensor([*tokenizer(s.short)["input_ids"][:76], tokenizer.eos_token_id]) for s in samples]
@@ -83,10 +87,12 @@ class ContrastiveObjective(Objective):
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).bool()
         texts = module.embed_texts(ids.to(pixels.device), mask.to(pixels.device))
         found = (module.embed_images(pixels) @ texts.T).argmax(1).tolist()
-        images, words = [s.images[0] for s in samples], [samples[i].short for i in found]
+        images = [s.images[0] for s in samples]
+        words = [samples[i].short for i in found]
         if module.mae is not None:
             keep = torch.arange(0, module.mae.positions.shape[0] - 1, 4, device=pixels.device).expand(len(samples), -1)
-            patch, side = module.mae.patch, module.vision.image_size // module.mae.patch
+            patch = module.mae.patch
+            side = module.vision.image_size // module.mae.patch
             guessed = module.mae(module.vision(pixels, keep), keep).float()
             guessed = guessed.unflatten(1, (side, side)).unflatten(-1, (3, patch, patch))
             drawn = guessed.permute(0, 3, 1, 4, 2, 5).reshape(len(samples), 3, side * patch, side * patch)
@@ -105,33 +111,36 @@ class ContrastiveObjective(Objective):
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The vision tower on whole pictures and on what MAE leaves of them, the text tower, all similarities."""
         towers: Any = meta_copy(module).float().eval()
-        size, width = towers.vision.image_size, config.contrastive.width
+        size = towers.vision.image_size
+        width = config.contrastive.width
         picture = meta(1, 3, size, size)
-        yield once("vision", "pictures", lambda: towers.embed_images(picture))
+        yield unit_cost("vision", "pictures", lambda: towers.embed_images(picture))
         if towers.mae is not None:
             kept = visible_patches(config)
             masked = meta(1, kept, dtype=torch.long)
-            yield once("vision, masked", "pictures", lambda: towers.vision(picture, masked))
+            yield unit_cost("vision, masked", "pictures", lambda: towers.vision(picture, masked))
             tokens = meta(1, 1 + kept, towers.vision.width, grad=True)
-            yield once("mae", "pictures", lambda: towers.mae(tokens, masked))
+            yield unit_cost("mae", "pictures", lambda: towers.mae(tokens, masked))
 
         def read(length: int) -> Tensor:
             ids = meta(1, length, dtype=torch.long)
             mask = meta(1, 1, length, length, dtype=torch.bool)
             return towers.text(input_ids=ids, attention_mask=mask).last_hidden_state
 
-        yield from line("text", ("caption_tokens", "caption_pairs"), read)
+        yield from length_costs("text", ("caption_tokens", "caption_pairs"), read)
         last = towers.text_projection.in_features
-        yield once("text", "pictures", lambda: towers.text_projection(meta(1, last, grad=True)))
+        yield unit_cost("text", "pictures", lambda: towers.text_projection(meta(1, last, grad=True)))
         # Pictures with captions and captions with pictures are two products, each of things that both learn.
         yield Cost("similarities", "compared", 2 * 2 * width, 3 * 2 * 2 * width)
 
     @staticmethod
     def rehearsal(module: Any, config: RunConfig, shape: Shape) -> Callable[[], Tensor]:
         """Towers and loss. One micro-batch is compared while its activations wait, several before there are any."""
-        batch, several = empty_pairs((module.vision.image_size,) * 2, config, shape), config.train.accumulate > 1
+        batch = empty_pairs((module.vision.image_size,) * 2, config, shape)
+        several = config.train.accumulate > 1
         keep = torch.zeros(shape.pictures, visible_patches(config), dtype=torch.long)
-        alike, width = torch.zeros(shape.everywhere, dtype=torch.long), config.contrastive.width
+        alike = torch.zeros(shape.everywhere, dtype=torch.long)
+        width = config.contrastive.width
 
         def compared() -> EmbeddingGradients:
             images, texts = (torch.empty(shape.everywhere, width, requires_grad=True) for _ in range(2))

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses, PairBatch, Sample
 from open_pisces.config import RunConfig
-from open_pisces.data.images import contact_sheet, generation_bytes, to_pil
+from open_pisces.data.images import generation_bytes, to_pil
 from open_pisces.data.loader import PairLoader
-from open_pisces.data.mixture import Mixture
+from open_pisces.data.order import Mixture
 from open_pisces.data.shards import DamagedSample
 from open_pisces.device import upcast
-from open_pisces.factory.encoders import open_features
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
 from open_pisces.model.folder import without_sources
 from open_pisces.model.parts import build_part
-from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, once, twin_of
-from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, stack_pixels
+from open_pisces.sheets import contact_sheet
+from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, meta_part, unit_cost
+from open_pisces.train.objectives.base import Objective, draw, get_features, get_parts, get_tokenizer, stack_pixels
 from open_pisces.train.shapes import Shape, empty_pairs
 from open_pisces.train.world import World
 
@@ -35,7 +35,9 @@ class DecoderOnVectors(nn.Module):
 
     def __init__(self, generation_encoder: Any, decoder: Any, statistics: TargetStatistics, pool: int) -> None:
         super().__init__()
-        self.generation_encoder, self.decoder, self.statistics = generation_encoder, decoder, statistics
+        self.generation_encoder = generation_encoder
+        self.decoder = decoder
+        self.statistics = statistics
         self.pooler = VisualTokenPooler(pool)
 
     @torch.no_grad()
@@ -47,7 +49,8 @@ class DecoderOnVectors(nn.Module):
 
     def forward(self, batch: PairBatch, noise_BCHW: Tensor, times_B: Tensor, dropped_B: Tensor) -> Losses:
         """The error of one denoising step, as a share of the global batch's; where ``dropped_B``, without condition."""
-        raw_BME, latents = self.vectors(batch), self.decoder.encode(batch.targets_BCHW)
+        raw_BME = self.vectors(batch)
+        latents = self.decoder.encode(batch.targets_BCHW)
         null_BME = self.statistics.destandardize(self.statistics.null_ME).expand_as(raw_BME)
         vectors = torch.where(dropped_B.view(-1, 1, 1), null_BME, raw_BME)
         weight = 0.0 if batch.blank else 1 / max(batch.total, 1)
@@ -66,8 +69,10 @@ class DecoderObjective(Objective):
         self.tokenizer = get_tokenizer(config)
         parts = get_parts(("generation_encoder", "bridge", "decoder"), config, world)
         encoder, bridge, decoder = parts.values()
+        # Before sharding and the optimizer look at what learns.
         encoder.requires_grad_(False)
-        mixture, settings = Mixture(config.data, config.seed), config.train
+        mixture = Mixture(config.data, config.seed)
+        settings = config.train
         self.load = PairLoader(
             mixture,
             self.tokenizer,
@@ -75,7 +80,7 @@ class DecoderObjective(Objective):
             settings.batch_size,
             settings.accumulate,
             (encoder.image_size, decoder.image_size),
-            open_features(config, mixture),
+            get_features(config, mixture, world),
             world.rank,
             world.ranks,
         )
@@ -86,10 +91,12 @@ class DecoderObjective(Objective):
 
     def losses(self, batch: PairBatch) -> Losses:
         """The squared error of each picture's own noise, time and drop."""
-        decoder, settings = self.module.decoder, self.config.diffusion
+        decoder = self.module.decoder
+        settings = self.config.diffusion
         draws = [draw(self.config, drawn, "diffusion") for drawn in batch.draws]
         noise = torch.from_numpy(np.stack([d.standard_normal(decoder.latent_shape, np.float32) for d in draws]))
         times = torch.tensor([draw_time(d, decoder.is_flow, settings.time_shift) for d in draws])
+        # Drawn last from each sample's stream: noise and time do not depend on how often conditions are dropped.
         dropped = torch.tensor([d.random() < settings.drop_condition for d in draws])
         device = batch.pixels_BCHW.device
         return self.module(batch, noise.to(device), times.to(device), dropped.to(device))
@@ -97,7 +104,9 @@ class DecoderObjective(Objective):
     def probe(self, samples: list[Sample], path: Path) -> None:
         """True pictures above their reconstructions from true vectors."""
         module = self.module
-        encoder, decoder, statistics = module.generation_encoder, module.decoder, module.statistics
+        encoder = module.generation_encoder
+        decoder = module.decoder
+        statistics = module.statistics
         raw = upcast(module.pooler(encoder.features(stack_pixels(samples, encoder.image_size, encoder))))
         noise = torch.randn(len(samples), *decoder.latent_shape, generator=torch.Generator().manual_seed(0)).to(raw)
         drawn = decoder.sample(raw, statistics.destandardize(statistics.null_ME), noise, 20, 1.0)
@@ -118,12 +127,14 @@ class DecoderObjective(Objective):
     @staticmethod
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The U-Net learns; gen-CLIP and the autoencoder's encoder are frozen."""
-        decoder, settings = twin_of(module, "decoder"), config.model
-        latents, times = meta(1, *decoder.latent_shape), meta(1)
+        decoder = meta_part(module, "decoder")
+        settings = config.model
+        latents = meta(1, *decoder.latent_shape)
+        times = meta(1)
         vectors = meta(1, settings.generation.vectors, settings.generation.width)
         side = decoder.image_size
-        yield once("unet", "pictures", lambda: decoder.denoise(latents, times, vectors))
-        yield once("vae", "pictures", lambda: decoder.encode(meta(1, 3, side, side)))
+        yield unit_cost("unet", "pictures", lambda: decoder.denoise(latents, times, vectors))
+        yield unit_cost("vae", "pictures", lambda: decoder.encode(meta(1, 3, side, side)))
         yield frozen_generation_encoder(module)
 
     @staticmethod
@@ -131,10 +142,12 @@ class DecoderObjective(Objective):
         """One denoising step. The scheduler's tables are left out, for they are too small to count."""
         decoder = module.decoder
         batch = empty_pairs((module.generation_encoder.image_size, decoder.image_size), config, shape)
-        noise, times = torch.empty(shape.pictures, *decoder.latent_shape), torch.zeros(shape.pictures)
+        noise = torch.empty(shape.pictures, *decoder.latent_shape)
+        times = torch.zeros(shape.pictures)
 
         def run() -> Tensor:
-            vectors, latents = module.vectors(batch), decoder.encode(batch.targets_BCHW)
+            vectors = module.vectors(batch)
+            latents = decoder.encode(batch.targets_BCHW)
             predicted = decoder.denoise(latents + noise, times, vectors)
             return (upcast(predicted) - upcast(noise)).pow(2).mean((1, 2, 3)).sum()
 
@@ -163,7 +176,8 @@ def target_sums(config: RunConfig, module: DecoderOnVectors, mixture: Mixture, w
     sums = TargetSums.of(torch.zeros(0, settings.vectors, settings.width))
     if not world.is_first:
         return TargetSums(*(world.broadcast(part) for part in sums))
-    encoder = module.generation_encoder.to(world.device)
+    # Targets are what the decoder trains on: float32, also where the folder holds half precision.
+    encoder = module.generation_encoder.to(world.device, torch.float32)
     for chunk in pictures.split(STATISTICS_CHUNK):
         pixels = [pixels for g in chunk.tolist() for pixels in _generation_picture(mixture, g, encoder.image_size)]
         if pixels:

@@ -12,20 +12,27 @@ from torch import Tensor, nn
 
 from open_pisces.batch import Losses, Sample, SequenceBatch
 from open_pisces.config import RunConfig
-from open_pisces.data.collate import MULTIPLE
-from open_pisces.data.images import contact_sheet
 from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import SequenceLoader
-from open_pisces.data.mixture import Mixture
-from open_pisces.data.prompts import LengthError, Renderer
-from open_pisces.factory.encoders import open_features
+from open_pisces.data.order import Mixture
+from open_pisces.data.prompts import MULTIPLE, LengthError, Renderer
 from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.folder import in_start, without_sources
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import Pisces, with_blank_pictures
-from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, learns, line, meta, once, twin_of
-from open_pisces.train.objectives.base import Objective, draw, get_parts, get_tokenizer, vocabulary
+from open_pisces.sheets import contact_sheet
+from open_pisces.train.flops import (
+    Cost,
+    Counts,
+    frozen_generation_encoder,
+    learns,
+    length_costs,
+    meta,
+    meta_part,
+    unit_cost,
+)
+from open_pisces.train.objectives.base import Objective, draw, get_features, get_parts, get_tokenizer, vocabulary
 from open_pisces.train.shapes import Shape, empty_sequences
 from open_pisces.train.world import World
 
@@ -40,7 +47,8 @@ class PiscesObjective(Objective):
 
     def __init__(self, config: RunConfig, world: World) -> None:
         super().__init__(config, world)
-        self.tokenizer, start = get_tokenizer(config), config.model
+        self.tokenizer = get_tokenizer(config)
+        start = config.model
         names = (*TRAINED, "decoder") if in_start(start, "decoder") else TRAINED
         parts = get_parts(names, config, world, len(self.tokenizer))
         if adapter_layers(parts["llm"]) and "llm" not in config.train.freeze:
@@ -50,6 +58,7 @@ class PiscesObjective(Objective):
             )
         self.module = Pisces(start, **parts, weights=config.loss)
         _freeze(self.module, config)
+        # The transformer alone: embedding, head and loss change shape with what is supervised.
         self.compiled = self.module.llm.get_decoder()
         # What learns is written; what is frozen only where the folder this training starts from does not hold it.
         frozen = config.train.freeze
@@ -57,9 +66,11 @@ class PiscesObjective(Objective):
         self.load = self._loader()
 
     def _loader(self) -> SequenceLoader:
-        config, module = self.config, self.module
+        config = self.config
+        module = self.module
         mixture = Mixture(config.data, config.seed)
-        seen, drawn = module.understanding_encoder, module.generation_encoder
+        seen = module.understanding_encoder
+        drawn = module.generation_encoder
         renderer = Renderer(self.tokenizer, config.model.template, seen.vectors, config.model.generation.vectors)
         check_lengths_together(mixture, renderer, config, self.world)
         return SequenceLoader(
@@ -70,7 +81,7 @@ class PiscesObjective(Objective):
             config.train.batch_size,
             config.train.accumulate,
             (seen.image_size, drawn.image_size),
-            open_features(config, mixture),
+            get_features(config, mixture, self.world),
             # A compiled LLM gets few lengths to compile; otherwise rows are as short as they can be.
             MULTIPLE if config.train.compile or not config.data.row_length else 8,
             self.world.rank,
@@ -84,16 +95,18 @@ class PiscesObjective(Objective):
 
     def _head_draws(self, batch: SequenceBatch) -> Tensor | None:
         """Standard normal numbers for the head's loss, ``(K, loss_draws)``; each picture's from its own stream."""
-        numbers, vectors = self.module.bridge.head.loss_draws, self.config.model.generation.vectors
+        numbers = self.module.bridge.head.loss_draws
         if not numbers:
             return None
+        vectors = self.config.model.generation.vectors
         streams = [draw(self.config, drawn, "head") for drawn in batch.draws]
         found = np.array([one.standard_normal((vectors, numbers), np.float32) for one in streams], np.float32)
         return torch.from_numpy(found.reshape(len(streams) * vectors, numbers)).to(batch.ids_BS.device)
 
     def idle(self, batch: SequenceBatch) -> list[nn.Module]:
         """What belongs to a task that the global batch does not have."""
-        bridge, found = self.module.bridge, list[nn.Module]()
+        bridge = self.module.bridge
+        found = list[nn.Module]()
         if not batch.total_vectors:
             found += [bridge.generation_projector, bridge.head]
         if not batch.total_seen:
@@ -103,18 +116,22 @@ class PiscesObjective(Objective):
     def probe(self, samples: list[Sample], path: Path) -> None:
         """What the model says of pictures, and what it draws from their captions when it has a decoder."""
         generator = Generator(self.module, self.tokenizer, str(self.world.device))
-        asked = [s.questions[i % len(s.questions)] if s.questions else None for i, s in enumerate(samples)]
-        prompts = [q.question if q else "Describe the image briefly." for q in asked]
-        answers = generator.text([[s.images[0]] for s in samples], prompts, max_new_tokens=24)
-        lines = [
-            f"{s.short} | {p} -> {a}" + (f" (expected {q.answer})" if q else "")
-            for s, p, a, q in zip(samples, prompts, answers, asked, strict=True)
-        ]
-        path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+        pictures = [sample.images[0] for sample in samples]
+        captions = [sample.short for sample in samples]
+        prompts = ["Describe the image briefly."] * len(samples)
+        expected = [""] * len(samples)
+        for number, sample in enumerate(samples):
+            if sample.questions:  # another one for each sample, so that all kinds come up
+                asked = sample.questions[number % len(sample.questions)]
+                prompts[number] = asked.question
+                expected[number] = f" (expected {asked.answer})"
+        answers = generator.text([[picture] for picture in pictures], prompts, max_new_tokens=24)
+        rows = zip(captions, prompts, answers, expected, strict=True)
+        lines = [f"{caption} | {prompt} -> {answer}{wanted}\n" for caption, prompt, answer, wanted in rows]
+        path.with_suffix(".txt").write_text("".join(lines))
         if self.module.decoder is not None:
-            drawn = [row[0] for row in generator.image([s.short for s in samples], steps=20)]
-            images = [s.images[0] for s in samples] + drawn
-            words = [s.short for s in samples] + ["drawn"] * len(samples)
+            images = pictures + [row[0] for row in generator.image(captions, steps=20)]
+            words = captions + ["drawn"] * len(samples)
             contact_sheet(images, words, len(samples)).save(path.with_suffix(".png"))
 
     @classmethod
@@ -123,7 +140,8 @@ class PiscesObjective(Objective):
 
         The decoder is among them if the folder that the stage starts from holds it, or will once it has been trained.
         """
-        model, start = without_sources(config.model), config.model.start
+        model = without_sources(config.model)
+        start = config.model.start
         painted = start is not None and (in_start(config.model, "decoder") or not Path(start).is_dir())
         with torch.device("meta"):
             names = [name for name in PARTS if painted or name != "decoder"]
@@ -136,25 +154,31 @@ class PiscesObjective(Objective):
     @staticmethod
     def costs(module: Any, config: RunConfig) -> Iterator[Cost]:
         """The LLM by tokens, the encoders by pictures, what lies between by vectors."""
-        llm, bridge, seen = twin_of(module, "llm"), twin_of(module, "bridge"), twin_of(module, "understanding_encoder")
-        own, width, reached = config.loss.own_passes, llm.config.hidden_size, learns(llm, bridge, seen)
+        llm = meta_part(module, "llm")
+        bridge = meta_part(module, "bridge")
+        seen = meta_part(module, "understanding_encoder")
+        own = config.loss.own_passes
+        width = llm.config.hidden_size
+        reached = learns(llm, bridge, seen)
 
         def read(length: int) -> Tensor:
-            mask, places = meta(1, 1, length, length, dtype=torch.bool), meta(1, length, dtype=torch.long)
+            mask = meta(1, 1, length, length, dtype=torch.bool)
+            places = meta(1, length, dtype=torch.long)
             embedded = meta(1, length, width, grad=reached)
             found = llm.get_decoder()(inputs_embeds=embedded, attention_mask=mask, position_ids=places, use_cache=False)
             return found.last_hidden_state
 
-        yield from line("llm", ("tokens", "token_pairs"), read, again=own)
-        yield once("llm_head", "supervised", lambda: llm.get_output_embeddings()(meta(1, width, grad=reached)))
-        feeder, projector = bridge.generation_projector, bridge.understanding_projector
+        yield from length_costs("llm", ("tokens", "token_pairs"), read, again=own)
+        yield unit_cost("llm_head", "supervised", lambda: llm.get_output_embeddings()(meta(1, width, grad=reached)))
+        feeder = bridge.generation_projector
+        projector = bridge.understanding_projector
         features = meta(1, projector.first.in_features, grad=learns(seen))
-        yield once("bridge", "seen_vectors", lambda: projector(features))
+        yield unit_cost("bridge", "seen_vectors", lambda: projector(features))
         for _ in range(1 + own):
-            yield once("bridge", "drawn_vectors", lambda: feeder(meta(1, feeder.first.in_features)))
-        yield once("bridge", "drawn_vectors", lambda: bridge.head.sample(meta(1, width, grad=reached)), again=own)
+            yield unit_cost("bridge", "drawn_vectors", lambda: feeder(meta(1, feeder.first.in_features)))
+        yield unit_cost("bridge", "drawn_vectors", lambda: bridge.head.sample(meta(1, width, grad=reached)), again=own)
         picture = meta(1, 3, seen.image_size, seen.image_size)
-        yield once("understanding_encoder", "seen_pictures", lambda: seen(picture))
+        yield unit_cost("understanding_encoder", "seen_pictures", lambda: seen(picture))
         yield frozen_generation_encoder(module)
 
     @staticmethod
