@@ -86,9 +86,9 @@ def replace_folder(fresh: Path, path: Path) -> None:
     """Put the folder ``fresh`` in the place of ``path`` by renames: a reader finds the old or the new, never a mixture.
 
     If ``fresh`` cannot be renamed, the old folder is put back. A kill between the two renames leaves the old one as
-    ``.NAME.old``, until something else is put in its place.
+    ``.NAME.PID.old`` beside it.
     """
-    old = path.with_name(f".{path.name}.old")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)

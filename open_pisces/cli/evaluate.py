@@ -113,7 +113,7 @@ def _add_understanding(commands: Any) -> None:
     """The understanding benchmarks."""
     text = "the paper's understanding benchmarks"
     command = add_command(commands, "understanding", run.understanding, text, model=True)
-    command.add_argument("benchmarks", nargs="*", metavar="NAME", help="such as gqa or pope (default: the suite)")
+    command.add_argument("benchmarks", nargs="*", metavar="NAME", help="such as gqa or pope (default: all)")
     text = "hub, or a folder with local copies (default: a few questions of our own in each benchmark's form)"
     command.add_argument("--data", metavar="hub|DIR", help=text)
     text = "units of each benchmark: images of MME, pairs of MMVP, questions with all their rotations (default: all)"

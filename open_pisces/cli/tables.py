@@ -85,7 +85,7 @@ def print_benchmarks(found: dict[str, Any]) -> None:
 
 
 def print_plan(plan: dict[str, Any]) -> None:
-    """Print what `train.plan.plan` found: parts and memory as a table, the rest a line each."""
+    """Print what `plan.plan.plan` found: parts and memory as a table, the rest a line each."""
     console = Console()
     table = Table(title=f"{plan['recipe']} on {plan['gpus']} x {plan['gpu']}", title_justify="left")
     for column in ("part", "parameters", "learning", "on each GPU", "GiB"):

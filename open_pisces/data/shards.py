@@ -4,7 +4,7 @@ A folder holds ``index.json`` (shards, licences), ``index/*.npy`` (where each sa
 ``00000.tar``, ``00001.tar`` ...; a sample is ``KEY.png`` (``KEY.0.png``, ``KEY.1.png`` ... with several pictures) and
 ``KEY.json``, so that WebDataset readers can use the shards too. The tables are memory-mapped: opening a dataset of 150
 million samples costs what opening one of a hundred does. Shards of others are read in place once ``pisces data index``
-has written an index for them (``data/indexing.py``).
+has written an index for them (``datasets/indexing.py``).
 """
 
 from __future__ import annotations

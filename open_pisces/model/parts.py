@@ -197,7 +197,8 @@ def _refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) ->
 
 
 def _load_llm(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
-    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or _stored_dtype(path), output_loading_info=True)
+    dtype = dtype or _stored_dtype(path, path.parent / "adapter")
+    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     _complete(path, info)
     if (path.parent / "adapter").is_dir():
         adapters.load_adapter(llm, path.parent / "adapter")
@@ -229,14 +230,15 @@ def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> 
 
 
 def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
-    kind = dtype or _stored_dtype(path / "unet")
-    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=kind, output_loading_info=True)
+    unet_dtype = dtype or _stored_dtype(path / "unet")
+    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=unet_dtype, output_loading_info=True)
     _complete(path / "unet", info)
     values = json.loads((path / "vae" / "config.json").read_text())
     if "unshuffle" in values:
         vae: Any = PixelUnshuffleVAE(**values)
     else:
-        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=kind).requires_grad_(False)
+        vae_dtype = dtype or _stored_dtype(path / "vae")
+        vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=vae_dtype).requires_grad_(False)
     scheduler_class = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler = getattr(diffusers, scheduler_class).from_pretrained(path / "scheduler")
     decoder = _decoder_of(config, unet, vae, scheduler)
@@ -253,11 +255,18 @@ def _assign(module: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dt
     module.load_state_dict(weights, assign=True)
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the first weight in a folder. The config.json beside it may say another one, or none."""
-    file = min(folder.glob("*.safetensors"))
-    with safe_open(file, "pt") as weights:
-        return weights.get_tensor(next(iter(weights.keys()))).dtype
+def _stored_dtype(*folders: Path) -> torch.dtype:
+    """The half precision that all weights in these folders have, or else float32, in which none of them is rounded.
+
+    Read from the headers of the files: the config.json beside them may say another dtype, or none.
+    """
+    found: set[str] = set()
+    for folder in folders:
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as weights:
+                found |= {weights.get_slice(name).get_dtype() for name in weights.keys()}
+    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return halves.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 def _complete(path: Path, info: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def plan(
         "parts": _parts(layout.module),
         "memory_gib": memory,
         "gpu_gib": facts["gib"],
-        # Before a model is sharded, rank 0 holds it in float32 in its machine's memory; no other rank does.
+        # Before a model is sharded, rank 0 holds it in its machine's memory, at most in float32; no other rank does.
         "host_gib": 4 * count_parameters(layout.module) / GIB,
         **_work(layout, facts["tflops"] * 1e12 * utilisation),
         "disk_gb": _disk(layout, picture_kb),

@@ -20,7 +20,7 @@ import warnings
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -184,7 +184,8 @@ class Checkpoints:
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
                 else:
-                    left.unlink(missing_ok=True)
+                    with suppress(OSError):  # such as a file that NFS keeps for another process
+                        left.unlink()
 
     def save(
         self, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], before: Callable[[], None] = lambda: None

@@ -139,10 +139,10 @@ def receive_weights(
         if parameter not in owners:
             continue
         if world.is_first:
-            whole = weights.pop(parameter).to(world.device, parameter.dtype)
+            # Moved, then cast: half-precision weights cross the bus as they are stored.
+            whole = weights.pop(parameter).to(world.device).to(parameter.dtype)
         else:
             whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
-        # Cast on the device, after the copy: half-precision weights cross the bus as they are stored.
         arrived = nn.Parameter(world.broadcast(whole.contiguous()), parameter.requires_grad)
         for owner, name in owners.pop(parameter):
             owner._parameters[name] = arrived

@@ -31,7 +31,7 @@ def score(value: float, n: int = 24, **more: Any) -> dict[str, Any]:
 
 
 def geneval_scores(value: float = 0.61, **more: Any) -> dict[str, Any]:
-    """What `eval.geneval_runs.score` writes."""
+    """What `judged_run.score_run` writes."""
     categories = {tag: score(0.5 + place / 20) for place, tag in enumerate(CATEGORIES)}
     told = {"categories": categories, "detector": "Mask2Former (x) + CLIP (y)", "rules": asdict(Rules())}
     return score(value, **{"name": "geneval", **told, **more})

@@ -22,6 +22,7 @@ from open_pisces.data.order import Mixture
 from open_pisces.data.prompts import LengthError, Renderer
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.bridge import TargetStatistics, TargetSums
+from open_pisces.model.folder import load_part
 from open_pisces.model.pisces import Pisces
 from open_pisces.train import sharding
 from open_pisces.train.flops import take_weights
@@ -142,9 +143,9 @@ def test_other_ranks_get_structure_first_and_weights_block_by_block(runs: Path, 
         assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def test_rank_0_holds_half_precision_files_as_they_are_and_sends_float32(starts: Path, tmp_path: Path) -> None:
+def test_rank_0_holds_half_precision_files_as_they_are_and_sends_float32(runs: Path, tmp_path: Path) -> None:
     half = tmp_path / "model"
-    shutil.copytree(starts / "stage2" / "model", half)
+    shutil.copytree(runs / "stage2" / "model", half)
     for file in half.rglob("*.safetensors"):
         weights = load_file(file)
         learned = {name: value.bfloat16() for name, value in weights.items() if not name.startswith("statistics")}
@@ -159,6 +160,22 @@ def test_rank_0_holds_half_precision_files_as_they_are_and_sends_float32(starts:
     receive_weights(sharding._owners(first.module), first.weights, First(cpu, 0, 2), first.module)
     found = first.module.state_dict()
     assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_a_part_of_mixed_dtypes_is_read_in_float32(nano_folder: Path, tmp_path: Path) -> None:
+    """Half precision only where nothing is rounded by it: one float32 norm among bfloat16 weights keeps its bits."""
+    folder = tmp_path / "model"
+    shutil.copytree(nano_folder, folder)
+    file = folder / "llm" / "model.safetensors"
+    weights = load_file(file)
+    norm = next(name for name in weights if "norm" in name)
+    halves = {name: value.bfloat16() for name, value in weights.items()}
+    save_file(halves, file, {"format": "pt"})
+    assert {p.dtype for p in load_part(folder, "llm", dtype=None).parameters()} == {torch.bfloat16}
+    save_file({**halves, norm: weights[norm] + 1e-6}, file, {"format": "pt"})
+    read = load_part(folder, "llm", dtype=None)
+    assert {p.dtype for p in read.parameters()} == {torch.float32}
+    assert torch.equal(read.state_dict()[norm], weights[norm] + 1e-6)
 
 
 def test_weights_that_are_shared_stay_shared_when_they_are_taken(nano_pisces: Pisces) -> None:

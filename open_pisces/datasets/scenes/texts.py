@@ -32,7 +32,7 @@ _ASK_GROUND = 0.45  # as many colors of grounds as of shapes, or nearly
 
 @cache
 def words() -> dict[str, Any]:
-    """The templates and phrases of ``scenes.yaml``."""
+    """The templates and phrases of ``texts.yaml``."""
     table: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "texts.yaml").read_text())
     return table
 

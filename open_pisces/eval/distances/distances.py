@@ -215,7 +215,7 @@ def frechet_interval(a: Features | FeatureStatistics, b: Features, paired: bool 
         for part in _groups(other.n, seed):
             rest = one.without(a.rows[part])  # both sets move, so that no factor can be kept
             both.append(_symmetric_distance(rest, _factor(rest), other.without(b.rows[part])))
-        return _jackknife(score, [both], least=0.0)
+        return _jackknife(score, [both])
     moved = [_without_each_group(one, other, b, seed)]
     if isinstance(a, Features):
         moved.append(_without_each_group(other, one, a, seed))

@@ -1,7 +1,7 @@
 """Pictures for the scorers of others: their prompts as a run's items, a run's pictures in their layouts.
 
 ``geneval``   ``00000/metadata.jsonl`` (the prompt's official line), ``00000/samples/0000.png`` ...
-              (djghosh13/geneval, ``generation/diffusers_generate.py``; `drawing.judged_run.score_folder`)
+              (djghosh13/geneval, ``generation/diffusers_generate.py``; `official_layout.GenEvalOfFolder`)
 ``geneval2``  ``00000.png`` ... and ``images.json``, which maps each prompt to its picture's path
               (facebookresearch/GenEval2, README, ``--image_filepath_data``)
 ``wise``      ``1.png`` to ``1000.png``, by ``prompt_id`` (PKU-YuanGroup/WISE, ``gpt_eval.py``)
@@ -166,6 +166,8 @@ def export(run: RunFolder, layout: str, target: str | Path, part: bool = False) 
         raise EvaluationError(f"{target} holds something: name a new folder")
     with whole_folder(target) as work:
         writers[layout](run, work, target.resolve())
+        if target.exists():
+            target.rmdir()  # fails if somebody has put something into it meanwhile
     return target
 
 

@@ -41,7 +41,7 @@ class PromptSetError(PiscesError):
 
 @cache
 def tables() -> dict[str, Any]:
-    """``geneval.yaml``: number words, official colors, classes with their spellings, CLIP's color texts."""
+    """``prompts.yaml``: number words, official colors, classes with their spellings, CLIP's color texts."""
     found: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "prompts.yaml").read_text(encoding="utf-8"))
     return found
 

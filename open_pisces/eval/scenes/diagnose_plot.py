@@ -15,7 +15,7 @@ SOURCES = ("true", "decoder", "forced", "free")
 
 
 def plot(scores: Row, path: Path) -> None:
-    """Write the PNG for the figures of `open_pisces.eval.scenes.diagnose.diagnose`."""
+    """Write the PNG for the figures of `scenes.diagnose.Diagnosis`."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)

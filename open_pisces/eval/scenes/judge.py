@@ -60,7 +60,7 @@ class Found(NamedTuple):
     classes_BKV: Tensor
     """Probabilities over `classes`."""
     colors_BKV: Tensor
-    """Probabilities over `COLOURS`."""
+    """Probabilities over `COLORS`."""
 
 
 # ----------------------------------------------------------------------------------------------------- networks

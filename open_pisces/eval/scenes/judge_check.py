@@ -121,7 +121,7 @@ def labeled(folder: Path = LABELED) -> tuple[list[Image], list[dict[str, Any]]]:
 
 
 def write_sheet(images: Sequence[Image], path: Path, columns: int = 10) -> None:
-    """A sheet without gaps of pictures of 64 x 64 pixels, for `labelled`."""
+    """A sheet without gaps of pictures of 64 x 64 pixels, for `labeled`."""
     sheet = Pillow.new("RGB", (columns * SIZE, -(-len(images) // columns) * SIZE))
     for i, image in enumerate(images):
         sheet.paste(image, ((i % columns) * SIZE, (i // columns) * SIZE))

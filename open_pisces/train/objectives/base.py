@@ -131,7 +131,7 @@ def get_parts(names: Iterable[str], config: RunConfig, world: World, vocabulary:
 def get_features(config: RunConfig, mixture: Mixture, world: World) -> list[FeatureStore]:
     """The feature store of each source, or an empty list where a recipe reads pixels.
 
-    Rank 0 alone loads and hashes the encoders; its error is raised on all ranks.
+    Rank 0 alone loads and hashes the encoders; an expected error of it is raised on all ranks.
 
     Raises:
         ConfigError: if the recipe's encoders cannot be cached.
@@ -143,10 +143,10 @@ def get_features(config: RunConfig, mixture: Mixture, world: World) -> list[Feat
     if world.is_first:
         try:
             found = fingerprints(config)
-        except PiscesError as error:
+        except (PiscesError, OSError) as error:
             found = error
     found = world.broadcast_object(found)
-    if isinstance(found, PiscesError):
+    if isinstance(found, Exception):
         raise found
     return [FeatureStore(reader, store_keys(config, reader, found)) for reader in mixture.readers]
 
