@@ -71,6 +71,16 @@ def test_from_prompt_to_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(files) == counts_in_readme()["from prompt to PNG"], files
 
 
+@pytest.mark.skipif(not (WEIGHTS / "config.json").is_file(), reason="needs the shipped weights")
+def test_from_frozen_caption_to_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["eval", "drawing", "--per-category", "1", "--steps", "2", "--json", "--out"]
+    assert main([*command, "first"]) == 0
+    files = [file for file in files_entered(lambda: main([*command, "second"])) if not file.startswith("cli/")]
+    assert "eval/scenes/judge.py" in files and "eval/drawing/rules.py" in files
+    assert len(files) == counts_in_readme()["from frozen caption to score"], files
+
+
 def test_from_recipe_to_saved_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     first, second = (["train", "nano/stage1", f"out=run{i}", "train.steps=1", "model.start=null"] for i in range(2))
