@@ -47,13 +47,19 @@ def print_score(result: dict[str, Any]) -> None:
         console.print(f"score {bracketed(result)}", style="bold", highlight=False, markup=False)
     short, tables = small_tables({key: value for key, value in result.items() if key not in SCORE})
     for key, value in short.items():
+        if value in ([], ()):
+            continue
         if isinstance(value, list) and len(told(value)) > INLINE:
             console.print(f"  {words(key)}", highlight=False, markup=False)
             for entry in value:
-                console.print(f"    {told(entry)}", highlight=False, markup=False)
+                console.print(f"    {_example(entry)}", highlight=False, markup=False)
         else:
             console.print(f"  {words(key)}: {told(value)}", highlight=False, markup=False)
     for header, rows in tables:
+        group, colon, _ = rows[0][0].partition(": ")
+        if colon and all(row[0].startswith(f"{group}: ") for row in rows):  # said once, above the names
+            header = [group, *header[1:]]
+            rows = [[row[0].removeprefix(f"{group}: "), *row[1:]] for row in rows]
         if len(header) > len(rows) + 1:  # a terminal has more room downwards
             header, *rows = map(list, zip(header, *rows, strict=True))
         table = Table(*map(escape, header), box=SIMPLE_HEAD)
@@ -62,6 +68,13 @@ def print_score(result: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
+
+
+def _example(entry: Any) -> str:
+    """A line of examples; of a wrong picture its prompt and what was wrong."""
+    if isinstance(entry, dict) and {"prompt", "reasons"} <= set(entry):
+        return f"{entry['prompt']}: {'; '.join(entry['reasons'])}"
+    return told(entry)
 
 
 def print_benchmarks(found: dict[str, Any]) -> None:

@@ -28,10 +28,18 @@ def test_a_score_comes_first_and_nested_figures_are_tables(capsys: pytest.Captur
     assert lines[:4] == [["score 0.25 [0.125, 0.5]"], ["name: scenes/drawing"], ["n: 1,200"], ["baseline: none"]]
     assert lines[4:7] == [["wrong"], *[["a photo of [something] else a photo of [something] else"]] * 2]
     assert lines[7:] == [
-        ["score", "n"],
-        ["categories: single object", "0.5 [0.25, 1]", "60"],
-        ["categories: [two]", "0.5 [0.25, 1]", "60"],
+        ["categories", "score", "n"],
+        ["single object", "0.5 [0.25, 1]", "60"],
+        ["[two]", "0.5 [0.25, 1]", "60"],
     ]
+
+
+def test_wrong_pictures_are_prompts_with_what_was_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    reasons = ["expected [cat] >= 1, found 0", "expected dog >= 1, found 0"]
+    row = {"key": "train-0000025", "prompt": "a [cat] above a dog", "picture": 0, "reasons": reasons}
+    print_score({"examples": [row], "missing": []})
+    lines = " ".join(capsys.readouterr().out.split())
+    assert lines == f"examples a [cat] above a dog: {'; '.join(reasons)}"
 
 
 def test_a_table_wider_than_long_is_turned(capsys: pytest.CaptureFixture[str]) -> None:
