@@ -34,22 +34,6 @@ class Shape:
     """... with those of all ranks."""
 
 
-def shape_of(batch: SequenceBatch | PairBatch, understanding: int = 1, generation: int = 1) -> Shape:
-    """The shape of a real micro-batch; ``understanding`` and ``generation`` are the vectors of a picture."""
-    if isinstance(batch, PairBatch):
-        pictures, caption = batch.ids_BS.shape
-        return Shape(pictures=pictures, caption=caption, own=batch.total, everywhere=batch.total)
-    rows, length = batch.ids_BS.shape
-    return Shape(
-        rows,
-        length,
-        batch.samples_BS is not None,
-        len(batch.labels_K),
-        len(batch.understanding_at_K) // understanding,
-        len(batch.generation_at_K) // generation,
-    )
-
-
 def empty_sequences(module: Any, config: RunConfig, shape: Shape) -> SequenceBatch:
     """A micro-batch of the LLM stages, with nothing in it."""
     encoders = (module.understanding_encoder, module.generation_encoder)

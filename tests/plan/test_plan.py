@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import costs_counted_once
 
+from open_pisces.batch import PairBatch, SequenceBatch
 from open_pisces.cli.commands import build_parser, main
 from open_pisces.config import RECIPES, ConfigError, RunConfig, load_config
 from open_pisces.model.parts import build_part
@@ -24,7 +25,7 @@ from open_pisces.plan.memory import Activations, measure_activations
 from open_pisces.plan.plan import gpu_facts, plan, remedy
 from open_pisces.train.objectives import OBJECTIVES, build_training, skeleton
 from open_pisces.train.optim import AveragedWeights, build_optimizer
-from open_pisces.train.shapes import Shape, shape_of
+from open_pisces.train.shapes import Shape
 from open_pisces.train.sharding import checkpoint_activations
 
 OWN = ["model.start=null", "train.accumulate=1", "train.batch_size=6", "diffusion.statistics_samples=8"]
@@ -61,6 +62,22 @@ def measured_once() -> Iterator[None]:
 
 def rehearsed(module: Any, config: RunConfig, shape: Shape, **more: bool) -> Activations:
     return measure_activations(module, OBJECTIVES[config.objective].rehearsal, config, shape, **more)  # type: ignore[arg-type]
+
+
+def shape_of(batch: SequenceBatch | PairBatch, understanding: int = 1, generation: int = 1) -> Shape:
+    """The shape of a real micro-batch; ``understanding`` and ``generation`` are the vectors of a picture."""
+    if isinstance(batch, PairBatch):
+        pictures, caption = batch.ids_BS.shape
+        return Shape(pictures=pictures, caption=caption, own=batch.total, everywhere=batch.total)
+    rows, length = batch.ids_BS.shape
+    return Shape(
+        rows,
+        length,
+        batch.samples_BS is not None,
+        len(batch.labels_K),
+        len(batch.understanding_at_K) // understanding,
+        len(batch.generation_at_K) // generation,
+    )
 
 
 def layout(recipe: str, gpus: int = 1, *more: str) -> Layout:
