@@ -20,6 +20,7 @@ from open_pisces.plan.memory import Activations, measure_activations
 from open_pisces.train.flops import Counts
 from open_pisces.train.objectives import OBJECTIVES
 from open_pisces.train.objectives.base import Objective
+from open_pisces.train.optim import muon_matrices
 from open_pisces.train.shapes import Shape
 from open_pisces.train.sharding import blocks, split_frozen
 
@@ -27,6 +28,7 @@ GIB = 2**30
 TEXTS = {
     "generate_short": (20, 0),
     "generate_detailed": (120, 0),
+    "reconstruct": (0, 0),
     "caption_short": (20, 20),
     "caption_detailed": (120, 120),
     "question": (60, 20),
@@ -102,11 +104,12 @@ def _sample(config: RunConfig, task: str, seen: int, drawn: int) -> tuple[int, i
     turns = config.data.questions_per_image if task == "question" else 1
     text, supervised = TEXTS[task]
     prompt = 0 if task in ("question", "conversation") else PROMPT  # their texts hold the questions already
-    draws = task.startswith("generate")
-    picture = (drawn if draws else seen) + 2  # [IMG] and [/IMG]
+    draws = task.startswith("generate") or task == "reconstruct"
+    shows = not task.startswith("generate")
+    picture = draws * (drawn + 2) + shows * (seen + 2)  # [IMG] and [/IMG]
     tokens = min(FRAME[config.model.template] + prompt + turns * text + picture, config.data.max_length)
     if draws:
-        return tokens, 3, 0, 1  # [IMG], [/IMG] and the end of the turn
+        return tokens, 3, int(shows), 1  # [IMG], [/IMG] and the end of the turn
     return tokens, turns * (supervised + 1), 1, 0
 
 
@@ -276,6 +279,14 @@ class Layout:
             )
         return self.measured[key]
 
+    @property
+    def _moments(self) -> int:
+        """Numbers that the optimizer keeps: AdamW two a parameter, Muon one for each of its own."""
+        learning = count_parameters(self.module, learning=True)
+        if self.config.train.optimizer == "adamw":
+            return 2 * learning
+        return 2 * learning - sum(p.numel() for p in muon_matrices(self.module))
+
     @cached_property
     def memory(self) -> Memory:
         """Of the fullest GPU."""
@@ -294,7 +305,7 @@ class Layout:
         return Memory(
             weights=itemsize * ((learning + frozen - unsharded) / shards + unsharded),
             gradients=itemsize * learning / (1 if waits else shards),
-            optimizer=2 * itemsize * learning / shards,
+            optimizer=itemsize * self._moments / shards,
             averages=itemsize * learning / shards if settings.ema else 0,
             gathered=self.gathered if self.gpus > 1 else 0,
             pictures=self.samples_per_gpu * self.objective.picture_bytes(self.module, self.counts, settings.batch_size),

@@ -5,32 +5,151 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from open_pisces.config import TrainConfig
-from open_pisces.train.world import local_shard
+from open_pisces.train.world import gather_full, local_shard, shard_like
 
 
-def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over everything that learns; biases, norms and tables of one dimension are not decayed."""
+def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW over everything that learns, or Muon over its matrices and AdamW over the rest (``train.optimizer``).
+
+    Biases, norms and tables of one dimension are not decayed.
+    """
     learning = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in learning if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
-    ]
     betas = (config.betas[0], config.betas[1])
-    # fused: one kernel for all tensors, on the CPU as well.
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    for p in learning:  # as AdamW would at its first step; a checkpoint then always holds the same tensors
-        zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    if config.optimizer == "adamw":
+        # fused: one kernel for all tensors, on the CPU as well.
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            _decayed_and_not(learning, config), lr=config.lr, betas=betas, eps=config.eps, fused=True
+        )
+        start_adamw(optimizer, learning)
+        return optimizer
+    matrices = muon_matrices(module)
+    chosen = {id(p) for p in matrices}
+    others = [p for p in learning if id(p) not in chosen]
+    optimizer = Muon(matrices, _decayed_and_not(others, config), config.lr, config.weight_decay, betas, config.eps)
+    start_adamw(optimizer, others)
     return optimizer
 
 
+def _decayed_and_not(learning: list[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p in learning if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def start_adamw(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter]) -> None:
+    """Make AdamW's moments as its first step would; a checkpoint then always holds the same tensors."""
+    for p in learning:
+        zeros = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+
+
+def muon_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The weights that Muon steps: those of linear layers and convolutions that learn.
+
+    Not embeddings, tables, or an output layer that shares its weights with an embedding: their rows are single words
+    or places, which an orthogonal step would tie together.
+    """
+    tables = {id(table.weight) for table in module.modules() if isinstance(table, nn.Embedding)}
+    found: dict[int, nn.Parameter] = {}
+    for layer in module.modules():
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
+            continue
+        weight: Any = layer.weight
+        if weight.requires_grad and id(weight) not in tables:
+            found[id(weight)] = weight
+    return list(found.values())
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal for matrices (Jordan 2024, "Muon"), AdamW for everything else.
+
+    The step of a matrix is its Nesterov momentum with all singular values near 1, times ``0.2 sqrt(max(rows,
+    columns))``: it then moves as far as AdamW's would, so that one rate serves both (Liu et al. 2025, arXiv
+    2502.16982). `torch.optim.Muon` always computes in bfloat16, which a CPU without that arithmetic emulates about a
+    hundred times slower, and takes no convolutions. This one computes in float32 except on CUDA, takes matrices of
+    one shape together, and sees a convolution as the matrix ``(out, in * height * width)``.
+
+    Of a sharded matrix every rank gathers the momentum, does the same product and keeps its shard: one all-gather of
+    the gradient's size a step.
+
+    Args:
+        matrices: weights of two or more dimensions.
+        others: parameter groups for AdamW.
+        lr: the rate of both.
+        weight_decay: of the matrices, decoupled as in AdamW.
+        betas: of AdamW.
+        eps: of AdamW.
+        momentum: of the matrices (Muon: 0.95).
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[dict[str, Any]],
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+        eps: float,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__([{"params": matrices, "weight_decay": weight_decay}, *others], {"lr": lr})
+        self.momentum = momentum
+        for p in matrices:
+            self.state[p] = {"momentum": torch.zeros_like(p, memory_format=torch.preserve_format)}
+        # It works on our groups and our state, so that a schedule and a checkpoint see one optimizer.
+        self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=betas, eps=eps, fused=True)
+        self.adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
+        group = self.param_groups[0]
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            momentum = self.state[p]["momentum"]
+            momentum.lerp_(p.grad, 1 - self.momentum)
+            # Nesterov's look ahead.
+            update = gather_full(p.grad.lerp(momentum, self.momentum)).flatten(1)
+            rows, columns = update.shape
+            by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append((p, update))
+        for (_, longer), members in by_shape.items():
+            wide = torch.stack([u if u.shape[0] <= u.shape[1] else u.mT for _, u in members])
+            steps = orthogonalized(wide) * (0.2 * longer**0.5)
+            for (p, update), step in zip(members, steps, strict=True):
+                turned = step if update.shape[0] <= update.shape[1] else step.mT
+                own = shard_like(turned.reshape(p.shape).to(p.dtype), p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                local_shard(p.detach()).add_(local_shard(own), alpha=-group["lr"])
+        self.adamw.step()
+
+
+def orthogonalized(matrices_KRC: Tensor, rounds: int = 5) -> Tensor:
+    """Matrices with their singular values moved near 1, by Newton-Schulz iteration (Jordan 2024).
+
+    Args:
+        matrices_KRC: ``(K, rows, columns)`` with no more rows than columns.
+        rounds: of the iteration; five bring singular values from 0.001 of the norm and up to between 0.7 and 1.2.
+    """
+    # bfloat16 is enough for a direction, where it is fast.
+    x = matrices_KRC.bfloat16() if matrices_KRC.is_cuda else matrices_KRC
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(rounds):
+        square = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.to(matrices_KRC.dtype)
+
+
 def drop_gradients(modules: list[nn.Module]) -> None:
-    """Take away the gradients of modules that nothing has used: AdamW would decay their weights for a zero."""
+    """Take away the gradients of modules that nothing has used: they would be decayed, and moved by old momentum."""
     for module in modules:
         for p in module.parameters():
             p.grad = None

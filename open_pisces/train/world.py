@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from open_pisces.batch import StepBatches
 from open_pisces.config import ConfigError, RunConfig
@@ -190,6 +190,14 @@ def local_shard(tensor: Tensor) -> Tensor:
 def gather_full(tensor: Tensor) -> Tensor:
     """The full tensor, all-gathered: a collective, so every rank has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """A full tensor that all ranks hold, sharded as another one is; no communication."""
+    if not isinstance(like, DTensor):
+        return full
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    return DTensor.from_local(full, like.device_mesh, everywhere).redistribute(placements=like.placements)
 
 
 # ---------------------------------------------------------------------------------------------- begin and end

@@ -45,6 +45,9 @@ CASES = {
     "stage2": ("stage2", [], ["train.shard_frozen_above=0", "train.reduce_each=true"]),
     "stage3": ("stage3", PACKED, ["train.checkpointing=selective"]),
     "full": ("stage3", PACKED, ["train.checkpointing=full", "train.shard_frozen_above=0"]),
+    "muon": ("stage3", [*PACKED, "train.optimizer=muon", "loss.history_noise=0.9"], []),
+    "flow": ("stage3", ["model.bridge.head=flow", "model.bridge.flow_width=16"], ["train.accumulate=2"]),
+    "noisy": ("decoder", ["diffusion.noisy=0.8", "train.optimizer=muon"], []),
     "probed": ("decoder", [], ["train.shard_frozen_above=0", "train.checkpointing=full"]),
 }
 """Every objective, and every way of spreading it: recipe, what one process does as well, what only two do."""
@@ -71,7 +74,9 @@ def alone(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
     def run(name: str) -> Path:
         recipe, both, _ = CASES[name]
-        plain = ["train.accumulate=1", "train.checkpointing=none", f"out={folder / recipe}"]
+        # Cases that differ only in how two processes share them have the run of one in common.
+        own = recipe if not set(both) - set(PACKED) or name == recipe else name
+        plain = ["train.accumulate=1", "train.checkpointing=none", f"out={folder / own}"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(log, "LOG_EVERY", 1)
             # Does nothing if it is done.
