@@ -47,6 +47,13 @@ def train() -> list[Sample]:
     return [composer.scene(index) for index in range(COUNT)]
 
 
+@pytest.fixture(scope="module")
+def many() -> list[Sample]:
+    """Scenes for training: half of them pairs, with questions about every thing."""
+    composer = Composer(CUTOUTS, "train", 0, pairs=0.5, many=True)
+    return [composer.scene(index) for index in range(COUNT)]
+
+
 def facts(sample: Sample) -> dict:
     assert sample.facts is not None
     return sample.facts
@@ -256,7 +263,9 @@ def test_articles_agree(train: list[Sample]) -> None:
 # ---------------------------------------------------------------------------------------- questions, answers
 
 
-def test_answers_are_true(train: list[Sample]) -> None:
+@pytest.mark.parametrize("asking", ["train", "many"])
+def test_answers_are_true(asking: str, request: pytest.FixtureRequest) -> None:
+    train: list[Sample] = request.getfixturevalue(asking)
     plurals = {t.plural: t.name for t in (*vocabulary().objects, *vocabulary().shapes)}
     asked = Counter()
     for sample in train:
@@ -287,6 +296,28 @@ def test_answers_are_true(train: list[Sample]) -> None:
                 assert plurals.get(q.answer, q.answer) == _name(at[0])
     assert set(asked) == {"what", "how_many", "which_colour", "where", "is_there", "left_or_right"}
     assert min(asked.values()) > 0.1 * COUNT
+
+
+def test_many_questions_ask_about_each_thing_and_come_out_even_in_every_scene(many: list[Sample]) -> None:
+    for sample in many:
+        asked: dict[str, list[str]] = defaultdict(list)
+        for q in sample.questions:
+            asked[q.kind].append(q.answer)
+        things = 2 if facts(sample)["layout"] == "pair" else 1
+        assert len(asked["what"]) == things
+        assert sorted(asked["is_there"]) == ["no"] * things + ["yes"] * things
+        assert sorted(asked["left_or_right"]) in ([], ["left", "right"])
+        assert len({q.question for q in sample.questions}) == len(sample.questions)
+    kinds = Counter(q.kind for sample in many for q in sample.questions)
+    assert kinds["left_or_right"] > 0.4 * COUNT and kinds["where"] > COUNT
+
+
+def test_the_share_of_pairs_is_a_setting_and_the_others_keep_theirs(many: list[Sample]) -> None:
+    layouts = Counter(facts(sample)["layout"] for sample in many)
+    assert layouts["pair"] / COUNT == pytest.approx(0.5, abs=0.03)
+    assert layouts["single"] / layouts["count"] == pytest.approx(0.45 / 0.25, rel=0.12)
+    with pytest.raises(ShardError, match="share of pairs of 1.5"):
+        Composer(CUTOUTS, "train", 0, pairs=1.5)
 
 
 def _compared(text: str) -> tuple[str, str]:

@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL.Image import Image
 
-from open_pisces.batch import Sample
+from open_pisces.batch import Question, Sample
 from open_pisces.data.order import stream
 from open_pisces.data.shards import ShardError, data_path
 from open_pisces.datasets.scenes.artwork import fit
 from open_pisces.datasets.scenes.layout import SIZE, Layout, Split, Thing, vocabulary
-from open_pisces.datasets.scenes.texts import detailed_caption, questions, short_caption
+from open_pisces.datasets.scenes.texts import detailed_caption, many_questions, questions, short_caption
 from open_pisces.datasets.shard_writer import ShardWriter
 
 HELD_OUT_STYLE = "twemoji"
@@ -136,18 +136,35 @@ def load_cutouts(path: str | Path | None = None) -> Cutouts:
 
 
 class Composer:
-    """Composes the scenes of one split; each is a function of (seed, split, index).
+    """Composes the scenes of one split; each is a function of (seed, split, index) and of the two settings below.
+
+    Args:
+        cutouts: the drawings.
+        split: which styles and pairs may be used.
+        seed: of everything random.
+        pairs: share of scenes with two different things, taken from the others in proportion; None is that of
+            `LAYOUTS`. The split ``pairs`` holds nothing else.
+        many: ask about every thing of a scene (`many_questions`), for training.
 
     Raises:
         ShardError: for an unknown split, or cut-outs without the styles it needs.
     """
 
-    def __init__(self, cutouts: Cutouts, split: Split = "train", seed: int = 0) -> None:
+    def __init__(
+        self,
+        cutouts: Cutouts,
+        split: Split = "train",
+        seed: int = 0,
+        pairs: float | None = None,
+        many: bool = False,
+    ) -> None:
         if split not in ("train", "pairs", "style"):
             raise ShardError(f"unknown split {split!r}: choose train, pairs or style")
         self.cutouts = cutouts
         self.split = split
         self.seed = seed
+        self.many = many
+        self.layouts = LAYOUTS if pairs is None else _with_pairs(pairs)
         if not self._styles:
             raise ShardError(f"the cut-outs hold no style for the split {split!r}: build the artwork again")
         if missing := cutouts.missing(self._styles):
@@ -169,10 +186,20 @@ class Composer:
             images=(picture,),
             short=short_caption(layout, word),
             detailed=detailed_caption(layout, word, rng),
-            questions=questions(layout, self._other(layout, rng), rng),
+            questions=self._questions(layout, rng),
             source=f"scenes/{self.split}",
             facts=_facts(layout, boxes),
         )
+
+    def _questions(self, layout: Layout, rng: np.random.Generator) -> tuple[Question, ...]:
+        if not self.many:
+            return questions(layout, self._other(layout, rng), rng)
+        others: list[Thing] = []
+        while len(others) < len(layout.things):
+            other = self._other(layout, rng)
+            if other not in others:
+                others.append(other)
+        return many_questions(layout, tuple(others), rng)
 
     @cached_property
     def _styles(self) -> list[str]:
@@ -192,7 +219,7 @@ class Composer:
 
     def _layout(self, rng: np.random.Generator) -> Layout:
         style = self._styles[int(rng.choice(len(self._styles), p=self._style_shares))]
-        kind = "pair" if self.split == "pairs" else str(rng.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
+        kind = "pair" if self.split == "pairs" else str(rng.choice(list(self.layouts), p=list(self.layouts.values())))
         if kind == "pair":
             return self._pair(style, rng)
         thing = self._thing(style, rng)
@@ -282,6 +309,18 @@ class Composer:
         return picture, boxes
 
 
+def _with_pairs(share: float) -> dict[str, float]:
+    """`LAYOUTS` with another share of pairs.
+
+    Raises:
+        ShardError: for a share that is none.
+    """
+    if not 0 <= share <= 1:
+        raise ShardError(f"a share of pairs of {share}: give one from 0 to 1")
+    rest = (1 - share) / (1 - LAYOUTS["pair"])
+    return {name: share if name == "pair" else rest * value for name, value in LAYOUTS.items()}
+
+
 def _single(style: str, thing: Thing, background: str, rng: np.random.Generator) -> Layout:
     size = ("large", "small")[int(rng.random() < 0.3)]
     edges = ("left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
@@ -334,16 +373,18 @@ def build(
     split: Split = "train",
     cutouts: str | Path | None = None,
     processes: int = 2,
+    pairs: float | None = None,
+    many: bool = False,
 ) -> Path:
     """Compose scenes 0 to ``count`` of a split into shards (default: ``scenes/SPLIT`` in the data folder).
 
-    The dataset does not depend on the number of processes.
+    The dataset does not depend on the number of processes. ``pairs`` and ``many`` are those of `Composer`.
 
     Raises:
         ShardError: without cut-outs, or for an unknown split.
     """
     folder = Path(out) if out is not None else data_path(f"scenes/{split}")
-    composer = Composer(load_cutouts(cutouts), split, seed)
+    composer = Composer(load_cutouts(cutouts), split, seed, pairs, many)
     with ShardWriter(folder, licences=composer.licences) as writer:
         for sample in _compose(composer, count, processes):
             writer.write(sample)

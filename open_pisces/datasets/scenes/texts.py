@@ -109,9 +109,37 @@ def questions(layout: Layout, other: Thing, rng: np.random.Generator) -> tuple[Q
     return tuple(asked)
 
 
+def many_questions(layout: Layout, others: tuple[Thing, ...], rng: np.random.Generator) -> tuple[Question, ...]:
+    """Questions for training: about every thing of the scene, where `questions` asks about one.
+
+    A picture costs the LLM as many vectors however much is asked about it. "Is there" is asked of each thing and of as
+    many that are not there, "left or right" in both orders, so both stay balanced within each scene.
+
+    Args:
+        layout: the scene.
+        others: things that are not in it, as many as it has.
+        rng: chooses the phrasings and the order.
+    """
+    things = layout.things
+    asked = [*_how_many(layout, rng), *_which_color(layout, rng)]
+    asked += [_what_at(layout, at, rng) for at in range(len(things))]
+    if layout.kind == "pair":
+        asked += [_where_at(layout, at, rng) for at in range(len(things))]
+    elif layout.kind == "single":
+        asked += _where(layout, rng)
+    for answer, group in (("yes", things), ("no", others)):
+        asked += [_ask("is_there", rng, answer, a_thing=article(thing.name)) for thing in group]
+    if layout.relation in ("left of", "right of"):
+        asked += [_left_or_right_at(layout, first, rng) for first in (0, 1)]
+    return tuple(asked[int(i)] for i in rng.permutation(len(asked)))
+
+
 def _what(layout: Layout, rng: np.random.Generator) -> Question:
+    return _what_at(layout, int(rng.integers(len(layout.things))), rng)
+
+
+def _what_at(layout: Layout, at: int, rng: np.random.Generator) -> Question:
     phrases = words()["questions"]["what"][layout.kind]
-    at = int(rng.integers(len(layout.things)))
     answer = layout.things[at].plural if layout.kind == "count" else layout.things[at].name
     where = ON_SIDE.get(layout.places[at], "")
     return Question(_choose(phrases, rng).format(at=where), answer, "what")
@@ -146,8 +174,11 @@ def _where(layout: Layout, rng: np.random.Generator) -> list[Question]:
         chance = _ASK_CENTRE if layout.places[0] == "centre" else 1.0
     if rng.random() >= chance:
         return []
-    at = int(rng.integers(len(layout.things)))
-    return [_ask("where", rng, layout.places[at], thing=layout.things[at].name)]
+    return [_where_at(layout, int(rng.integers(len(layout.things))), rng)]
+
+
+def _where_at(layout: Layout, at: int, rng: np.random.Generator) -> Question:
+    return _ask("where", rng, layout.places[at], thing=layout.things[at].name)
 
 
 def _is_there(layout: Layout, other: Thing, rng: np.random.Generator) -> list[Question]:
@@ -161,9 +192,13 @@ def _is_there(layout: Layout, other: Thing, rng: np.random.Generator) -> list[Qu
 def _left_or_right(layout: Layout, rng: np.random.Generator) -> list[Question]:
     if layout.relation not in ("left of", "right of"):
         return []
-    first = int(rng.integers(2))  # which of the two the question begins with: left and right come out even
+    # Which of the two the question begins with: left and right come out even.
+    return [_left_or_right_at(layout, int(rng.integers(2)), rng)]
+
+
+def _left_or_right_at(layout: Layout, first: int, rng: np.random.Generator) -> Question:
     names = {"first": layout.things[first].name, "second": layout.things[1 - first].name}
-    return [_ask("left_or_right", rng, layout.places[first], **names)]
+    return _ask("left_or_right", rng, layout.places[first], **names)
 
 
 def _ask(type_: str, rng: np.random.Generator, answer: str, variant: str = "", **fill: str) -> Question:
