@@ -58,7 +58,9 @@ class Painter:
         Guidance starts from the condition that the decoder was trained without, the mean target at each position.
         """
         null_ME = self.bridge.statistics.null_ME
-        return self.paint(self.encode(images), null_ME, [0] * len(images), steps, guidance_scale, seed)
+        numbers = [0] * len(images)
+        # True vectors have no error.
+        return self.paint(self.encode(images), null_ME, numbers, steps, guidance_scale, seed, level=0.0)
 
     @torch.inference_mode()
     def paint(
@@ -69,6 +71,7 @@ class Painter:
         steps: int | None,
         guidance_scale: float | None,
         seed: int,
+        level: float | None = None,
     ) -> list[Image]:
         """Pictures from vectors.
 
@@ -79,6 +82,7 @@ class Painter:
             steps: denoising steps; None takes the model's own.
             guidance_scale: 1 turns guidance off; None takes the model's own.
             seed: of the noise.
+            level: how wrong the vectors are, as the decoder is told; None takes the model's own for the LLM's vectors.
         """
         leave = self.bridge.statistics.destandardize
         scale = guidance_scale
@@ -92,5 +96,6 @@ class Painter:
             noise.to(self.device),
             steps or self.settings.steps,
             scale,
+            self.settings.noise_level if level is None else level,
         )
         return [to_pil(picture) for picture in pixels.float().cpu().numpy()]

@@ -36,12 +36,18 @@ class PixelUnshuffleVAE:
         return SimpleNamespace(sample=F.pixel_shuffle(latents_BCHW, self.factor))
 
 
-class PositionTable(nn.Module):
-    """What tells one condition vector from the next: ``(M, E)``, zero at the start."""
+class ConditionTable(nn.Module):
+    """What is added to condition vectors, zero at the start: where each one belongs, and how noisy all of them are.
+
+    ``positions_ME`` ``(M, E)`` tells one vector from the next. ``level_E`` times the noise level is added to each.
+    Stable unCLIP tells its decoder the level too, by an embedding joined to the condition, which published weights have
+    no place for.
+    """
 
     def __init__(self, vectors: int, width: int) -> None:
         super().__init__()
         self.positions_ME = nn.Parameter(torch.zeros(vectors, width))
+        self.level_E = nn.Parameter(torch.zeros(width))
 
 
 class ImageDecoder(nn.Module):
@@ -72,7 +78,7 @@ class ImageDecoder(nn.Module):
         self.spatial = spatial
         self.clean = clean
         self.grid = int(vectors**0.5)
-        self.condition = PositionTable(vectors, unet.config.cross_attention_dim)
+        self.condition = ConditionTable(vectors, unet.config.cross_attention_dim)
         self._noiser: Any = None if self.is_flow else _noiser(scheduler)
         if clean and not self.is_flow:
             name = type(scheduler).__name__
@@ -110,12 +116,17 @@ class ImageDecoder(nn.Module):
         pixels = self.vae.decode(latents.to(getattr(self.vae, "dtype", latents.dtype))).sample
         return (upcast(pixels) / 2 + 0.5).clamp(0, 1)
 
-    def denoise(self, noisy_BCHW: Tensor, times_B: Tensor, vectors_BME: Tensor) -> Tensor:
+    def denoise(
+        self, noisy_BCHW: Tensor, times_B: Tensor, vectors_BME: Tensor, levels_B: Tensor | None = None
+    ) -> Tensor:
         """One call of the U-Net: its prediction (noise, velocity or clean) for latents at ``times_B`` in [0, 1000].
 
-        All arguments are float32. Latents and context are cast to the U-Net's dtype at the last moment, by autocast or
+        ``levels_B`` says how wrong the vectors are, in deviations of the targets; None is 0: true vectors. All
+        arguments are float32. Latents and context are cast to the U-Net's dtype at the last moment, by autocast or
         here. Times and sizes never are, the U-Net casts their embeddings: above 512 bfloat16 holds every fourth number.
         """
+        if levels_B is not None:
+            vectors_BME = vectors_BME + levels_B.view(-1, 1, 1) * self.condition.level_E
         size = float(self.image_size)
         # SDXL's micro-conditioning: original size, crop corner, target size. Ours never crops, so they are constant.
         ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=vectors_BME.device)
@@ -134,7 +145,14 @@ class ImageDecoder(nn.Module):
             context = context.to(dtype)
         return self.unet(noisy_BCHW, times_B, context, added_cond_kwargs=pooled).sample
 
-    def forward(self, latents_BCHW: Tensor, vectors_BME: Tensor, noise_BCHW: Tensor, times_B: Tensor) -> Tensor:
+    def forward(
+        self,
+        latents_BCHW: Tensor,
+        vectors_BME: Tensor,
+        noise_BCHW: Tensor,
+        times_B: Tensor,
+        levels_B: Tensor | None = None,
+    ) -> Tensor:
         """The squared error of one denoising step, per picture: ``(B,)``.
 
         Args:
@@ -142,6 +160,7 @@ class ImageDecoder(nn.Module):
             vectors_BME: conditions in gen-CLIP space.
             noise_BCHW: standard normal noise, float32.
             times_B: in [0, 1], 1 being pure noise; float32.
+            levels_B: noise in the vectors, see `denoise`.
         """
         if self.is_flow:
             at = times_B.view(-1, 1, 1, 1)
@@ -160,23 +179,31 @@ class ImageDecoder(nn.Module):
                 target = self._noiser.get_velocity(latents_BCHW, noise_BCHW, steps)
             elif self._noiser.config.prediction_type == "sample":
                 target = latents_BCHW
-        predicted = self.denoise(noisy, steps, vectors_BME)
+        predicted = self.denoise(noisy, steps, vectors_BME, levels_B)
         return (upcast(predicted) - upcast(target)).pow(2).mean((1, 2, 3))
 
     @torch.no_grad()
     def sample(
-        self, vectors_BME: Tensor, null_ME: Tensor | None, noise_BCHW: Tensor, steps: int, guidance_scale: float
+        self,
+        vectors_BME: Tensor,
+        null_ME: Tensor | None,
+        noise_BCHW: Tensor,
+        steps: int,
+        guidance_scale: float,
+        level: float = 0.0,
     ) -> Tensor:
         """Draw pictures: ``(B, 3, H, W)`` in [0, 1].
 
         Guidance acts here and nowhere else: ``null + scale * (conditioned - null)`` on the prediction, with
         the empty caption's vectors as the null condition (paper: inference, after Emu2). A scale of 1 skips it and
-        needs no null condition. Latents, times and noise levels stay float32 whatever the U-Net computes in.
+        needs no null condition. ``level`` is how wrong the vectors are (`denoise`); the null condition has no error.
+        Latents, times and noise levels stay float32 whatever the U-Net computes in.
         """
         # A scheduler of its own for each call: it keeps the state of one sampling, and calls may run side by side.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
         scheduler.set_timesteps(steps, device=vectors_BME.device)
         guided = guidance_scale != 1.0
+        levels_B = vectors_BME.new_full((len(vectors_BME),), level)
         if guided:
             if null_ME is None:
                 raise PiscesError(
@@ -184,11 +211,13 @@ class ImageDecoder(nn.Module):
                 )
             # Both halves in one batch: one U-Net call a step.
             vectors_BME = torch.cat([vectors_BME, null_ME.expand_as(vectors_BME)])
+            levels_B = torch.cat([levels_B, torch.zeros_like(levels_B)])
         latents = noise_BCHW.float() * getattr(scheduler, "init_noise_sigma", 1.0)
         for time in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
             times = time.expand(len(vectors_BME)).to(latents.device)
-            predicted = self.denoise(scaled.repeat(2, 1, 1, 1) if guided else scaled, times, vectors_BME).float()
+            twice = scaled.repeat(2, 1, 1, 1) if guided else scaled
+            predicted = self.denoise(twice, times, vectors_BME, levels_B).float()
             if guided:
                 conditioned, null = predicted.chunk(2)
                 predicted = null + guidance_scale * (conditioned - null)

@@ -242,7 +242,10 @@ def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype | None) ->
     scheduler_class = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler = getattr(diffusers, scheduler_class).from_pretrained(path / "scheduler")
     decoder = _decoder_of(config, unet, vae, scheduler)
-    _assign(decoder.condition, load_file(path / "condition.safetensors"), dtype)
+    weights = load_file(path / "condition.safetensors")
+    # Folders from before there was a noise level: a decoder that takes all vectors for true ones.
+    weights.setdefault("level_E", torch.zeros(weights["positions_ME"].shape[1], dtype=weights["positions_ME"].dtype))
+    _assign(decoder.condition, weights, dtype)
     return decoder
 
 

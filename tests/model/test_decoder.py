@@ -157,7 +157,7 @@ Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 def with_denoiser(decoder: ImageDecoder, denoise: Denoise) -> ImageDecoder:
     """The same decoder around another denoiser."""
     changed = copy.deepcopy(decoder)
-    changed.denoise = denoise  # type: ignore[method-assign]
+    changed.denoise = lambda noisy, times, vectors, levels: denoise(noisy, times, vectors)  # type: ignore
     return changed
 
 
@@ -288,6 +288,33 @@ def test_guidance_walks_from_the_null_through_the_condition(flow: ImageDecoder, 
 def test_guidance_without_a_null_condition_is_refused(flow: ImageDecoder) -> None:
     with pytest.raises(ValueError, match="guidance_scale 2.0 needs the null condition"):
         flow.sample(draw(1, 4, 32), None, draw(1, 48, 8, 8), 1, 2.0)
+
+
+def test_the_noise_level_is_added_to_each_vector_and_a_new_decoder_ignores_it(flow: ImageDecoder) -> None:
+    decoder = copy.deepcopy(flow)
+    noisy, times, vectors = draw(2, *decoder.latent_shape), torch.tensor([200.0, 800.0]), draw(2, 4, 32)
+    levels = torch.tensor([0.5, 0.25])
+    plain = decoder.denoise(noisy, times, vectors)
+    assert torch.equal(decoder.denoise(noisy, times, vectors, levels), plain)
+    decoder.condition.level_E.data.normal_()
+    moved = vectors + levels.view(2, 1, 1) * decoder.condition.level_E
+    torch.testing.assert_close(decoder.denoise(noisy, times, vectors, levels), decoder.denoise(noisy, times, moved))
+    assert torch.equal(decoder.denoise(noisy, times, vectors, torch.zeros(2)), plain)
+
+
+def test_sampling_tells_the_level_to_the_condition_and_not_to_the_null_one(flow: ImageDecoder) -> None:
+    seen: list[Tensor] = []
+
+    def watched(x: Tensor, _: Tensor, vectors: Tensor, levels: Tensor) -> Tensor:
+        seen.append(levels)
+        return x
+
+    decoder = copy.deepcopy(flow)
+    decoder.denoise = watched  # type: ignore[method-assign]
+    decoder.sample(draw(2, 4, 32), draw(4, 32), draw(2, *decoder.latent_shape), 1, 1.5, level=0.3)
+    decoder.sample(draw(2, 4, 32), None, draw(2, *decoder.latent_shape), 1, 1.0)
+    torch.testing.assert_close(seen[0], torch.tensor([0.3, 0.3, 0.0, 0.0]))
+    assert torch.equal(seen[1], torch.zeros(2))
 
 
 def test_an_sdxl_like_decoder_trains_a_step_and_samples(sdxl: ImageDecoder) -> None:

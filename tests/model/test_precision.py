@@ -160,7 +160,7 @@ def test_predicting_the_sample_is_trained_and_sampled(nano_config: ModelConfig, 
     settings |= {"clip_sample": False} if name == "DDIMScheduler" else {}
     decoder = built(nano_config, spatial_condition=False, scheduler=settings)
     latents = torch.randn(2, *decoder.latent_shape, generator=torch.Generator().manual_seed(0))
-    decoder.denoise = lambda noisy, times, vectors: latents[: len(noisy)]  # type: ignore[method-assign]
+    decoder.denoise = lambda noisy, times, vectors, levels: latents[: len(noisy)]  # type: ignore[method-assign]
     vectors, noise = torch.zeros(2, 4, 32), torch.ones_like(latents)
     assert decoder(latents, vectors, noise, torch.tensor([0.2, 0.9])).abs().max() == 0
     drawn = decoder.sample(vectors, None, noise, 10, 1.0)

@@ -47,15 +47,32 @@ class DecoderOnVectors(nn.Module):
             return batch.features_BME
         return upcast(self.pooler(self.generation_encoder.features(batch.pixels_BCHW)))
 
-    def forward(self, batch: PairBatch, noise_BCHW: Tensor, times_B: Tensor, dropped_B: Tensor) -> Losses:
-        """The error of one denoising step, as a share of the global batch's; where ``dropped_B``, without condition."""
+    def forward(
+        self,
+        batch: PairBatch,
+        noise_BCHW: Tensor,
+        times_B: Tensor,
+        dropped_B: Tensor,
+        vector_noise_BME: Tensor | None = None,
+        levels_B: Tensor | None = None,
+    ) -> Losses:
+        """The error of one denoising step, as a share of the global batch's; where ``dropped_B``, without condition.
+
+        ``vector_noise_BME`` are standard normal numbers, ``levels_B`` what they are multiplied with.
+        """
         raw_BME = self.vectors(batch)
+        if levels_B is not None and vector_noise_BME is not None:
+            # Levels are in deviations of the targets, whatever their scale.
+            raw_BME = raw_BME + levels_B.view(-1, 1, 1) * self.statistics.std_E * vector_noise_BME
+            # A dropped condition has no error.
+            levels_B = levels_B.masked_fill(dropped_B, 0.0)
         latents = self.decoder.encode(batch.targets_BCHW)
         null_BME = self.statistics.destandardize(self.statistics.null_ME).expand_as(raw_BME)
         vectors = torch.where(dropped_B.view(-1, 1, 1), null_BME, raw_BME)
         weight = 0.0 if batch.blank else 1 / max(batch.total, 1)
         # `to(latents)` follows a float64 proof; latents are never less than float32, so nothing is rounded.
-        loss = self.decoder(latents, vectors, noise_BCHW.to(latents), times_B.to(latents)).sum() * weight
+        errors_B = self.decoder(latents, vectors, noise_BCHW.to(latents), times_B.to(latents), levels_B)
+        loss = errors_B.sum() * weight
         return Losses(loss, {"diffusion": loss.detach()})
 
 
@@ -98,8 +115,24 @@ class DecoderObjective(Objective):
         times = torch.tensor([draw_time(d, decoder.is_flow, settings.time_shift) for d in draws])
         # Drawn last from each sample's stream: noise and time do not depend on how often conditions are dropped.
         dropped = torch.tensor([d.random() < settings.drop_condition for d in draws])
+        given = [noise, times, dropped]
+        if settings.noisy:
+            given += self._vector_noise(batch)
         device = batch.pixels_BCHW.device
-        return self.module(batch, noise.to(device), times.to(device), dropped.to(device))
+        return self.module(batch, *(value.to(device) for value in given))
+
+    def _vector_noise(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Noise for each picture's vectors and its level, 0 for the share that stays true; each from its own stream."""
+        settings = self.config.diffusion
+        shape = self.config.model.generation.vectors, self.config.model.generation.width
+        noises = []
+        levels = []
+        for drawn in batch.draws:
+            stream = draw(self.config, drawn, "vectors")
+            level = stream.uniform(0, settings.noise)
+            levels.append(level if stream.random() < settings.noisy else 0.0)
+            noises.append(stream.standard_normal(shape, np.float32))
+        return torch.from_numpy(np.stack(noises)), torch.tensor(levels, dtype=torch.float32)
 
     def probe(self, samples: list[Sample], path: Path) -> None:
         """True pictures above their reconstructions from true vectors."""

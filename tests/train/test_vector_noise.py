@@ -1,0 +1,99 @@
+"""The decoder's training on vectors with noise: how much, told to the decoder, and the same whatever the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import nano
+from torch import Tensor
+
+from open_pisces.data.images import to_pil
+from open_pisces.generate.painter import Painter
+from open_pisces.train.loop import train
+from open_pisces.train.objectives import build_training
+
+
+def given(runs: Path, *settings: str, step: int = 0) -> list[dict[str, Any]]:
+    """What the decoder is given in a step, batch by batch."""
+    training = build_training(nano(runs, "decoder", "train.batch_size=12", *settings))
+    module: Any = training.module
+    found = []
+
+    def watched(latents: Tensor, vectors: Tensor, noise: Tensor, times: Tensor, levels: Tensor | None) -> Tensor:
+        found.append({"vectors": vectors, "levels": levels, "names": batch.draws})
+        return torch.zeros(len(latents), requires_grad=True)
+
+    module.decoder.forward = watched
+    for batch in training.load(step).with_totals():
+        found_before = len(found)
+        training.losses(batch)
+        found[found_before]["true"] = module.vectors(batch)
+        found[found_before]["null"] = module.statistics.destandardize(module.statistics.null_ME)
+        found[found_before]["std"] = module.statistics.std_E
+    return found
+
+
+def test_without_it_vectors_are_true_and_nothing_is_told(runs: Path) -> None:
+    (batch,) = given(runs, "diffusion.drop_condition=0")
+    assert torch.equal(batch["vectors"], batch["true"]) and batch["levels"] is None
+
+
+def test_noise_has_the_level_that_is_told_in_deviations_of_the_targets(runs: Path) -> None:
+    (batch,) = given(runs, "diffusion.drop_condition=0", "diffusion.noisy=1", "diffusion.noise=0.8")
+    levels = batch["levels"]
+    assert 0 <= levels.min() and levels.max() <= 0.8 and levels.std() > 0.1
+    apart = ((batch["vectors"] - batch["true"]) / batch["std"]).flatten(1)
+    torch.testing.assert_close(apart.std(1), levels, rtol=0.25, atol=0.01)
+
+
+def test_a_share_of_the_pictures_stays_true(runs: Path) -> None:
+    batches = [given(runs, "diffusion.drop_condition=0", "diffusion.noisy=0.5", step=step)[0] for step in range(4)]
+    levels = torch.cat([batch["levels"] for batch in batches])
+    assert 0.2 < (levels == 0).float().mean() < 0.8
+    for batch in batches:
+        clean = batch["levels"] == 0
+        assert torch.equal(batch["vectors"][clean], batch["true"][clean])
+
+
+def test_a_dropped_condition_has_no_error(runs: Path) -> None:
+    (batch,) = given(runs, "diffusion.drop_condition=1", "diffusion.noisy=1")
+    assert torch.equal(batch["levels"], torch.zeros(12))
+    torch.testing.assert_close(batch["vectors"], batch["null"].expand_as(batch["vectors"]))
+
+
+def test_noise_belongs_to_the_picture(runs: Path) -> None:
+    both = []
+    for cut in (1, 3):
+        batches = given(runs, "diffusion.noisy=1", f"train.accumulate={cut}", step=1)
+        names = [name for batch in batches for name in batch["names"]]
+        both.append(dict(zip(names, torch.cat([batch["levels"] for batch in batches]).tolist(), strict=True)))
+    assert both[0] == both[1]
+
+
+def test_a_training_with_it_learns_the_levels_place_and_saves_it(runs: Path, tmp_path: Path) -> None:
+    config = nano(runs, "decoder", "diffusion.noisy=0.8", "train.steps=3", out=tmp_path / "noisy")
+    painter = Painter.from_pretrained(train(config, probes=()) / "model", "cpu")
+    assert painter.decoder.condition.level_E.abs().max() > 0
+
+
+def test_drawings_are_told_the_models_level_and_reconstructions_none(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painter = Painter.from_pretrained(runs / "decoder" / "model", "cpu")
+    painter.settings = painter.settings.model_copy(update={"noise_level": 0.35})
+    told: list[float] = []
+    honest = painter.decoder.sample
+
+    def watched(*args: Any) -> Tensor:
+        told.append(args[5])
+        return honest(*args)
+
+    monkeypatch.setattr(painter.decoder, "sample", watched)
+    picture = to_pil(torch.rand(3, 32, 32).numpy())
+    painter.reconstruct([picture], steps=1)
+    painter.paint(painter.encode([picture]), None, [0], 1, 1.0, 0)
+    painter.paint(painter.encode([picture]), None, [0], 1, 1.0, 0, level=0.1)
+    assert told == [0.0, 0.35, 0.1]
