@@ -99,6 +99,8 @@ class DecoderConfig(Settings):
     """Default number of denoising steps (Emu2: 50)."""
     guidance_scale: float = Field(default=3.0, ge=0)
     """Default scale of null-caption guidance (Emu2: 3.0)."""
+    noise_level: float = Field(default=0.0, ge=0)
+    """How wrong the LLM's vectors are, as the decoder is told, in deviations of the targets; true vectors have 0."""
 
 
 class BridgeConfig(Settings):
@@ -106,6 +108,23 @@ class BridgeConfig(Settings):
 
     standardise: bool = False
     """Standardize generation targets per channel (our choice at ``tiny``; Emu2 and the paper use raw features)."""
+    head: Literal["squared_error", "flow"] = "squared_error"
+    """What writes vectors: the paper's MLP with squared error, or a flow that samples (ours; `FlowHead`)."""
+    flow_width: int = Field(default=256, ge=1)
+    flow_layers: int = Field(default=3, ge=1)
+    flow_draws: int = Field(default=4, ge=1)
+    """Noises and times that each hidden state is trained with (MAR, NextStep-1: 4)."""
+    flow_time_mean: float = 0.4
+    """Mean of the logit-normal times; above 0 means noisier."""
+    flow_steps: int = Field(default=4, ge=1)
+    """Euler steps from noise to a vector."""
+
+    def same_head(self, other: BridgeConfig) -> bool:
+        """Whether the weights of one's head fit the other's."""
+        if self.head != other.head:
+            return False
+        sizes = ("flow_width", "flow_layers") if self.head == "flow" else ()
+        return all(getattr(self, name) == getattr(other, name) for name in sizes)
 
 
 class ModelConfig(Settings):
@@ -113,6 +132,9 @@ class ModelConfig(Settings):
 
     start: str | None = None
     """A model folder to start from. Its parts replace those described here."""
+    fresh: list[Literal["llm"]] = []
+    """Parts that are described here and built anew although the start folder holds them: ``llm``, with the MLPs around
+    it."""
     llm: PartConfig = PartConfig()
     understanding: PartConfig = PartConfig()
     understanding_mean: list[float] = [0.5, 0.5, 0.5]
@@ -132,7 +154,15 @@ class ModelConfig(Settings):
 
 # ------------------------------------------------------------------------------------------------------ the data
 
-Task = Literal["generate_short", "generate_detailed", "caption_short", "caption_detailed", "question", "conversation"]
+Task = Literal[
+    "generate_short",
+    "generate_detailed",
+    "reconstruct",
+    "caption_short",
+    "caption_detailed",
+    "question",
+    "conversation",
+]
 
 
 class SourceConfig(Settings):
@@ -210,6 +240,10 @@ class DiffusionConfig(Settings):
 
     drop_condition: float = Field(default=0.1, ge=0, le=1)
     """Share of conditions replaced by the mean of the targets (Emu2: 0.1)."""
+    noisy: float = Field(default=0.0, ge=0, le=1)
+    """Share of pictures whose true vectors get noise; the decoder is told its level (RAE, arXiv 2510.11690)."""
+    noise: float = Field(default=0.6, ge=0)
+    """Highest level of that noise, in deviations of the targets; levels are uniform from 0."""
     statistics_samples: int = Field(default=2048, ge=2)
     """Pictures from which the target statistics are computed if the start folder has none."""
     time_shift: float = 0.0
@@ -225,6 +259,8 @@ class LossConfig(Settings):
     """Cross-entropy kernel: ours, in chunks, or a fused CUDA kernel (``pip install open-pisces[kernels]``)."""
     own_passes: int = Field(default=0, ge=0)
     """Passes that replace the vectors fed to the LLM by its own; 0: teacher forcing (paper). Above 0: for ``tiny``."""
+    history_noise: float = Field(default=0.0, ge=0, le=1)
+    """Highest share of noise in the vectors fed to the LLM; each picture draws its own. 0: none (paper)."""
 
 
 class TrainConfig(Settings):
@@ -235,6 +271,8 @@ class TrainConfig(Settings):
     """Samples of one optimizer step, over all ranks and micro-batches."""
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches of a step on one rank. Contrastive losses still compare the whole batch, in two passes."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon for matrices and AdamW for the rest, at the same rate."""
     lr: float = Field(default=1e-3, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)

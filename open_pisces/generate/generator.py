@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from open_pisces.data.order import stream
 from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.device import pick_device
@@ -163,21 +165,53 @@ class Generator:
         steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
+        temperature: float = 1.0,
     ) -> list[list[Image]]:
         """Draw ``n`` pictures of every prompt.
 
-        The LLM runs once a prompt: squared error makes its vectors deterministic, so pictures of one prompt differ
-        through the decoder's noise only. Picture j starts from noise of (seed, j), whatever else is in the batch.
+        Squared error makes the LLM's vectors a function of the prompt: it runs once a prompt, and pictures of one
+        prompt differ through the decoder's noise only. A head that samples runs once a picture, and they differ in
+        content. Picture j starts from noise of (seed, j) in both, whatever else is in the batch.
+
+        Args:
+            prompts: what to draw.
+            n: pictures of each.
+            steps: of the decoder; None takes the model's own.
+            guidance_scale: of null-caption guidance; None takes the model's own, 1 turns it off.
+            seed: of all noise.
+            temperature: variance of the noise that a sampling head starts from; 0: its vectors are a function of the
+                prompt too. Without effect on squared error.
 
         Raises:
-            PromptError: for an empty or over-long prompt.
+            PromptError: for an empty or over-long prompt, or a temperature below 0.
         """
-        vectors_BME = self.vectors([_said(prompt) for prompt in prompts])
+        if temperature < 0:
+            raise PromptError(f"temperature {temperature}: give 0 (always the same vectors) or more, 1 as trained")
+        said = [_said(prompt) for prompt in prompts]
         numbers = list(range(n)) * len(prompts)
+        if self.samples and temperature > 0:
+            repeated = [prompt for prompt in said for _ in range(n)]
+            vectors_BME = self.vectors(repeated, draws_BMR=self._head_draws(numbers, seed, temperature))
+        else:
+            vectors_BME = self.vectors(said).repeat_interleave(n, 0)
         scale = self.pisces.settings.decoder.guidance_scale if guidance_scale is None else guidance_scale
         null_ME = None if scale == 1.0 else self.null_vectors
-        flat = self.painter.paint(vectors_BME.repeat_interleave(n, 0), null_ME, numbers, steps, scale, seed)
+        flat = self.painter.paint(vectors_BME, null_ME, numbers, steps, scale, seed)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    @property
+    def samples(self) -> bool:
+        """Whether the head samples, so that pictures of one prompt may differ in content."""
+        return self.pisces.bridge.head.sample_draws > 0
+
+    def _head_draws(self, numbers: list[int], seed: int, temperature: float) -> Tensor:
+        """Normal numbers of variance ``temperature`` for each picture's vectors, ``(pictures, M, sample_draws)``.
+
+        Drawn on the CPU from a stream of (seed, number), so the same on every device and in every batch.
+        """
+        shape = self.renderer.M, self.pisces.bridge.head.sample_draws
+        drawn = [stream(seed, "head", number).standard_normal(shape, np.float32) for number in numbers]
+        return torch.from_numpy(np.stack(drawn)).to(self.device) * temperature**0.5
 
     def reconstruct(
         self, images: list[Image], steps: int | None = None, guidance_scale: float | None = None, seed: int = 0
@@ -190,16 +224,20 @@ class Generator:
         return self.painter.encode(images)
 
     @torch.inference_mode()
-    def vectors(self, captions: list[str], fed_BME: Tensor | None = None) -> Tensor:
+    def vectors(self, captions: list[str], fed_BME: Tensor | None = None, draws_BMR: Tensor | None = None) -> Tensor:
         """The M vectors the LLM writes for each caption, ``(B, M, E)``, in its own space; ``""`` is the null one.
 
-        With ``fed_BME`` each vector is predicted from those, as in training, and not from its own (for diagnosis).
+        Args:
+            captions: what to draw.
+            fed_BME: each vector is predicted from these, as in training, and not from its own (for diagnosis).
+            draws_BMR: numbers for a head that samples (`VectorHead.sample_draws`); None is its temperature 0.
         """
         turns = [generation_turns(caption) for caption in captions]
         hidden_BD, cache, mask_BS = self._read(turns, [()] * len(turns), "[IMG]", None)
         written = []
         for k in range(self.renderer.M):
-            vector_BE, embedded_BD = self.pisces.next_vector(hidden_BD)
+            draws_BR = None if draws_BMR is None else draws_BMR[:, k]
+            vector_BE, embedded_BD = self.pisces.next_vector(hidden_BD, draws_BR)
             written.append(vector_BE.float())
             if fed_BME is not None:
                 embedded_BD = self.pisces.bridge.generation_projector(fed_BME[:, k].to(self._dtype))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from open_pisces.config import ModelConfig
 from open_pisces.device import FloatBuffers, upcast
 from open_pisces.errors import PiscesError
-from open_pisces.model.heads import GenerationHead, VectorHead
+from open_pisces.model.heads import HEADS, VectorHead
 
 
 class VisualTokenPooler(nn.Module):
@@ -131,7 +131,7 @@ class Bridge(nn.Module):
         self.pooler = VisualTokenPooler(config.generation.pool)
         self.understanding_projector = VisualProjector(understanding_width, llm_width)
         self.generation_projector = VisualProjector(width, llm_width)
-        self.head: VectorHead = GenerationHead(llm_width, width)
+        self.head: VectorHead = HEADS[config.bridge.head](llm_width, width, config.bridge)
         self.statistics = TargetStatistics(config.generation.vectors, width)
 
     def targets(self, features_BGE: Tensor) -> Tensor:

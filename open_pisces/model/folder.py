@@ -31,6 +31,7 @@ from torch import nn
 from open_pisces.config import ModelConfig, validate
 from open_pisces.files import sha256_of, whole_folder
 from open_pisces.model import adapters
+from open_pisces.model.heads import HEADS
 from open_pisces.model.parts import PARTS, ModelFolderError, build_part
 
 FOLDERS = (*PARTS, "adapter", "tokenizer")
@@ -286,17 +287,35 @@ def present(folder: Path) -> str:
 
 
 def in_start(model: ModelConfig, name: str) -> bool:
-    """Whether the folder that a training starts from holds a part."""
-    return bool(model.start) and (Path(model.start or "") / name).is_dir()
+    """Whether a training takes a part from the folder that it starts from."""
+    return bool(model.start) and name not in model.fresh and (Path(model.start or "") / name).is_dir()
 
 
 def get_part(
     name: str, model: ModelConfig, vocabulary: int | None = None, dtype: torch.dtype | None = torch.float32
 ) -> Any:
     """The part as the start folder has it, in ``dtype`` (None: as stored), or else a new one in float32."""
-    if in_start(model, name):
-        return load_part(model.start or "", name, model, dtype)
-    return build_part(name, model, vocabulary)
+    if not in_start(model, name):
+        return build_part(name, model, vocabulary)
+    if name == "bridge":
+        return _start_bridge(model, dtype)
+    return load_part(model.start or "", name, model, dtype)
+
+
+def _start_bridge(model: ModelConfig, dtype: torch.dtype | None) -> Any:
+    """The start folder's bridge; what no longer fits is new: the MLPs for a fresh LLM, or a head of another kind."""
+    before = read_config(model.start or "")
+    bridge = load_part(model.start or "", "bridge", before, dtype)
+    if "llm" in model.fresh:
+        fresh = build_part("bridge", model)
+        # The targets' scale belongs to gen-CLIP and the decoder, not to the LLM.
+        fresh.statistics = bridge.statistics
+        return fresh
+    if before.bridge.same_head(model.bridge):
+        return bridge
+    head: Any = bridge.head
+    bridge.head = HEADS[model.bridge.head](head.llm_width, head.width, model.bridge)
+    return bridge
 
 
 def weights_digest(module: torch.nn.Module) -> str:

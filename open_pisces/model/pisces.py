@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,25 @@ from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.folder import load_parts, write_folder
 from open_pisces.model.parts import PARTS
+
+
+class HistoryNoise(NamedTuple):
+    """Noise for the vectors that the LLM is fed, so that it learns to read the caption and not only its own history.
+
+    After Kyutai's CALM (arXiv 2509.06926); for ``tiny``. A tuple, because sharding looks into those.
+    """
+
+    shares_B: Tensor
+    """Of each picture: the share of noise in the variance of its vectors, float32."""
+    noise_BME: Tensor
+    """Standard normal numbers."""
+
+    def mixed_with(self, vectors_BME: Tensor) -> Tensor:
+        """Vectors and noise; the variance of standardised vectors stays 1."""
+        drawn = len(self.shares_B)  # a blank picture, which no place takes, has no noise
+        share = self.shares_B.view(-1, 1, 1)
+        mixed = share.sqrt() * self.noise_BME + (1 - share).sqrt() * vectors_BME[:drawn]
+        return torch.cat([mixed, vectors_BME[drawn:]])
 
 
 class Pisces(FloatBuffers):
@@ -104,10 +123,14 @@ class Pisces(FloatBuffers):
         """Pictures in [0, 1] to the vectors the LLM learns to write, ``(B, M, E)``, in the LLM's space."""
         return self.bridge.targets(self.generation_encoder.features(pixels_BCHW))
 
-    def embed(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: SequenceBatch, noise: HistoryNoise | None = None) -> tuple[Tensor, Tensor]:
         """The LLM's input and the vectors it must predict; an encoder runs only if the batch has pictures for it.
 
         A picture that no place takes (see `with_blank_pictures`) ties its modules to the graph with weight 0.
+
+        Args:
+            batch: sequences with their pictures.
+            noise: what the fed vectors are mixed with; the targets are not.
 
         Returns:
             ``(B, S, D)`` embeddings, image places filled; ``(pictures, M, E)`` targets in float32.
@@ -128,13 +151,16 @@ class Pisces(FloatBuffers):
         if targets_BME is None:
             targets_BME = self.bridge.statistics.null_ME.expand(0, -1, -1)
         else:
-            fed_BMD = self.bridge.generation_projector(targets_BME.to(words_BSD.dtype))
+            fed_BME = targets_BME if noise is None else noise.mixed_with(targets_BME)
+            fed_BMD = self.bridge.generation_projector(fed_BME.to(words_BSD.dtype))
             flat = _place(flat, batch.generation_at_K, fed_BMD)
         return flat.view_as(words_BSD), targets_BME[: len(batch.generation_at_K) // targets_BME.shape[1]]
 
     # ------------------------------------------------------------------------------------------ the objective
 
-    def forward(self, batch: SequenceBatch, draws_KR: Tensor | None = None) -> Losses:
+    def forward(
+        self, batch: SequenceBatch, draws_KR: Tensor | None = None, noise: HistoryNoise | None = None
+    ) -> Losses:
         """Cross-entropy on text plus the head's error on vectors, the paper's squared error (paper: objective).
 
         Logits exist only where a token is supervised: at 128k words a full set would cost more than the LLM.
@@ -142,8 +168,9 @@ class Pisces(FloatBuffers):
         Args:
             batch: sequences with their pictures.
             draws_KR: ``(vectors, head.loss_draws)`` standard normal numbers, for a head whose loss is random.
+            noise: what the vectors fed to the LLM are mixed with; None, the paper's, feeds true ones.
         """
-        inputs_BSD, targets_BME = self.embed(batch)
+        inputs_BSD, targets_BME = self.embed(batch, noise)
         # 0 in the paper's stages: teacher forcing.
         for _ in range(self.weights.own_passes):
             inputs_BSD = self.feed_own(inputs_BSD, batch)

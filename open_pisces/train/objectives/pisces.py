@@ -20,7 +20,7 @@ from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers
 from open_pisces.model.folder import in_start, without_sources
 from open_pisces.model.parts import PARTS, build_part
-from open_pisces.model.pisces import Pisces, with_blank_pictures
+from open_pisces.model.pisces import HistoryNoise, Pisces, with_blank_pictures
 from open_pisces.sheets import contact_sheet
 from open_pisces.train.flops import (
     Cost,
@@ -90,8 +90,20 @@ class PiscesObjective(Objective):
 
     def losses(self, batch: SequenceBatch) -> Losses:
         """Both losses. Of several ranks each runs every module, with blank pictures where a batch has none."""
-        draws_KR = self._head_draws(batch)
-        return self.module(batch if self.world.ranks == 1 else with_blank_pictures(batch), draws_KR)
+        given = batch if self.world.ranks == 1 else with_blank_pictures(batch)
+        return self.module(given, self._head_draws(batch), self._history_noise(batch))
+
+    def _history_noise(self, batch: SequenceBatch) -> HistoryNoise | None:
+        """Noise for the vectors that are fed; each picture's share and numbers from its own stream."""
+        most = self.config.loss.history_noise
+        if not most:
+            return None
+        shape = self.config.model.generation.vectors, self.config.model.generation.width
+        streams = [draw(self.config, drawn, "history") for drawn in batch.draws]
+        shares = torch.tensor([stream.uniform(0, most) for stream in streams], dtype=torch.float32)
+        numbers = [stream.standard_normal(shape, np.float32) for stream in streams]
+        noise = torch.from_numpy(np.array(numbers, np.float32).reshape(len(streams), *shape))
+        return HistoryNoise(shares.to(batch.ids_BS.device), noise.to(batch.ids_BS.device))
 
     def _head_draws(self, batch: SequenceBatch) -> Tensor | None:
         """Standard normal numbers for the head's loss, ``(K, loss_draws)``; each picture's from its own stream."""
