@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,20 @@ from open_pisces.files import whole_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from open_pisces.generate.generator import Generator
+
 
 def generate(args: argparse.Namespace) -> Result:
     """Draw pictures from prompts: a file each into a folder, or all on one sheet."""
+    from open_pisces.generate.choose import best_of
     from open_pisces.sheets import contact_sheet
 
     check_out(args.out)
-    drawn = load_generator(args).image(args.prompts, args.n, args.steps, args.guidance_scale, args.seed)
+    generator = load_generator(args)
+    unknown = warn_of_unknown_words(generator, args.prompts)
+    drawn = best_of(
+        generator, args.prompts, args.best_of, args.n, args.steps, args.guidance_scale, args.seed, args.temperature
+    )
     pictures: list[Image] = []
     prompts: list[str] = []
     for prompt, row in zip(args.prompts, drawn, strict=True):
@@ -36,7 +44,22 @@ def generate(args: argparse.Namespace) -> Result:
         save_together({args.out: sheet})
     rows = [{"prompt": prompt, "file": str(file)} for prompt, file in zip(prompts, files, strict=True)]
     say(args, "\n".join(f"{row['prompt']}: {row['file']}" for row in rows))
-    return {"pictures": rows, **{name: getattr(args, name) for name in ("n", "steps", "guidance_scale", "seed")}}
+    names = ("n", "best_of", "steps", "guidance_scale", "seed", "temperature")
+    return {"pictures": rows, "unknown_words": unknown, **{name: getattr(args, name) for name in names}}
+
+
+def warn_of_unknown_words(generator: Generator, prompts: list[str]) -> list[str]:
+    """Say on standard error which words the model never saw, and known ones that are spelt like them; returns them."""
+    from open_pisces.generate.words import UnknownWord, unknown_words
+
+    found: dict[str, UnknownWord] = {}
+    for prompt in prompts:
+        found |= {unknown.word: unknown for unknown in unknown_words(generator.tokenizer, prompt)}
+    for unknown in found.values():
+        print(f"pisces: {unknown}", file=sys.stderr)
+    if found:
+        print("pisces: `pisces info --words` lists the words it knows", file=sys.stderr)
+    return list(found)
 
 
 def ask(args: argparse.Namespace) -> Result:
@@ -100,6 +123,10 @@ def add_generate(commands: Any) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT")
     _add_out(command)
     add_drawing_options(command, n=1)
+    text = "draw N for each picture, keep the one that the model itself describes by the prompt best (default: 1)"
+    command.add_argument("--best-of", type=at_least(1), default=1, metavar="N", help=text)
+    text = "variance of the noise that a sampling head starts from, 0 for none (default: 1); squared error has none"
+    command.add_argument("--temperature", type=float, default=1.0, help=text)
 
     command = add_command(commands, "ask", ask, "answer a question about images", model=True)
     command.add_argument("images", nargs="+", metavar="IMAGE")

@@ -27,11 +27,33 @@ def info(args: argparse.Namespace) -> Result:
         if args.verify:
             raise ConfigError(f"{what}: --verify compares the files of a model folder, and this is a recipe")
         described = summary.describe(load_config(what).model)
+    if args.words:
+        known = _known_words(what)
+        described["known_words"] = known if args.json else ", ".join(known)
     if not args.json:
         from open_pisces.cli.tables import print_info
 
         print_info(what, described)
     return described
+
+
+def _known_words(what: str) -> list[str]:
+    """The words of a model's training texts.
+
+    Raises:
+        ConfigError: for a recipe, or a model whose tokenizer was not trained on them.
+    """
+    from open_pisces.config import ConfigError
+    from open_pisces.data.tokenizer import load_tokenizer
+    from open_pisces.generate.words import known_words
+    from open_pisces.model.folder import read_config
+
+    if not (Path(what) / "tokenizer").is_dir():
+        raise ConfigError(f"{what}: --words lists those of a model folder with a tokenizer, and it has none")
+    words = known_words(load_tokenizer(Path(what) / "tokenizer", read_config(what).template))
+    if not words:
+        raise ConfigError(f"{what}: its tokenizer keeps no list of words: it was not trained on the model's own texts")
+    return list(words)
 
 
 def export(args: argparse.Namespace) -> Result:
@@ -52,6 +74,7 @@ def add_model(commands: Any) -> None:
     text = "a model folder, or a recipe such as 8b/stage1"
     command.add_argument("what", nargs="?", metavar="MODEL|RECIPE", help=text)
     command.add_argument("--verify", action="store_true", help="compare all files with their recorded checksums")
+    command.add_argument("--words", action="store_true", help="list the words that a model trained from scratch knows")
     add_json(command)
 
     command = add_command(commands, "export", export, "write a model folder anew in another dtype, adapter merged")

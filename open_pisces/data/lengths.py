@@ -57,12 +57,12 @@ def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig, rank
 def _byte_bound(reader: ShardReader, renderer: Renderer) -> np.ndarray:
     """At least as many tokens as each sample can take, were every byte a token; JSON's own signs pay for the turns.
 
-    For all tasks but conversations, which show one picture.
+    For all tasks but conversations; `reconstruct` holds the picture twice, the others once.
     """
     asked = chain.from_iterable(texts for texts in wordings().values() if isinstance(texts, list))
     longest = max(len(renderer.text_ids(text)) for text in asked)
     frame = len(renderer.render(()).ids) + 2 * _turn(renderer) + longest + _JOINTS
-    return frame + max(renderer.N, renderer.M) + 2 + reader.text_bytes()
+    return frame + renderer.N + renderer.M + 4 + reader.text_bytes()
 
 
 def token_table(reader: ShardReader, tokenizer: Any, samples: np.ndarray) -> np.ndarray:
@@ -152,6 +152,8 @@ def _token_bound(table: np.ndarray, task: Task, renderer: Renderer, questions: i
         return frame + column["questions"] + picture + asked * (2 * _turn(renderer) + 2 * _JOINTS)
     wording = wordings()["generate" if task.startswith("generate") else task]
     longest = max(len(renderer.text_ids(text)) for text in wording)
+    if task == "reconstruct":  # no caption, and the picture twice
+        return frame + longest + renderer.N + renderer.M + 4 + _JOINTS + 0 * column["short"]
     words = column["short" if task.endswith("short") else "detailed"]
     return frame + longest + words + picture + _JOINTS
 

@@ -333,6 +333,10 @@ def sample_turns(
         caption = "" if draw.random() < drop_caption else caption
         wording = int(draw.integers(len(wordings()["generate"])))
         return (*generation_turns(caption, wording), Turn("assistant", (0,)))
+    if task == "reconstruct":
+        # The same picture through both encoders: understanding vectors in, generation vectors out.
+        prompt = wordings()[task][int(draw.integers(len(wordings()[task])))]
+        return (Turn("user", (0, prompt)), Turn("assistant", (0,)))
     if task.startswith("caption"):
         text = draw_caption(sample, draw) if task == "caption_short" else sample.detailed
         answer = _words(sample, text, task)

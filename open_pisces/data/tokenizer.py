@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 BEGIN_IMAGE = "[IMG]"
 END_IMAGE = "[/IMG]"
 PLACEHOLDER = "<image>"
+MOST_WORDS = 5000
+"""Words up to which a tokenizer keeps the list of those it was trained on."""
 
 
 @lru_cache
@@ -39,15 +41,36 @@ def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, template: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most ``vocab_size`` tokens, special tokens included."""
+    """A byte-level BPE of at most ``vocab_size`` tokens, special tokens included.
+
+    It keeps the words of the texts as its setting ``known_words``, so that a prompt with others can be told
+    (`generate.words`); of more than `MOST_WORDS` none are kept.
+    """
+    words: set[str] = set()
     tokenizer = _byte_level(Tokenizer(models.BPE()))
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(special_tokens(template)),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    return _wrap(tokenizer, template)
+    tokenizer.train_from_iterator(_noting_words(texts, words), trainer)
+    wrapped = _wrap(tokenizer, template)
+    if len(words) <= MOST_WORDS:
+        wrapped.init_kwargs["known_words"] = sorted(words)
+    return wrapped
+
+
+def _noting_words(texts: Iterable[str], words: set[str]) -> Iterator[str]:
+    """The texts as they are; their words are added to ``words`` on the way."""
+    for text in texts:
+        if len(words) <= MOST_WORDS:
+            words.update(words_of(text))
+        yield text
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in their order, in lower case; signs are left out."""
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 def load_tokenizer(source: str | Path, template: str) -> PreTrainedTokenizerFast:

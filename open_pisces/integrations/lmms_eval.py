@@ -20,9 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from open_pisces.data.images import ImageError
-from open_pisces.data.prompts import IGNORED, collate
-from open_pisces.device import upcast
-from open_pisces.generate.generator import Generator, PromptError
+from open_pisces.generate.choose import describe_length, log_likelihoods
+from open_pisces.generate.generator import Generator
 from open_pisces.generate.messages import Conversation, HarnessError, read_messages
 from open_pisces.model.folder import WEIGHTS
 
@@ -68,49 +67,6 @@ def cut(answer: str, until: Sequence[str]) -> str:
     """The answer up to the first of the strings that end it."""
     places = [place for place in map(answer.find, until) if place >= 0]
     return answer[: min(places, default=len(answer))].strip()
-
-
-@torch.inference_mode()
-def log_likelihoods(
-    generator: Generator, conversations: Sequence[Conversation], continuations: Sequence[str]
-) -> list[tuple[float, bool]]:
-    """How likely answers are.
-
-    The template ends right before the assistant's first word, so a continuation's leading blanks are left out.
-
-    Returns:
-        For each conversation the sum of the log-probabilities (natural, over the whole vocabulary) of the
-        continuation's tokens, end of turn not among them, and whether `Generator` would write these tokens at
-        temperature 0.
-
-    Raises:
-        PromptError: for a conversation that is too long with its continuation.
-    """
-    pisces = generator.pisces
-    renderer = generator.renderer
-    rendered = [renderer.render(conversation.turns, answer_next=True) for conversation in conversations]
-    counts = []
-    for row, words in zip(rendered, continuations, strict=True):
-        row.labels = [IGNORED] * len(row.ids)  # earlier answers are given, not asked for
-        ids = renderer.text_ids(words.lstrip())
-        counts.append(len(ids))
-        row.add(ids, supervised=True)
-        if len(row.ids) > generator.max_prompt_tokens:
-            raise PromptError(f"{_takes(len(row.ids), generator)} with its continuation {words[:30]!r}: shorten it")
-    images = [conversation.images for conversation in conversations]
-    batch = collate(rendered, images, renderer, *generator.sizes, multiple=1)
-    batch = batch.to(generator.device, next(pisces.llm.parameters()).dtype)
-    hidden_KD = pisces.hidden(pisces.embed(batch)[0]).flatten(0, 1)[batch.text_at_K]
-    logits_KV = upcast(pisces.llm.get_output_embeddings()(hidden_KD))
-    chosen_K = logits_KV.log_softmax(-1).gather(-1, batch.labels_K[:, None])[:, 0]
-    logits_KV[:, [token for token in renderer.special_ids if token != renderer.end_of_turn]] = float("-inf")
-    greedy_K = logits_KV.argmax(-1) == batch.labels_K
-    parts = zip(chosen_K.split(counts), greedy_K.split(counts), strict=True)
-    return [(float(chosen.sum()), bool(greedy.all())) for chosen, greedy in parts]
-
-
-def _takes(length: int, generator: Generator) -> str:
-    return f"{length} tokens with its pictures, of {generator.max_prompt_tokens} that this model takes,"
 
 
 class Requests:
@@ -238,7 +194,7 @@ class Requests:
             length = self._length(row)
             if length <= self.generator.max_prompt_tokens:
                 return row
-            cause = f"{_takes(length, self.generator)} {len(row.images)} pictures among them"
+            cause = f"{describe_length(length, self.generator)} {len(row.images)} pictures among them"
         except ImageError as error:
             cause = str(error)
         doc_id, task, _ = args[-3:]

@@ -376,3 +376,14 @@ def test_a_batch_without_pictures_holds_none() -> None:
     batch = collate([RENDERERS["tiny"].render(CONVERSATIONS[2])], [()], RENDERERS["tiny"], 16, 8)
     assert batch.understanding_pixels_BCHW.shape == (0, 3, 16, 16)
     assert batch.generation_pixels_BCHW.shape == (0, 3, 8, 8)
+
+
+def test_reconstruction_shows_a_picture_and_draws_the_same_one() -> None:
+    sample = Sample(key="k", images=(Image.new("RGB", (8, 8)),), short="", detailed="")
+    asked = {sample_turns(sample, "reconstruct", stream(0, "x", i), 0.1, 1) for i in range(20)}
+    assert asked == {(Turn("user", (0, words)), Turn("assistant", (0,))) for words in wordings()["reconstruct"]}
+    turns = next(iter(asked))
+    rendered = RENDERERS["tiny"].render(turns)
+    assert rendered.understanding_images == rendered.generation_images == [0]
+    assert SEEN in written(rendered) and written(rendered).index(SEEN) < written(rendered).index(DRAWN)
+    assert supervised(rendered).strip("·") == "[IMG]··[/IMG]<|end|>"
