@@ -35,7 +35,7 @@ def build_scenes(args: argparse.Namespace) -> Result:
     from open_pisces.datasets.scenes.composer import build
 
     out = _out(args.out, f"scenes/{args.split}")
-    print(build(out, args.count, args.seed, args.split, pairs=args.pairs, many=args.many_questions))
+    print(build(out, args.count, args.seed, args.split, pairs=args.pairs, many=args.many_words))
     return None
 
 
@@ -141,8 +141,8 @@ def add_data(command: argparse.ArgumentParser) -> None:
     build.add_argument("--count", type=at_least(1), default=40_000, help="scenes (default: 40000)")
     build.add_argument("--seed", type=at_least(0), default=0)
     build.add_argument("--pairs", type=share, help="share of scenes with two different things (default: 0.3)")
-    text = "ask about every thing of a scene, for training; the others make the answers come out even"
-    build.add_argument("--many-questions", action="store_true", help=text)
+    text = "for training: ask about every thing of a scene, and caption it in other words too"
+    build.add_argument("--many-words", action="store_true", help=text)
 
     view = add_command(commands, "look", look, "write a labelled sheet of a dataset's samples")
     view.add_argument("path", metavar="PATH", help="a dataset folder such as scenes/train, or fixture")

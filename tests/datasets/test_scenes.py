@@ -312,6 +312,45 @@ def test_many_questions_ask_about_each_thing_and_come_out_even_in_every_scene(ma
     assert kinds["left_or_right"] > 0.4 * COUNT and kinds["where"] > COUNT
 
 
+def _at(name: str, said: str) -> tuple[int, int]:
+    found = re.search(rf"\b{name}\b", said)
+    assert found, (name, said)
+    return found.span()
+
+
+BEFORE = {"left of": 0, "above": 1, "over": 1, "on top of": 1, "to the left of": 0, "and": 0, "next to": 0}
+AFTER = {"right of": 0, "below": 1, "under": 1, "underneath": 1, "to the right of": 0}
+
+
+def test_other_words_say_the_same_scene(many: list[Sample]) -> None:
+    """Every caption in other words names style, ground and things, and its relation or places hold in pixels."""
+    forms = Counter()
+    for sample in many:
+        known = facts(sample)
+        (said,) = sample.more_captions
+        words = WORDS[known["objects"][0]["style"]]
+        assert (f" {words} " in f" {said} ") if words else not re.search(r"\b(blob|3d|twemoji)\b", said)
+        assert known["background"] in said or known["background"] == "white"
+        said = re.sub(r" on (an? )?(\w+)( background)?$", "", said) if said.endswith(known["background"]) else said
+        said = re.sub(rf" on an? {known['background']} background$", "", said)
+        if known["layout"] != "pair":
+            continue
+        one, other = sorted(known["objects"], key=lambda o: _at(_name(o), said)[0])
+        if all(f"the {o['place']}" in said for o in (one, other)):  # each named with its thing
+            forms["places"] += 1
+            places = [_at(f"the {o['place']}", said)[0] for o in (one, other)]
+            assert places == sorted(places), said
+            continue
+        between = said[_at(_name(one), said)[1] : _at(_name(other), said)[0]]
+        word = re.sub(rf" an? ({words} )?$" if words else r" an? $", "", between).strip()
+        assert word in BEFORE or word in AFTER, (word, said)
+        forms[word] += 1
+        axis = BEFORE.get(word, AFTER.get(word))
+        ahead = middle(one)[axis] < middle(other)[axis]
+        assert ahead == (word in BEFORE), said
+    assert len(forms) >= 10 and min(forms.values()) > 20, forms
+
+
 def test_the_share_of_pairs_is_a_setting_and_the_others_keep_theirs(many: list[Sample]) -> None:
     layouts = Counter(facts(sample)["layout"] for sample in many)
     assert layouts["pair"] / COUNT == pytest.approx(0.5, abs=0.03)

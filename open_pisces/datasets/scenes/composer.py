@@ -24,7 +24,13 @@ from open_pisces.data.order import stream
 from open_pisces.data.shards import ShardError, data_path
 from open_pisces.datasets.scenes.artwork import fit
 from open_pisces.datasets.scenes.layout import SIZE, Layout, Split, Thing, vocabulary
-from open_pisces.datasets.scenes.texts import detailed_caption, many_questions, questions, short_caption
+from open_pisces.datasets.scenes.texts import (
+    detailed_caption,
+    many_questions,
+    questions,
+    short_caption,
+    varied_caption,
+)
 from open_pisces.datasets.shard_writer import ShardWriter
 
 HELD_OUT_STYLE = "twemoji"
@@ -144,7 +150,8 @@ class Composer:
         seed: of everything random.
         pairs: share of scenes with two different things, taken from the others in proportion; None is that of
             `LAYOUTS`. The split ``pairs`` holds nothing else.
-        many: ask about every thing of a scene (`many_questions`), for training.
+        many: for training: ask about every thing of a scene (`many_questions`), and say it in other words too
+            (`varied_caption`).
 
     Raises:
         ShardError: for an unknown split, or cut-outs without the styles it needs.
@@ -189,6 +196,8 @@ class Composer:
             questions=self._questions(layout, rng),
             source=f"scenes/{self.split}",
             facts=_facts(layout, boxes),
+            # Last, so that the scenes are the same with and without.
+            more_captions=(varied_caption(layout, word, rng),) if self.many else (),
         )
 
     def _questions(self, layout: Layout, rng: np.random.Generator) -> tuple[Question, ...]:

@@ -18,6 +18,7 @@ from open_pisces.datasets.scenes.artwork import article
 from open_pisces.datasets.scenes.layout import Layout, Thing
 
 NUMBERS = ("zero", "one", "two", "three", "four")
+CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 ON_SIDE = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 
 # Shares of the scenes that are asked, chosen so that the answers come out even; see the layouts in `scenes`.
@@ -53,6 +54,44 @@ def short_caption(layout: Layout, style_word: str) -> str:
         text = article(size + _styled(first.name, style_word))
         text += f" {words()['short_places'][layout.places[0]]}" if layout.places[0] != "centre" else ""
     return text if layout.background == "white" else f"{text} on {layout.background}"
+
+
+def varied_caption(layout: Layout, style_word: str, rng: np.random.Generator) -> str:
+    """The same as `short_caption` in other words, as people may write it: the order turned, the places named.
+
+    It too names all that may differ between two scenes; "a cat and a dog" alone means from left to right.
+    """
+    first = layout.things[0]
+    a_first = article(_styled(first.name, style_word))
+    if layout.kind == "pair":
+        a_second = article(_styled(layout.things[1].name, style_word))
+        said = _pair_in_other_words(layout, a_first, a_second, rng)
+    elif layout.kind == "count":
+        arrangement = words()["arrangements"][layout.arrangement]
+        said = f"{NUMBERS[len(layout.spots)]} {_styled(first.plural, style_word)} {arrangement}"
+    else:
+        size = "small " if layout.size == "small" else _choose(["", "large ", "big "], rng)
+        at = layout.places[0]
+        middle = words()["centre_in_other_words"]
+        place = _choose(middle if at == "centre" else [words()["short_places"][at], words()["places"][at]], rng)
+        said = f"{article(size + _styled(first.name, style_word))} {place}".rstrip()
+    opening = _choose(words()["openings"], rng)
+    # "a picture of on the left ..." would be no English.
+    return (opening if said.startswith(("a ", "an ")) else "") + said + _ground_in_other_words(layout.background, rng)
+
+
+def _pair_in_other_words(layout: Layout, a_first: str, a_second: str, rng: np.random.Generator) -> str:
+    names = {"a": a_first, "b": a_second, "at_a": ON_SIDE[layout.places[0]], "at_b": ON_SIDE[layout.places[1]]}
+    turned = {"a": a_second, "b": a_first, "at_a": names["at_b"], "at_b": names["at_a"]}
+    table = words()["pairs_in_other_words"]
+    forms = [phrase.format(**names) for phrase in (*table["any"], *table[layout.relation])]
+    forms += [phrase.format(**turned) for phrase in (*table["any"], *table[CONVERSE[layout.relation]])]
+    return _choose(forms, rng)
+
+
+def _ground_in_other_words(background: str, rng: np.random.Generator) -> str:
+    named = [f" on {background}", f" on {article(background)} background"]
+    return _choose(["", *named] if background == "white" else named, rng)
 
 
 def _styled(name: str, style_word: str) -> str:
