@@ -13,23 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from open_pisces.errors import PiscesError
+from open_pisces.settings import ConfigError, Settings, explain
 
 RECIPES = Path(__file__).parent / "recipes"
 TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3", "own_vectors")
 """In the order in which they run. A scale has those it has a recipe for; ``own_vectors`` is not the paper's."""
-
-
-class ConfigError(PiscesError):
-    """A setting that cannot be used; the message names file, key, value and remedy."""
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values are not coerced, nothing changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -133,8 +123,7 @@ class ModelConfig(Settings):
     start: str | None = None
     """A model folder to start from. Its parts replace those described here."""
     fresh: list[Literal["llm"]] = []
-    """Parts that are described here and built anew although the start folder holds them: ``llm``, with the MLPs around
-    it."""
+    """Parts that are built anew although the start folder holds them: ``llm``, with the MLPs around it."""
     llm: PartConfig = PartConfig()
     understanding: PartConfig = PartConfig()
     understanding_mean: list[float] = [0.5, 0.5, 0.5]
@@ -412,7 +401,7 @@ def validate(kind: type[Settings], values: dict[str, Any], where: dict[str, str]
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, issue, where) for issue in error.errors())) from None
+        raise ConfigError("\n".join(explain(kind, issue, where) for issue in error.errors())) from None
 
 
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -459,30 +448,3 @@ def _place(here: dict[str, Any] | list[Any], key: str, override: str) -> Any:
     if not key.isdecimal() or int(key) >= len(here):
         raise ConfigError(f"override {override!r}: {key!r} is not an entry of a list of {len(here)}; they count from 0")
     return int(key)
-
-
-def _explain(kind: type[Settings], issue: Any, where: dict[str, str]) -> str:
-    """One line for one wrong setting: file, key, value and the remedy. ``issue`` is one of pydantic's errors."""
-    key = ".".join(str(part) for part in issue["loc"])
-    section, _, name = key.rpartition(".")
-    file = where.get(key) or where.get(section) or where.get("", "settings")
-    if issue["type"] != "extra_forbidden":
-        return f"{file}: {key} = {issue['input']!r}: {issue['msg']}"
-    hint = "see open_pisces/config.py for all keys"
-    known = {k: k.rpartition(".")[2] for k in _keys(kind)}
-    near = difflib.get_close_matches(name, known.values(), 1, 0.5)
-    if near:  # the same name may be a key of several sections: the one that was written is tried first
-        full = [f"{section}.{near[0]}".lstrip("."), *(k for k in known if known[k] == near[0])]
-        hint = f"did you mean {full[0] if full[0] in known else full[1]}?"
-    return f"{file}: unknown key {key} (value {issue['input']!r}): {hint}"
-
-
-def _keys(kind: type[Settings], prefix: str = "") -> list[str]:
-    """All dotted keys of a settings class."""
-    keys = []
-    for name, field in kind.model_fields.items():
-        keys.append(prefix + name)
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, Settings):
-            keys += _keys(inner, f"{prefix}{name}.")
-    return keys

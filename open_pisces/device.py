@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from open_pisces.config import ConfigError
+from open_pisces.settings import ConfigError
 
 
 class FloatBuffers(nn.Module):

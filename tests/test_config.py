@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from open_pisces.config import RECIPES, TRAININGS, ConfigError, RunConfig, load_config, trainings, validate
+from open_pisces.config import RECIPES, TRAININGS, RunConfig, load_config, trainings, validate
+from open_pisces.settings import ConfigError
 
 RECIPE_NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 RUNS = [name for name in RECIPE_NAMES if name.rpartition("/")[2] in TRAININGS]

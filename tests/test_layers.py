@@ -29,6 +29,7 @@ LAYERS = (
     {"batch"},
     {"device"},
     {"config", "files"},
+    {"settings"},
     {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}

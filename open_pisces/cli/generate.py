@@ -26,9 +26,11 @@ def generate(args: argparse.Namespace) -> Result:
     check_out(args.out)
     generator = load_generator(args)
     unknown = warn_of_unknown_words(generator, args.prompts)
-    drawn = best_of(
-        generator, args.prompts, args.best_of, args.n, args.steps, args.guidance_scale, args.seed, args.temperature
-    )
+    how = args.steps, args.guidance_scale, args.seed, args.temperature
+    if args.best_of == 1:
+        drawn = generator.image(args.prompts, args.n, *how)
+    else:
+        drawn = best_of(generator, args.prompts, args.best_of, args.n, *how)
     pictures: list[Image] = []
     prompts: list[str] = []
     for prompt, row in zip(args.prompts, drawn, strict=True):

@@ -11,9 +11,10 @@ from open_pisces.cli.options import Result, add_command, add_json, quiet
 
 def info(args: argparse.Namespace) -> Result:
     """Print what a model folder or a recipe's model consists of."""
-    from open_pisces.config import ConfigError, load_config
+    from open_pisces.config import load_config
     from open_pisces.generate.generator import Generator
     from open_pisces.model import folder, summary
+    from open_pisces.settings import ConfigError
 
     quiet()
     what = args.what or str(folder.WEIGHTS)
@@ -43,10 +44,10 @@ def _known_words(what: str) -> list[str]:
     Raises:
         ConfigError: for a recipe, or a model whose tokenizer was not trained on them.
     """
-    from open_pisces.config import ConfigError
     from open_pisces.data.tokenizer import load_tokenizer
     from open_pisces.generate.words import known_words
     from open_pisces.model.folder import read_config
+    from open_pisces.settings import ConfigError
 
     if not (Path(what) / "tokenizer").is_dir():
         raise ConfigError(f"{what}: --words lists those of a model folder with a tokenizer, and it has none")

@@ -13,7 +13,8 @@ from open_pisces.cli.options import Result, add_command, add_json, add_recipe, a
 
 def train(args: argparse.Namespace) -> Result:
     """Run one training, or all trainings of a scale that are not done yet, in one process or in several."""
-    from open_pisces.config import ConfigError, load_config, trainings
+    from open_pisces.config import load_config, trainings
+    from open_pisces.settings import ConfigError
 
     whole_scale = [] if Path(args.recipe).is_file() else trainings(args.recipe)
     if whole_scale and any(override.startswith(("out=", "name=")) for override in args.overrides):

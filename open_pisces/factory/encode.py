@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from open_pisces.config import ConfigError, RunConfig
+from open_pisces.config import RunConfig
 from open_pisces.data.features import picture_rows, store_folder
 from open_pisces.data.images import ImageError, generation_bytes, open_image, understanding_bytes
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.device import pick_device
 from open_pisces.factory.encoders import FrozenEncoder, fingerprints, load_encoders, store_keys
 from open_pisces.files import locked, whole_file, write_whole
+from open_pisces.settings import ConfigError
 
 FLUSH = 64
 """Batches between two points from which an interrupted run can go on."""

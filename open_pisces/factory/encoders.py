@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_pisces.config import ConfigError, RunConfig
+from open_pisces.config import RunConfig
 from open_pisces.data.features import Kind, feature_key
 from open_pisces.data.shards import ShardReader
 from open_pisces.model.bridge import VisualTokenPooler
 from open_pisces.model.folder import get_part, in_start, weights_digest
+from open_pisces.settings import ConfigError
 
 
 class FrozenEncoder(nn.Module):

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from transformers import SiglipVisionModel
 
 from open_pisces.batch import unit_pixels
-from open_pisces.config import ConfigError, GenerationEncoderConfig
+from open_pisces.config import GenerationEncoderConfig
 from open_pisces.device import FloatBuffers
 from open_pisces.errors import PiscesError
+from open_pisces.settings import ConfigError
 
 
 class PixelNorm(FloatBuffers):

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from open_pisces.batch import PairBatch, unit_pixels
-from open_pisces.config import ConfigError, ContrastiveConfig
+from open_pisces.config import ContrastiveConfig
 from open_pisces.device import upcast
 from open_pisces.model.encoders import Block, GenerationEncoder, UnderstandingEncoder
+from open_pisces.settings import ConfigError
 
 
 class MaskedAutoencoder(nn.Module):

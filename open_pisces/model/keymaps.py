@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from open_pisces.config import ConfigError
+from open_pisces.settings import ConfigError
 
 _CLIP = {
     r"(?:vision_model\.)?embeddings\.class_embedding": "class_token",

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from open_pisces.config import ConfigError, GenerationEncoderConfig, ModelConfig, validate
+from open_pisces.config import GenerationEncoderConfig, ModelConfig, validate
 from open_pisces.errors import PiscesError
 from open_pisces.model import adapters
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.keymaps import read_tower
+from open_pisces.settings import ConfigError
 
 
 class ModelFolderError(PiscesError):

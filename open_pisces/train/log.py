@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from open_pisces.batch import StepBatches
-from open_pisces.config import ConfigError, RunConfig
+from open_pisces.config import RunConfig
+from open_pisces.settings import ConfigError
 from open_pisces.train.flops import Costs, counts_of, matmul_rate
 from open_pisces.train.world import World
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_pisces.config import ConfigError, RunConfig
+from open_pisces.config import RunConfig
 from open_pisces.data.loader import SkipTally
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import open_dataset
 from open_pisces.errors import PiscesError
 from open_pisces.model.folder import write_folder
+from open_pisces.settings import ConfigError
 from open_pisces.train.checkpoint import Checkpoints, load_latest, own_folder, read_progress, state_of
 from open_pisces.train.flops import meta_copy
 from open_pisces.train.log import Log, describe_run

@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from open_pisces.config import ConfigError, RunConfig
+from open_pisces.config import RunConfig
 from open_pisces.data.order import Mixture
+from open_pisces.settings import ConfigError
 
 UNTOLD = ("out", "device", "name", "train.reorder")
 """Settings that change nothing that is learnt."""

@@ -24,9 +24,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
 from open_pisces.batch import StepBatches
-from open_pisces.config import ConfigError, RunConfig
+from open_pisces.config import RunConfig
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
+from open_pisces.settings import ConfigError
 
 PATIENCE = 5.0
 """Seconds between a failed collective and naming the missing ranks: the others may have failed as well."""

@@ -13,11 +13,12 @@ import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
-from open_pisces.config import ConfigError, LossConfig
+from open_pisces.config import LossConfig
 from open_pisces.data.prompts import Turn, collate, generation_turns
 from open_pisces.device import pick_device
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.model.pisces import Pisces
+from open_pisces.settings import ConfigError
 
 PROMPTS = ["a red ball", "two small blue cats left of one very big green tree", "é"]
 

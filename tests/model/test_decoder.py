@@ -10,9 +10,10 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from open_pisces.config import ConfigError, ModelConfig
+from open_pisces.config import ModelConfig
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE
 from open_pisces.model.parts import build_decoder
+from open_pisces.settings import ConfigError
 
 SDXL_SCHEDULER = {
     "class": "EulerDiscreteScheduler",

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from open_pisces.config import ConfigError, ContrastiveConfig, GenerationEncoderConfig
+from open_pisces.config import ContrastiveConfig, GenerationEncoderConfig
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.gen_clip import GenCLIP
 from open_pisces.model.keymaps import read_tower, translate
+from open_pisces.settings import ConfigError
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 3, "heads": 3, "mlp_width": 40, "pool": 2}

@@ -15,7 +15,7 @@ from models import costs_counted_once
 
 from open_pisces.batch import PairBatch, SequenceBatch
 from open_pisces.cli.commands import build_parser, main
-from open_pisces.config import RECIPES, ConfigError, RunConfig, load_config
+from open_pisces.config import RECIPES, RunConfig, load_config
 from open_pisces.model.parts import build_part
 from open_pisces.plan import layout as planning_layout
 from open_pisces.plan import plan as planning
@@ -23,6 +23,7 @@ from open_pisces.plan.layout import GIB, RESERVE, Layout, PlanError, group_sizes
 from open_pisces.plan.live_bytes import LiveBytes
 from open_pisces.plan.memory import Activations, measure_activations
 from open_pisces.plan.plan import gpu_facts, plan, remedy
+from open_pisces.settings import ConfigError
 from open_pisces.train.objectives import OBJECTIVES, build_training, skeleton
 from open_pisces.train.optim import AveragedWeights, build_optimizer
 from open_pisces.train.shapes import Shape

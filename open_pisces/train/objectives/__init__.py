@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from open_pisces.config import ConfigError, RunConfig
+from open_pisces.config import RunConfig
+from open_pisces.settings import ConfigError
 from open_pisces.train.flops import Costs, take_weights
 from open_pisces.train.objectives.base import Objective
 from open_pisces.train.objectives.contrastive import ContrastiveObjective
