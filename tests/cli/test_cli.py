@@ -437,7 +437,7 @@ def test_a_built_dataset_lies_where_its_out_says(
     from open_pisces.datasets.scenes import composer as scenes
 
     monkeypatch.delenv("PISCES_DATA", raising=False)
-    monkeypatch.setattr(scenes, "build", lambda out, *rest: Path(out).absolute())
+    monkeypatch.setattr(scenes, "build", lambda out, *rest, **more: Path(out).absolute())
     assert main(["data", "build", "scenes", "--split", "pairs", *given]) == 0
     assert capsys.readouterr().out == f"{work / lies}\n"
 
