@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -84,22 +85,19 @@ def best_of(
     prompts: list[str],
     of: int,
     n: int = 1,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    seed: int = 0,
-    temperature: float = 1.0,
+    *how: Any,
 ) -> list[list[Image]]:
     """Draw ``of`` pictures for each one that is wanted, keep that which the model itself describes by the prompt best.
 
     Picture j of a prompt is the best of those numbered ``j * of`` to ``(j + 1) * of - 1``, so with ``of`` = 1 this is
-    `Generator.image`, whose arguments the others are.
+    `Generator.image`, whose further arguments, from ``steps`` on, are ``how``.
 
     Raises:
         PromptError: for an empty or over-long prompt, or fewer than one picture to choose from.
     """
     if of < 1:
         raise PromptError(f"best of {of}: draw at least one picture")
-    rows = generator.image(prompts, n * of, steps, guidance_scale, seed, temperature)
+    rows = generator.image(prompts, n * of, *how)
     if of == 1:
         return rows
     chosen = []
