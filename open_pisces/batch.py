@@ -230,6 +230,8 @@ class PairBatch(_Movable):
     """A stand-in for a rank that has no picture: it weighs nothing."""
     features_BME: Tensor | None = None
     """Pooled features of gen-CLIP from the feature cache, instead of encoding ``pixels_BCHW``."""
+    predicted_BME: Tensor | None = None
+    """What an LLM predicts for each caption, in gen-CLIP's space, from the feature cache."""
     gradients: EmbeddingGradients | None = None
     """Of several micro-batches of a contrastive step, compared before the first one's backward pass."""
 

@@ -18,8 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 from open_pisces.settings import ConfigError, Settings, explain
 
 RECIPES = Path(__file__).parent / "recipes"
-TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3", "own_vectors")
-"""In the order in which they run. A scale has those it has a recipe for; ``own_vectors`` is not the paper's."""
+TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3", "decoder_on_predicted")
+"""In the order in which they run. A scale has those it has a recipe for; the last is not the paper's."""
 
 
 # ---------------------------------------------------------------------------------------------------- the model
@@ -83,6 +83,9 @@ class DecoderConfig(Settings):
     image_size: int = 64
     spatial_condition: bool = False
     """Concatenate the upsampled condition grid to the U-Net's input. Deviation from the paper, for ``tiny``."""
+    reader_layers: int = Field(default=0, ge=0)
+    """Transformer blocks that read the vectors before the U-Net does. Deviation from the paper, for ``tiny``."""
+    reader_width: int = Field(default=256, ge=64, multiple_of=64)
     predicts: Literal["scheduler", "clean"] = "scheduler"
     """The U-Net's output: what its scheduler asks for, or the clean latents. Deviation from the paper, for ``tiny``."""
     steps: int = Field(default=50, ge=1)
@@ -233,6 +236,8 @@ class DiffusionConfig(Settings):
     """Share of pictures whose true vectors get noise; the decoder is told its level (RAE, arXiv 2510.11690)."""
     noise: float = Field(default=0.6, ge=0)
     """Highest level of that noise, in deviations of the targets; levels are uniform from 0."""
+    predicted: float = Field(default=0.0, ge=0, le=1)
+    """Share of pictures with the vectors that the start folder's LLM predicts for a caption (``data.features``)."""
     statistics_samples: int = Field(default=2048, ge=2)
     """Pictures from which the target statistics are computed if the start folder has none."""
     time_shift: float = 0.0

@@ -130,6 +130,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from models import costs_counted_once, nano
 
     from open_pisces.config import TRAININGS
+    from open_pisces.factory.encode import encode
     from open_pisces.train import loop
 
     base = tmp_path_factory.getbasetemp()
@@ -139,5 +140,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             for name in TRAININGS:
                 config = nano(folder, name)
                 if not loop.is_done(config):  # else another worker has trained it
-                    assert loop.train(config) == folder / name
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setenv("PISCES_DATA", str(folder / "data"))
+                        if config.data.features:
+                            encode(config)
+                        assert loop.train(config) == folder / name
         yield folder

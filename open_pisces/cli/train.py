@@ -30,6 +30,7 @@ def train(args: argparse.Namespace) -> Result:
             raise SystemExit(code)
         return None
 
+    from open_pisces.factory.encode import encode
     from open_pisces.train.loop import is_done
     from open_pisces.train.loop import train as run
 
@@ -38,6 +39,8 @@ def train(args: argparse.Namespace) -> Result:
         if whole_scale and is_done(config):
             _say_once(f"{name}: done, in {config.folder}")
             continue
+        if whole_scale and config.data.features:
+            encode(config)  # what is there is kept; several processes take turns
         _say_once(f"{name}: training, in {config.folder}")
         folder = run(config)
         if not is_done(config):

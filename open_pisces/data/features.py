@@ -17,8 +17,10 @@ from open_pisces.data.shards import DamagedSample, ShardReader, data_path
 from open_pisces.errors import PiscesError
 from open_pisces.files import sha256_of
 
-Kind = Literal["understanding", "generation"]
+Kind = Literal["understanding", "generation", "predicted"]
+"""Outputs of an encoder; or the generation vectors that an LLM predicts for a picture's caption."""
 KINDS: tuple[Kind, ...] = ("understanding", "generation")
+"""What the LLM's stages read; ``predicted`` is for the decoder."""
 
 
 class FeatureError(PiscesError):
@@ -32,13 +34,13 @@ def feature_key(
 
     Args:
         reader: the dataset.
-        kind: which encoder.
+        kind: which encoder; ``predicted`` depends on captions too, so any change of the dataset makes it another store.
         encoder: a digest of its weights (`model.folder.weights_digest`).
         preprocessing: how pictures become its input, and what is done with its output.
         dtype: ``float32`` or ``float16``.
     """
     return {
-        "pictures": reader.image_digest,
+        "pictures": reader.digest if kind == "predicted" else reader.image_digest,
         "kind": kind,
         "encoder": encoder,
         "preprocessing": preprocessing,

@@ -38,6 +38,8 @@ from open_pisces.data.prompts import (
 from open_pisces.data.shards import DamagedSample
 from open_pisces.errors import PiscesError
 
+PAIR_KINDS: tuple[Kind, ...] = ("generation", "predicted")
+"""Cached vectors that pairs may come with."""
 TRIES = 32
 """Row lengths tried for a batch."""
 
@@ -357,7 +359,6 @@ class PairLoader:
     def blank(self) -> PairBatch:
         """A micro-batch that weighs nothing, for a rank with fewer than another."""
         end = self.tokenizer.eos_token_id
-        shape = self.features[0].shape("generation") if self.features else (0, 0)
         return PairBatch(
             pixels_BCHW=torch.zeros(1, 3, self.sizes[0], self.sizes[0], dtype=torch.uint8),
             targets_BCHW=torch.zeros(1, 3, self.sizes[1], self.sizes[1], dtype=torch.uint8),
@@ -366,10 +367,15 @@ class PairLoader:
             draws=((0, "blank"),),
             captions_B=torch.zeros(1, dtype=torch.int64),
             blank=True,
-            features_BME=torch.zeros(1, *shape) if self.features else None,
+            features_BME=self._blank("generation"),
+            predicted_BME=self._blank("predicted"),
         )
 
-    def collate(self, read: list[tuple[Draw, Sample, str, np.ndarray | None]]) -> PairBatch:
+    def _blank(self, kind: Kind) -> Tensor | None:
+        store = self.features[0] if self.features else None
+        return torch.zeros(1, *store.shape(kind)) if store and kind in store else None
+
+    def collate(self, read: list[tuple[Draw, Sample, str, dict[Kind, np.ndarray]]]) -> PairBatch:
         """(draw, sample, caption, features) to one batch."""
         input_size, output_size = self.sizes
         # CLIP's text tower takes 77 tokens, the last of which is the end.
@@ -381,7 +387,8 @@ class PairLoader:
         targets = pixels
         if output_size != input_size:
             targets = np.stack([generation_bytes(sample.images[0], output_size) for _, sample, *_ in read])
-        features = [found for *_, found in read if found is not None]
+        features = [found["generation"] for *_, found in read if "generation" in found]
+        predicted = [found["predicted"] for *_, found in read if "predicted" in found]
         return PairBatch(
             pixels_BCHW=torch.from_numpy(pixels),
             targets_BCHW=torch.from_numpy(targets),
@@ -389,10 +396,16 @@ class PairLoader:
             mask_BS=torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in ids]),
             draws=tuple((draw.epoch, sample.key) for draw, sample, *_ in read),
             captions_B=torch.tensor([_digest(row) for row in ids]),
-            features_BME=_tensor(features, self.features[0].shape("generation")) if self.features else None,
+            features_BME=self._stacked("generation", features),
+            predicted_BME=self._stacked("predicted", predicted),
         )
 
-    def _read(self, draw: Draw) -> tuple[Draw, Sample, str, np.ndarray | None]:
+    def _stacked(self, kind: Kind, found: list[np.ndarray]) -> Tensor | None:
+        """Cached vectors of a batch; None for a kind that is not cached."""
+        store = self.features[0] if self.features else None
+        return _tensor(found, store.shape(kind)) if store and kind in store else None
+
+    def _read(self, draw: Draw) -> tuple[Draw, Sample, str, dict[Kind, np.ndarray]]:
         """A sample with a picture, one of its captions (which one is drawn per epoch), and its cached features."""
         sample = self.mixture.sample(draw)
         texts = [text for text in (*sample.short_captions, sample.detailed) if text]
@@ -400,5 +413,6 @@ class PairLoader:
             lacks = "no caption" if sample.images else "no picture"
             raise SampleError(f"sample {sample.key!r} of {sample.source!r} has {lacks}: drop it from the source")
         chosen = stream(self.seed, "caption", draw.epoch, sample.key).integers(len(texts))
-        features = self.features[draw.source].read("generation", draw.index)[0] if self.features else None
+        store = self.features[draw.source] if self.features else None
+        features = {kind: store.read(kind, draw.index)[0] for kind in PAIR_KINDS if store and kind in store}
         return draw, sample, texts[int(chosen)], features

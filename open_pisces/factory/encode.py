@@ -12,13 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import track
+from torch import Tensor
 
 from open_pisces.config import RunConfig
 from open_pisces.data.features import picture_rows, store_folder
 from open_pisces.data.images import ImageError, generation_bytes, open_image, understanding_bytes
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
 from open_pisces.device import pick_device
-from open_pisces.factory.encoders import FrozenEncoder, fingerprints, load_encoders, store_keys
+from open_pisces.factory.encoders import (
+    CaptionPredictor,
+    FrozenEncoder,
+    caption_of,
+    fingerprints,
+    load_encoders,
+    store_keys,
+)
 from open_pisces.files import locked, whole_file, write_whole
 from open_pisces.settings import ConfigError
 
@@ -59,29 +67,28 @@ def encode(config: RunConfig, batch_size: int = 64, device: str = "auto") -> lis
     return done
 
 
-def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: FrozenEncoder, batch_size: int) -> None:
+def _write(
+    reader: ShardReader, key: dict[str, Any], folder: Path, encoder: FrozenEncoder | CaptionPredictor, batch_size: int
+) -> None:
     """Encode all pictures into ``folder``, which appears when it is whole; an interrupted run is continued.
 
     Two runs that want the same store take turns; the second finds it there.
     """
     part = folder.with_name(f".{folder.name}.part")
     rows = int(picture_rows(reader)[-1])
-    side = encoder.image_size
-    cut = generation_bytes if encoder.kind == "generation" else understanding_bytes
-    device = next(encoder.parameters()).device
+    outputs = _predicted if isinstance(encoder, CaptionPredictor) else _encoded
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder.with_name(f".{folder.name}.lock")), torch.inference_mode():
         if (folder / "key.json").is_file():
             return
-        shape = tuple(encoder(torch.zeros(1, 3, side, side, device=device)).shape[1:])
+        shape = encoder.output_shape()
         values, valid, start = _open_part(part, (rows, *shape), key["dtype"])
         starts = range(start, rows, batch_size)
         name = f"{Path(str(reader.folder)).name}: {encoder.kind}"
         for number, at in enumerate(track(starts, name, disable=not starts), 1):
             end = min(at + batch_size, rows)
-            pixels, readable = zip(*_pictures(reader, at, end, cut, side), strict=True)
-            found = encoder(torch.from_numpy(np.stack(pixels)).to(device)).float().cpu().numpy()
-            values[at:end] = found.astype(key["dtype"])
+            found, readable = outputs(encoder, reader, at, end)
+            values[at:end] = found.float().cpu().numpy().astype(key["dtype"])
             valid[at:end] = readable
             if number % FLUSH == 0:
                 _save_progress(part, values, valid, end)
@@ -90,6 +97,27 @@ def _write(reader: ShardReader, key: dict[str, Any], folder: Path, encoder: Froz
         (part / "done").unlink()
         (part / "key.json").write_text(json.dumps(key, indent=1))
         os.replace(part, folder)
+
+
+def _encoded(encoder: Any, reader: ShardReader, start: int, end: int) -> tuple[Tensor, list[bool]]:
+    """Features of pictures ``start`` to ``end``, and which of them could be read."""
+    cut = generation_bytes if encoder.kind == "generation" else understanding_bytes
+    pixels, readable = zip(*_pictures(reader, start, end, cut, encoder.image_size), strict=True)
+    device = next(encoder.parameters()).device
+    return encoder(torch.from_numpy(np.stack(pixels)).to(device)), list(readable)
+
+
+def _predicted(predictor: Any, reader: ShardReader, start: int, end: int) -> tuple[Tensor, list[bool]]:
+    """What the LLM predicts for a caption of each picture, and which captions could be read."""
+    rows = picture_rows(reader)
+    captions = []
+    for row in range(start, end):
+        sample = int(np.searchsorted(rows, row, side="right")) - 1
+        try:
+            captions.append(caption_of(reader.words(sample), row))
+        except DamagedSample:
+            captions.append("")
+    return predictor(captions), [bool(caption) for caption in captions]
 
 
 def _open_part(part: Path, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray, int]:

@@ -1,16 +1,19 @@
-"""The frozen encoders of a recipe as functions of pixels, and the keys of their outputs in the feature cache."""
+"""What a recipe does not train as functions of pixels or captions, and the keys of the outputs in the feature cache."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from open_pisces.batch import Sample
 from open_pisces.config import RunConfig
 from open_pisces.data.features import Kind, feature_key
 from open_pisces.data.shards import ShardReader
+from open_pisces.generate.generator import Generator
 from open_pisces.model.bridge import VisualTokenPooler
 from open_pisces.model.folder import get_part, in_start, weights_digest
 from open_pisces.settings import ConfigError
@@ -30,6 +33,11 @@ class FrozenEncoder(nn.Module):
         """Side of the square input in pixels."""
         return self.encoder.image_size
 
+    def output_shape(self) -> tuple[int, ...]:
+        """``(vectors, width)`` of a picture."""
+        side = self.image_size
+        return tuple(self(torch.zeros(1, 3, side, side, device=next(self.parameters()).device)).shape[1:])
+
     def architecture(self) -> dict[str, Any]:
         """What its outputs depend on beside the weights: heads, activations, norms."""
         # Two encoders may have equal weights and differ here alone: an activation has no tensor.
@@ -43,6 +51,43 @@ class FrozenEncoder(nn.Module):
         if self.kind == "understanding":
             return self.encoder(pixels_BCHW)
         return self.pooler(self.encoder.features(pixels_BCHW))
+
+
+class CaptionPredictor:
+    """The start folder's LLM as a function of captions: what a decoder is trained on besides true vectors.
+
+    Args:
+        folder: a model folder with an LLM.
+    """
+
+    kind: Kind = "predicted"
+
+    def __init__(self, folder: str) -> None:
+        self.generator = Generator.from_pretrained(folder, "cpu")
+
+    def to(self, device: torch.device) -> CaptionPredictor:
+        """Move it."""
+        self.generator = Generator(self.generator.pisces, self.generator.tokenizer, str(device))
+        return self
+
+    def output_shape(self) -> tuple[int, ...]:
+        """``(M, E)``."""
+        return tuple(self.generator.pisces.bridge.statistics.null_ME.shape)
+
+    def digest(self) -> str:
+        """Of all weights that its vectors depend on."""
+        pisces = self.generator.pisces
+        return weights_digest(nn.ModuleDict({"llm": pisces.llm, "bridge": pisces.bridge}))
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Captions to vectors ``(B, M, E)`` in gen-CLIP's space; of a head that samples at temperature 0."""
+        return self.generator.pisces.bridge.statistics.destandardize(self.generator.vectors(list(captions)))
+
+
+def caption_of(sample: Sample, row: int) -> str:
+    """The caption that row ``row`` of a store is predicted from: the sample's in turn, short and detailed ones."""
+    texts = [text for text in (*sample.short_captions, sample.detailed) if text]
+    return texts[row % len(texts)] if texts else ""
 
 
 @dataclass(frozen=True)
@@ -69,17 +114,24 @@ def cached_kinds(config: RunConfig) -> list[Kind]:
         raise ConfigError(
             f"{config.name}: data.features is for frozen encoders, this recipe trains one: leave it empty"
         )
-    return [kind for kind in needed if kind in config.data.feature_kinds]
+    kinds: list[Kind] = [kind for kind in needed if kind in config.data.feature_kinds]
+    return [*kinds, "predicted"] if config.diffusion.predicted else kinds
 
 
-def load_encoders(config: RunConfig) -> dict[Kind, FrozenEncoder]:
+def load_encoders(config: RunConfig) -> dict[Kind, FrozenEncoder | CaptionPredictor]:
     """The encoders of a recipe, from the folder it starts from or their pretrained source.
 
     Raises:
-        ConfigError: for a recipe whose encoders are neither: features of random weights would fit no other run.
+        ConfigError: for a recipe whose encoders are neither: features of random weights would fit no other run; or
+            with ``diffusion.predicted`` but no LLM to start from.
     """
-    encoders: dict[Kind, FrozenEncoder] = {}
+    encoders: dict[Kind, FrozenEncoder | CaptionPredictor] = {}
     for kind in cached_kinds(config):
+        if kind == "predicted":
+            if not in_start(config.model, "llm"):
+                raise ConfigError(f"{config.name}: diffusion.predicted: model.start = {config.model.start} has no LLM")
+            encoders[kind] = CaptionPredictor(config.model.start or "")
+            continue
         name = f"{kind}_encoder"
         part = config.model.generation if kind == "generation" else config.model.understanding
         if not in_start(config.model, name) and not part.source:
@@ -89,7 +141,9 @@ def load_encoders(config: RunConfig) -> dict[Kind, FrozenEncoder]:
     return encoders
 
 
-def fingerprints(config: RunConfig, encoders: dict[Kind, FrozenEncoder] | None = None) -> dict[Kind, Fingerprint]:
+def fingerprints(
+    config: RunConfig, encoders: dict[Kind, FrozenEncoder | CaptionPredictor] | None = None
+) -> dict[Kind, Fingerprint]:
     """The fingerprint of each encoder of a recipe; it hashes all weights.
 
     Args:
@@ -106,6 +160,9 @@ def fingerprints(config: RunConfig, encoders: dict[Kind, FrozenEncoder] | None =
     model = config.model
     found: dict[Kind, Fingerprint] = {}
     for kind, encoder in encoders.items():
+        if isinstance(encoder, CaptionPredictor):
+            found[kind] = Fingerprint(encoder.digest(), {"template": model.template})
+            continue
         preprocessing: dict[str, Any] = {"size": encoder.image_size, "resample": "bicubic", "colors": "srgb"}
         preprocessing["architecture"] = encoder.architecture()
         if kind == "understanding":

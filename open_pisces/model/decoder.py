@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from open_pisces.batch import unit_pixels
 from open_pisces.device import upcast
 from open_pisces.errors import PiscesError
+from open_pisces.model.encoders import Block
 
 
 class PixelUnshuffleVAE:
@@ -48,6 +49,46 @@ class ConditionTable(nn.Module):
         super().__init__()
         self.positions_ME = nn.Parameter(torch.zeros(vectors, width))
         self.level_E = nn.Parameter(torch.zeros(width))
+        self.reader: ConditionReader | None = None
+
+
+class ConditionReader(nn.Module):
+    """A small transformer over the M vectors of a picture, before the U-Net gets them: our deviation at ``tiny``.
+
+    It corrects each vector by what the others say, and writes one correction more for each cell of the latents, for
+    a vector covers several of them. Both corrections are zero at the start: a decoder trained without a reader goes on
+    as it is.
+
+    Args:
+        vectors: M, a square number.
+        width: E, of the vectors.
+        layers: transformer blocks.
+        inner: their width, a multiple of 64.
+        cells: side of the square of latent cells that a vector covers.
+    """
+
+    def __init__(self, vectors: int, width: int, layers: int, inner: int, cells: int) -> None:
+        super().__init__()
+        self.cells = cells
+        self.enter = nn.Linear(width, inner)
+        self.positions_MI = nn.Parameter(torch.randn(vectors, inner) * 0.02)
+        self.blocks = nn.ModuleList(Block(inner, inner // 64, 4 * inner, "pre", "gelu") for _ in range(layers))
+        self.correct = nn.Linear(inner, width)
+        self.refine = nn.Linear(inner, width * cells**2)
+        for leaving in (self.correct, self.refine):
+            nn.init.zeros_(leaving.weight)
+            nn.init.zeros_(leaving.bias)
+
+    def forward(self, vectors_BME: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, M, E)`` to the corrections of the vectors, likewise, and of the cells, ``(B, E, H, W)``."""
+        # Without weights of their own: a linear layer follows, and raw features may be of any scale.
+        x_BMI = self.enter(F.layer_norm(vectors_BME, vectors_BME.shape[-1:])) + self.positions_MI
+        for block in self.blocks:
+            x_BMI = block(x_BMI)
+        x_BMI = F.layer_norm(x_BMI, x_BMI.shape[-1:])
+        side = int(vectors_BME.shape[1] ** 0.5)
+        grid = self.refine(x_BMI).transpose(1, 2).unflatten(2, (side, side))
+        return self.correct(x_BMI), F.pixel_shuffle(grid, self.cells)
 
 
 class ImageDecoder(nn.Module):
@@ -69,6 +110,8 @@ class ImageDecoder(nn.Module):
         image_size: int,
         spatial: bool,
         clean: bool = False,
+        reader_layers: int = 0,
+        reader_width: int = 256,
     ) -> None:
         super().__init__()
         self.unet = unet
@@ -79,6 +122,10 @@ class ImageDecoder(nn.Module):
         self.clean = clean
         self.grid = int(vectors**0.5)
         self.condition = ConditionTable(vectors, unet.config.cross_attention_dim)
+        if reader_layers:
+            cells = self.latent_shape[1] // self.grid
+            width = unet.config.cross_attention_dim
+            self.condition.reader = ConditionReader(vectors, width, reader_layers, reader_width, cells)
         self._noiser: Any = None if self.is_flow else _noiser(scheduler)
         if clean and not self.is_flow:
             name = type(scheduler).__name__
@@ -127,6 +174,14 @@ class ImageDecoder(nn.Module):
         """
         if levels_B is not None:
             vectors_BME = vectors_BME + levels_B.view(-1, 1, 1) * self.condition.level_E
+        kind = noisy_BCHW.device.type
+        # `is_autocast_enabled` raises for devices that have no autocast.
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = None if autocast else self.condition.positions_ME.dtype
+        cells_BEHW: Tensor | float = 0.0
+        if self.condition.reader is not None:
+            correction_BME, cells_BEHW = self.condition.reader(vectors_BME.to(dtype=dtype))
+            vectors_BME = vectors_BME + upcast(correction_BME)
         size = float(self.image_size)
         # SDXL's micro-conditioning: original size, crop corner, target size. Ours never crops, so they are constant.
         ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=vectors_BME.device)
@@ -135,14 +190,10 @@ class ImageDecoder(nn.Module):
             grid = vectors_BME.transpose(1, 2).unflatten(2, (self.grid, self.grid))
             # Bilinear: nearest neighbors would hand the U-Net a grid of hard borders.
             grid = F.interpolate(grid, noisy_BCHW.shape[-2:], mode="bilinear", align_corners=False)
-            noisy_BCHW = torch.cat([noisy_BCHW, grid.to(noisy_BCHW.dtype)], 1)
+            noisy_BCHW = torch.cat([noisy_BCHW, (grid + cells_BEHW).to(noisy_BCHW.dtype)], 1)
         context = vectors_BME + self.condition.positions_ME
-        kind = noisy_BCHW.device.type
-        # `is_autocast_enabled` raises for devices that have no autocast.
-        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-            dtype = self.condition.positions_ME.dtype
-            noisy_BCHW = noisy_BCHW.to(dtype)
-            context = context.to(dtype)
+        noisy_BCHW = noisy_BCHW.to(dtype=dtype)
+        context = context.to(dtype=dtype)
         return self.unet(noisy_BCHW, times_B, context, added_cond_kwargs=pooled).sample
 
     def forward(

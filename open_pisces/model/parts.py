@@ -141,6 +141,8 @@ def _decoder_of(config: ModelConfig, unet: Any, vae: Any, scheduler: Any) -> Ima
         settings.image_size,
         settings.spatial_condition,
         settings.predicts == "clean",
+        settings.reader_layers,
+        settings.reader_width,
     )
 
 
@@ -246,6 +248,10 @@ def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype | None) ->
     weights = load_file(path / "condition.safetensors")
     # Folders from before there was a noise level: a decoder that takes all vectors for true ones.
     weights.setdefault("level_E", torch.zeros(weights["positions_ME"].shape[1], dtype=weights["positions_ME"].dtype))
+    if not any(name.startswith("reader.") for name in weights):
+        # A reader that is added to a trained decoder changes nothing until it has learnt.
+        state = decoder.condition.state_dict()
+        weights |= {name: value for name, value in state.items() if name.startswith("reader.")}
     _assign(decoder.condition, weights, dtype)
     return decoder
 

@@ -19,6 +19,7 @@ from open_pisces.config import RunConfig
 from open_pisces.data.loader import SkipTally
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import open_dataset
+from open_pisces.device import autocast
 from open_pisces.errors import PiscesError
 from open_pisces.model.folder import write_folder
 from open_pisces.settings import ConfigError
@@ -228,11 +229,11 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
     batches = [batch.to(world.device, floats) for batch in batches]
     parts: dict[str, Tensor] = {}
     # Outside the loop below: a contrastive loss compares all micro-batches before the first one's backward pass.
-    with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+    with autocast(world.device, settings.precision == "bf16"):
         batches = training.prepare(batches)
     for number, batch in enumerate(batches):
         reduce_gradients(training.module, settings.reduce_each or number == len(batches) - 1)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with autocast(world.device, settings.precision == "bf16"):
             losses = training.losses(batch)
         (losses.loss * world.ranks).backward()  # sharded gradients are averaged over ranks
         parts = {name: value + parts.get(name, 0) for name, value in losses.parts.items()}

@@ -347,3 +347,71 @@ def test_an_unknown_scheduler_or_u_net_setting_is_refused(nano_config: ModelConf
         built(nano_config, scheduler={"class": "NoSuchScheduler"})
     with pytest.raises(ConfigError, match="layers_per_blok.*did you mean layers_per_block"):
         built(nano_config, unet=nano_config.decoder.unet | {"layers_per_blok": 1})
+
+
+@pytest.fixture
+def with_reader(flow: ImageDecoder) -> ImageDecoder:
+    """The same U-Net behind a reader of one block."""
+    torch.manual_seed(3)
+    return ImageDecoder(flow.unet, flow.vae, flow.scheduler, 4, 32, True, reader_layers=1, reader_width=64).eval()
+
+
+@torch.no_grad()
+def test_a_new_reader_changes_nothing(flow: ImageDecoder, with_reader: ImageDecoder) -> None:
+    given = draw(2, *flow.latent_shape), torch.tensor([200.0, 800.0]), draw(2, 4, 32)
+    assert torch.equal(with_reader.denoise(*given), flow.denoise(*given))
+
+
+@torch.no_grad()
+def test_a_reader_corrects_vectors_and_the_cells_that_they_cover(with_reader: ImageDecoder) -> None:
+    reader = with_reader.condition.reader
+    assert reader is not None
+    vectors = draw(1, 4, 32)
+    before = entering(with_reader, vectors)[0, 48:]
+    reader.refine.bias[0] = 1.0  # the first cell of each vector, in the first channel
+    cells = entering(with_reader, vectors)[0, 48:] - before
+    expected = torch.zeros(32, 8, 8)
+    expected[0, ::4, ::4] = 1.0
+    torch.testing.assert_close(cells, expected)
+    reader.refine.bias.zero_()
+    reader.correct.bias[5] = 2.0
+    moved = entering(with_reader, vectors)[0, 48:] - before
+    torch.testing.assert_close(moved[5], torch.full((8, 8), 2.0))
+    torch.testing.assert_close(moved[6], torch.zeros(8, 8))
+
+
+@torch.no_grad()
+def test_a_reader_tells_places_and_neighbors_apart(with_reader: ImageDecoder) -> None:
+    reader = with_reader.condition.reader
+    assert reader is not None
+    reader.correct.weight.normal_()
+    vectors = draw(1, 4, 32)
+    first = reader(vectors)[0]
+    assert not torch.allclose(reader(vectors[:, [1, 0, 2, 3]])[0][:, [1, 0, 2, 3]], first, atol=1e-3)
+    other = vectors.clone()
+    other[:, 3] = draw(1, 32)
+    assert not torch.allclose(reader(other)[0][:, 0], first[:, 0], atol=1e-3)
+
+
+def test_a_reader_learns(with_reader: ImageDecoder) -> None:
+    decoder = copy.deepcopy(with_reader).train()
+    reader = decoder.condition.reader
+    assert reader is not None
+    given = draw(2, *decoder.latent_shape), draw(2, 4, 32), draw(2, *decoder.latent_shape), torch.tensor([0.3, 0.8])
+    optimizer = torch.optim.SGD(reader.parameters(), lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss = decoder(*given).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in reader.parameters())
+
+
+def test_a_reader_in_half_precision_takes_float32_vectors(with_reader: ImageDecoder) -> None:
+    decoder = copy.deepcopy(with_reader).to(torch.bfloat16)
+    with torch.no_grad():
+        out = decoder.denoise(draw(1, *decoder.latent_shape), torch.tensor([500.0]), draw(1, 4, 32))
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()

@@ -69,7 +69,7 @@ def test_each_training_writes_what_it_learns_and_takes_over_the_rest(runs: Path)
         "stage1": {"llm", "bridge"},
         "stage2": {"llm", "bridge"},
         "stage3": {"llm", "bridge"},
-        "own_vectors": {"llm", "bridge"},
+        "decoder_on_predicted": {"decoder"},
     }
     before = {"understanding_encoder", "tokenizer"}
     assert set(read_card(runs / "understanding_clip" / "model")["parts"]) == before
@@ -90,7 +90,7 @@ def test_a_run_folder_explains_itself(runs: Path) -> None:
 def test_probes_leave_pictures_and_answers(runs: Path) -> None:
     for name in TRAININGS:
         made = {path.name for path in (runs / name / "samples").iterdir()}
-        assert made == ({"step-4.png", "step-4.txt"} if name.startswith(("stage", "own")) else {"step-4.png"}), name
+        assert made == ({"step-4.png", "step-4.txt"} if name.startswith("stage") else {"step-4.png"}), name
     lines = (runs / "stage3" / "samples" / "step-4.txt").read_text()
     assert lines.count("(expected ") == 8
 

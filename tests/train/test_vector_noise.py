@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ import torch
 from models import nano
 from torch import Tensor
 
+from open_pisces.batch import Sample
+from open_pisces.config import RunConfig
+from open_pisces.data.features import FeatureError
 from open_pisces.data.images import to_pil
+from open_pisces.data.shards import open_dataset
+from open_pisces.factory.encoders import caption_of, fingerprints, store_keys
+from open_pisces.generate.generator import Generator
 from open_pisces.generate.painter import Painter
+from open_pisces.settings import ConfigError
 from open_pisces.train.loop import train
 from open_pisces.train.objectives import build_training
 
@@ -97,3 +105,79 @@ def test_drawings_are_told_the_models_level_and_reconstructions_none(
     painter.paint(painter.encode([picture]), None, [0], 1, 1.0, 0)
     painter.paint(painter.encode([picture]), None, [0], 1, 1.0, 0, level=0.1)
     assert told == [0.0, 0.35, 0.1]
+
+
+# ---------------------------------------------------------------------------------------------- the LLM's vectors
+
+
+@pytest.fixture(scope="module")
+def predicting(runs: Path) -> Iterator[Any]:
+    """Settings by which nano's decoder trains on the vectors of stage 3's LLM, from the stores of the shared runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PISCES_DATA", str(runs / "data"))
+        yield lambda *more: nano(
+            runs, "decoder_on_predicted", "train.batch_size=12", "diffusion.drop_condition=0", *more
+        )
+
+
+def step_of(config: RunConfig) -> tuple[Any, Any, list[Tensor]]:
+    """The training, its first batch, and what its decoder is given: latents, vectors, noise, times, levels."""
+    training = build_training(config)
+    module: Any = training.module
+    told: list[Tensor] = []
+
+    def watched(*given: Tensor) -> Tensor:
+        told.extend(given)
+        return torch.zeros(len(given[0]), requires_grad=True)
+
+    module.decoder.forward = watched
+    (batch,) = training.load(0).with_totals()
+    training.losses(batch)
+    return training, batch, told
+
+
+def test_predicted_vectors_are_what_the_llm_writes_for_a_caption_of_the_picture(runs: Path, predicting: Any) -> None:
+    _, batch, told = step_of(predicting("diffusion.predicted=1"))
+    generator = Generator.from_pretrained(runs / "stage3" / "model", "cpu")
+    reader = open_dataset("fixture/train")
+    rows = {reader.words(index).key: index for index in range(len(reader))}
+    leave = generator.pisces.bridge.statistics.destandardize
+    for (_, key), vectors in zip(batch.draws, told[1], strict=True):
+        index = rows[key]
+        caption = caption_of(reader.words(index), index)
+        torch.testing.assert_close(vectors, leave(generator.vectors([caption]))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_decoder_is_told_the_level_that_it_is_told_when_it_draws(predicting: Any) -> None:
+    *_, told = step_of(predicting("diffusion.predicted=1", "model.decoder.noise_level=0.3", "diffusion.noisy=1"))
+    torch.testing.assert_close(told[4], torch.full((12,), 0.3))
+
+
+def test_the_others_keep_true_vectors(predicting: Any) -> None:
+    training, batch, told = step_of(predicting("diffusion.predicted=0.5", "model.decoder.noise_level=0.3"))
+    is_true = (told[1] == training.module.vectors(batch)).flatten(1).all(1)
+    is_predicted = (told[1] == batch.predicted_BME).flatten(1).all(1)
+    assert torch.equal(is_true, ~is_predicted) and 0 < int(is_predicted.sum()) < 12
+    torch.testing.assert_close(told[4], 0.3 * is_predicted.float())
+
+
+def test_captions_of_a_picture_take_turns() -> None:
+    sample = Sample("s", (), short="a cat", detailed="A large cat.", more_captions=("the cat",))
+    assert [caption_of(sample, row) for row in range(4)] == ["a cat", "the cat", "A large cat.", "a cat"]
+
+
+def test_other_words_or_another_llm_make_it_another_store(runs: Path, predicting: Any, tmp_path: Path) -> None:
+    config = predicting()
+    reader = open_dataset("fixture/train")
+    found = fingerprints(config)
+    key = store_keys(config, reader, found)["predicted"]
+    assert key["pictures"] == reader.digest != store_keys(config, reader, found)["generation"]["pictures"]
+    other = config.model_copy(update={"model": config.model.model_copy(update={"start": str(runs / "stage2/model")})})
+    assert fingerprints(other)["predicted"].weights != found["predicted"].weights
+    with pytest.raises(FeatureError, match="no predicted features"):
+        build_training(other)
+
+
+def test_without_an_llm_it_is_refused(runs: Path, predicting: Any) -> None:
+    with pytest.raises(ConfigError, match=r"diffusion\.predicted: model\.start = .*decoder.* has no LLM"):
+        build_training(predicting(f"model.start={runs / 'decoder' / 'model'}"))

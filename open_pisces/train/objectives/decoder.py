@@ -55,12 +55,16 @@ class DecoderOnVectors(nn.Module):
         dropped_B: Tensor,
         vector_noise_BME: Tensor | None = None,
         levels_B: Tensor | None = None,
+        predicted_B: Tensor | None = None,
     ) -> Losses:
         """The error of one denoising step, as a share of the global batch's; where ``dropped_B``, without condition.
 
-        ``vector_noise_BME`` are standard normal numbers, ``levels_B`` what they are multiplied with.
+        ``vector_noise_BME`` are standard normal numbers, ``levels_B`` what they are multiplied with. Where
+        ``predicted_B``, the vectors are an LLM's; their noise must be zero, their level is what the decoder is told.
         """
         raw_BME = self.vectors(batch)
+        if predicted_B is not None and batch.predicted_BME is not None:
+            raw_BME = torch.where(predicted_B.view(-1, 1, 1), batch.predicted_BME, raw_BME)
         if levels_B is not None and vector_noise_BME is not None:
             # Levels are in deviations of the targets, whatever their scale.
             raw_BME = raw_BME + levels_B.view(-1, 1, 1) * self.statistics.std_E * vector_noise_BME
@@ -116,23 +120,31 @@ class DecoderObjective(Objective):
         # Drawn last from each sample's stream: noise and time do not depend on how often conditions are dropped.
         dropped = torch.tensor([d.random() < settings.drop_condition for d in draws])
         given = [noise, times, dropped]
-        if settings.noisy:
-            given += self._vector_noise(batch)
+        if settings.noisy or settings.predicted:
+            given += self._wrong_vectors(batch)
         device = batch.pixels_BCHW.device
         return self.module(batch, *(value.to(device) for value in given))
 
-    def _vector_noise(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Noise for each picture's vectors and its level, 0 for the share that stays true; each from its own stream."""
+    def _wrong_vectors(self, batch: PairBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise for each picture's vectors, its level (0: true vectors), and where the LLM's replace them.
+
+        Each picture draws from its own stream, and first what it always drew.
+        """
         settings = self.config.diffusion
         shape = self.config.model.generation.vectors, self.config.model.generation.width
         noises = []
         levels = []
+        predicted = []
         for drawn in batch.draws:
             stream = draw(self.config, drawn, "vectors")
             level = stream.uniform(0, settings.noise)
-            levels.append(level if stream.random() < settings.noisy else 0.0)
-            noises.append(stream.standard_normal(shape, np.float32))
-        return torch.from_numpy(np.stack(noises)), torch.tensor(levels, dtype=torch.float32)
+            level = level if stream.random() < settings.noisy else 0.0
+            noise = stream.standard_normal(shape, np.float32)
+            is_predicted = stream.random() < settings.predicted
+            predicted.append(is_predicted)
+            levels.append(self.config.model.decoder.noise_level if is_predicted else level)
+            noises.append(np.zeros_like(noise) if is_predicted else noise)
+        return torch.from_numpy(np.stack(noises)), torch.tensor(levels, dtype=torch.float32), torch.tensor(predicted)
 
     def probe(self, samples: list[Sample], path: Path) -> None:
         """True pictures above their reconstructions from true vectors."""
