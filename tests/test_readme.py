@@ -23,7 +23,8 @@ LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitl
 # Not run here, each for the reason beside it; `test_lines_that_are_not_run_still_parse` reads them all the same.
 NOT_RUN = {
     "pisces data build artwork": "downloads from npm",
-    "pisces data build scenes": "needs the downloaded artwork",
+    "pisces data build scenes --out data/scenes/many --count 200000 --pairs 0.5 --many-words": "needs the artwork",
+    "pisces data build scenes --out data/scenes/fresh --count 60000 --seed 1 --pairs 0.5 --many-words": "likewise",
     "pisces train tiny": "takes hours; `pisces train nano` runs the same code",
     "pisces train tiny/stage1 train.lr=1e-3 name=tiny/warmer": "starts from a trained tiny",
     "pisces eval scenes": "needs the downloaded artwork",
