@@ -71,11 +71,29 @@ class GenerationEncoderConfig(Settings):
         return (self.grid // self.pool) ** 2
 
 
+class PatchTransformerConfig(Settings):
+    """A transformer over patches of the latents (`model.patch_transformer`)."""
+
+    patch: int = Field(default=4, ge=1)
+    """Side of a patch in latents."""
+    width: int = Field(default=320, ge=1)
+    layers: int = Field(default=6, ge=1)
+    heads: int = Field(default=5, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> PatchTransformerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
 class DecoderConfig(Settings):
     """The diffusion decoder: gen-CLIP vectors in, pixels out."""
 
     source: str | None = None
     unet: dict[str, Any] = {}
+    transformer: PatchTransformerConfig | None = None
+    """Takes the U-Net's place. Deviation from the paper, for ``tiny``."""
     vae: dict[str, Any] = {}
     """Arguments of ``AutoencoderKL``; or ``{unshuffle: 4}``: latents are pixels moved into channels (``tiny``)."""
     scheduler: dict[str, Any] = {}
@@ -83,9 +101,6 @@ class DecoderConfig(Settings):
     image_size: int = 64
     spatial_condition: bool = False
     """Concatenate the upsampled condition grid to the U-Net's input. Deviation from the paper, for ``tiny``."""
-    reader_layers: int = Field(default=0, ge=0)
-    """Transformer blocks that read the vectors before the U-Net does. Deviation from the paper, for ``tiny``."""
-    reader_width: int = Field(default=256, ge=64, multiple_of=64)
     predicts: Literal["scheduler", "clean"] = "scheduler"
     """The U-Net's output: what its scheduler asks for, or the clean latents. Deviation from the paper, for ``tiny``."""
     steps: int = Field(default=50, ge=1)

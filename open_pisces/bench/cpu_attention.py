@@ -8,7 +8,6 @@ import torch
 
 from open_pisces.bench.pairs import compare
 from open_pisces.device import autocast
-from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.folder import WEIGHTS, load_part, read_config
 
 PICTURES = 32
@@ -17,7 +16,7 @@ PICTURES = 32
 
 def run(pairs: int = 15) -> dict[str, Any]:
     """Seconds of PyTorch's own over ours: what `Float32Attention` saves."""
-    decoder: ImageDecoder = load_part(WEIGHTS, "decoder", read_config(WEIGHTS)).train()
+    decoder: Any = load_part(WEIGHTS, "decoder", read_config(WEIGHTS)).train()
     cpu = torch.device("cpu")
     found = compare(
         "cpu_attention",
@@ -29,11 +28,11 @@ def run(pairs: int = 15) -> dict[str, Any]:
     return found
 
 
-def _step(decoder: ImageDecoder, context: Any) -> None:
+def _step(decoder: Any, context: Any) -> None:
     """Forward and backward of one step."""
     draw = torch.Generator().manual_seed(0)
     latents = torch.randn(PICTURES, *decoder.latent_shape, generator=draw)
-    vectors = torch.randn(PICTURES, *decoder.condition.positions_ME.shape, generator=draw)
+    vectors = torch.randn(PICTURES, decoder.grid**2, decoder.condition_width, generator=draw)
     times = torch.rand(PICTURES, generator=draw)
     with context:
         loss = decoder(latents, vectors, torch.randn(latents.shape, generator=draw), times).mean()

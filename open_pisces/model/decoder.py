@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from open_pisces.batch import unit_pixels
 from open_pisces.device import upcast
 from open_pisces.errors import PiscesError
-from open_pisces.model.encoders import Block
+from open_pisces.model.patch_transformer import PatchTransformer
 
 
 class PixelUnshuffleVAE:
@@ -40,59 +40,22 @@ class PixelUnshuffleVAE:
 class ConditionTable(nn.Module):
     """What is added to condition vectors, zero at the start: where each one belongs, and how noisy all of them are.
 
-    ``positions_ME`` ``(M, E)`` tells one vector from the next. ``level_E`` times the noise level is added to each.
-    Stable unCLIP tells its decoder the level too, by an embedding joined to the condition, which published weights have
-    no place for.
+    ``positions_ME`` ``(M, E)`` tells one vector from the next, for a U-Net; a transformer over patches has places of
+    its own, and ``vectors`` is 0. ``level_E`` times the noise level is added to each. Stable unCLIP tells its decoder
+    the level too, by an embedding joined to the condition, which published weights have no place for.
     """
 
     def __init__(self, vectors: int, width: int) -> None:
         super().__init__()
-        self.positions_ME = nn.Parameter(torch.zeros(vectors, width))
+        if vectors:
+            self.positions_ME = nn.Parameter(torch.zeros(vectors, width))
         self.level_E = nn.Parameter(torch.zeros(width))
-        self.reader: ConditionReader | None = None
-
-
-class ConditionReader(nn.Module):
-    """A small transformer over the M vectors of a picture, before the U-Net gets them: our deviation at ``tiny``.
-
-    It corrects each vector by what the others say, and writes one correction more for each cell of the latents, for
-    a vector covers several of them. Both corrections are zero at the start: a decoder trained without a reader goes on
-    as it is.
-
-    Args:
-        vectors: M, a square number.
-        width: E, of the vectors.
-        layers: transformer blocks.
-        inner: their width, a multiple of 64.
-        cells: side of the square of latent cells that a vector covers.
-    """
-
-    def __init__(self, vectors: int, width: int, layers: int, inner: int, cells: int) -> None:
-        super().__init__()
-        self.cells = cells
-        self.enter = nn.Linear(width, inner)
-        self.positions_MI = nn.Parameter(torch.randn(vectors, inner) * 0.02)
-        self.blocks = nn.ModuleList(Block(inner, inner // 64, 4 * inner, "pre", "gelu") for _ in range(layers))
-        self.correct = nn.Linear(inner, width)
-        self.refine = nn.Linear(inner, width * cells**2)
-        for leaving in (self.correct, self.refine):
-            nn.init.zeros_(leaving.weight)
-            nn.init.zeros_(leaving.bias)
-
-    def forward(self, vectors_BME: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, M, E)`` to the corrections of the vectors, likewise, and of the cells, ``(B, E, H, W)``."""
-        # Without weights of their own: a linear layer follows, and raw features may be of any scale.
-        x_BMI = self.enter(F.layer_norm(vectors_BME, vectors_BME.shape[-1:])) + self.positions_MI
-        for block in self.blocks:
-            x_BMI = block(x_BMI)
-        x_BMI = F.layer_norm(x_BMI, x_BMI.shape[-1:])
-        side = int(vectors_BME.shape[1] ** 0.5)
-        grid = self.refine(x_BMI).transpose(1, 2).unflatten(2, (side, side))
-        return self.correct(x_BMI), F.pixel_shuffle(grid, self.cells)
 
 
 class ImageDecoder(nn.Module):
     """A diffusion model that rebuilds a picture from its M pooled gen-CLIP vectors.
+
+    Its network is SDXL's U-Net, or at ``tiny`` a `PatchTransformer`. What follows is said of the U-Net.
 
     The vectors plus a learned position table (zero at the start, so that published weights load exactly) are the
     cross-attention context; their mean is SDXL's pooled embedding. With ``spatial_condition`` their grid is also
@@ -103,33 +66,39 @@ class ImageDecoder(nn.Module):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        network: UNet2DConditionModel | PatchTransformer,
         vae: Any,
         scheduler: Any,
         vectors: int,
         image_size: int,
         spatial: bool,
         clean: bool = False,
-        reader_layers: int = 0,
-        reader_width: int = 256,
     ) -> None:
         super().__init__()
-        self.unet = unet
+        self.network = network
         self.scheduler = scheduler
         self.vae = vae
         self.image_size = image_size
         self.spatial = spatial
         self.clean = clean
         self.grid = int(vectors**0.5)
-        self.condition = ConditionTable(vectors, unet.config.cross_attention_dim)
-        if reader_layers:
-            cells = self.latent_shape[1] // self.grid
-            width = unet.config.cross_attention_dim
-            self.condition.reader = ConditionReader(vectors, width, reader_layers, reader_width, cells)
+        self.condition = ConditionTable(0 if self.is_transformer else vectors, self.condition_width)
         self._noiser: Any = None if self.is_flow else _noiser(scheduler)
         if clean and not self.is_flow:
             name = type(scheduler).__name__
             raise PiscesError(f"decoder.predicts = 'clean' needs FlowMatchEulerDiscreteScheduler, not {name}")
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether the network is a transformer over patches instead of a U-Net."""
+        return isinstance(self.network, PatchTransformer)
+
+    @property
+    def condition_width(self) -> int:
+        """E of the vectors that it takes."""
+        if isinstance(self.network, PatchTransformer):
+            return int(self.network.config["vector_width"])
+        return int(self.network.config.cross_attention_dim)
 
     @property
     def is_flow(self) -> bool:
@@ -139,11 +108,7 @@ class ImageDecoder(nn.Module):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` of a latent."""
-        # AutoencoderKL halves the picture once between each two of its levels.
-        channels = self.vae.config.latent_channels
-        blocks = getattr(self.vae.config, "block_out_channels", None)
-        factor = 2 ** (len(blocks) - 1) if blocks else self.vae.factor
-        return channels, self.image_size // factor, self.image_size // factor
+        return latent_shape(self.vae, self.image_size)
 
     @torch.no_grad()
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
@@ -166,22 +131,21 @@ class ImageDecoder(nn.Module):
     def denoise(
         self, noisy_BCHW: Tensor, times_B: Tensor, vectors_BME: Tensor, levels_B: Tensor | None = None
     ) -> Tensor:
-        """One call of the U-Net: its prediction (noise, velocity or clean) for latents at ``times_B`` in [0, 1000].
+        """One call of the network: its prediction (noise, velocity or clean) for latents at ``times_B`` in [0, 1000].
 
         ``levels_B`` says how wrong the vectors are, in deviations of the targets; None is 0: true vectors. All
-        arguments are float32. Latents and context are cast to the U-Net's dtype at the last moment, by autocast or
-        here. Times and sizes never are, the U-Net casts their embeddings: above 512 bfloat16 holds every fourth number.
+        arguments are float32. Latents and context are cast to the network's dtype at the last moment, by autocast or
+        here. Times and sizes never are, the network casts their embeddings: bfloat16 holds every fourth number above
+        512.
         """
         if levels_B is not None:
             vectors_BME = vectors_BME + levels_B.view(-1, 1, 1) * self.condition.level_E
         kind = noisy_BCHW.device.type
         # `is_autocast_enabled` raises for devices that have no autocast.
         autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = None if autocast else self.condition.positions_ME.dtype
-        cells_BEHW: Tensor | float = 0.0
-        if self.condition.reader is not None:
-            correction_BME, cells_BEHW = self.condition.reader(vectors_BME.to(dtype=dtype))
-            vectors_BME = vectors_BME + upcast(correction_BME)
+        dtype = None if autocast else self.condition.level_E.dtype
+        if isinstance(self.network, PatchTransformer):
+            return self.network(noisy_BCHW.to(dtype=dtype), times_B, vectors_BME.to(dtype=dtype))
         size = float(self.image_size)
         # SDXL's micro-conditioning: original size, crop corner, target size. Ours never crops, so they are constant.
         ids = torch.tensor([size, size, 0.0, 0.0, size, size], device=vectors_BME.device)
@@ -190,11 +154,11 @@ class ImageDecoder(nn.Module):
             grid = vectors_BME.transpose(1, 2).unflatten(2, (self.grid, self.grid))
             # Bilinear: nearest neighbors would hand the U-Net a grid of hard borders.
             grid = F.interpolate(grid, noisy_BCHW.shape[-2:], mode="bilinear", align_corners=False)
-            noisy_BCHW = torch.cat([noisy_BCHW, (grid + cells_BEHW).to(noisy_BCHW.dtype)], 1)
+            noisy_BCHW = torch.cat([noisy_BCHW, grid.to(noisy_BCHW.dtype)], 1)
         context = vectors_BME + self.condition.positions_ME
         noisy_BCHW = noisy_BCHW.to(dtype=dtype)
         context = context.to(dtype=dtype)
-        return self.unet(noisy_BCHW, times_B, context, added_cond_kwargs=pooled).sample
+        return self.network(noisy_BCHW, times_B, context, added_cond_kwargs=pooled).sample
 
     def forward(
         self,
@@ -277,6 +241,14 @@ class ImageDecoder(nn.Module):
                 predicted = (latents - predicted) / (time / 1000)
             latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
         return self.decode(latents)
+
+
+def latent_shape(vae: Any, image_size: int) -> tuple[int, int, int]:
+    """``(C, H, W)`` of the latents that an autoencoder makes of pictures of a size."""
+    # AutoencoderKL halves the picture once between each two of its levels.
+    blocks = getattr(vae.config, "block_out_channels", None)
+    side = image_size // (2 ** (len(blocks) - 1) if blocks else vae.factor)
+    return vae.config.latent_channels, side, side
 
 
 def _noiser(scheduler: Any) -> DDPMScheduler:

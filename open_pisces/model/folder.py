@@ -115,7 +115,7 @@ def check_widths(folder: Path, parts: dict[str, Any]) -> None:
         "generation_encoder": (parts["generation_encoder"].width, bridge.head.width),
     }
     if parts.get("decoder") is not None:
-        wants["decoder"] = (parts["decoder"].unet.config.cross_attention_dim, bridge.head.width)
+        wants["decoder"] = (parts["decoder"].condition_width, bridge.head.width)
     for name, (has, expected) in wants.items():
         if has != expected:
             raise ModelFolderError(
@@ -268,8 +268,12 @@ def without_sources(config: ModelConfig) -> ModelConfig:
 
 def _readme(folder: Path, records: list[dict[str, Any]]) -> str:
     lines = ["---", "library_name: open_pisces", "pipeline_tag: any-to-any", "license: apache-2.0", "---", ""]
-    lines += ["# A Pisces model folder", "", f"Parts: {present(folder)}. Loaded by `open_pisces`; `llm/`,"]
-    lines += ["`understanding_encoder/` and `decoder/` also by transformers and diffusers alone.", ""]
+    lines += ["# A Pisces model folder", "", f"Parts: {present(folder)}. Loaded by `open_pisces`; `llm/`"]
+    if (folder / "decoder" / "unet").is_dir():
+        lines[-1] += ","
+        lines += ["`understanding_encoder/` and `decoder/` also by transformers and diffusers alone.", ""]
+    else:
+        lines += ["and `understanding_encoder/` also by transformers alone.", ""]
     lines += ["| training | steps | samples | minutes | device |", "|---|---|---|---|---|"]
     for r in records:
         lines.append(f"| {r['name']} | {r['steps']} | {r['samples']} | {r['seconds'] / 60:.1f} | {r['device']} |")

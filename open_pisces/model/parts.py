@@ -26,9 +26,10 @@ from open_pisces.config import GenerationEncoderConfig, ModelConfig, validate
 from open_pisces.errors import PiscesError
 from open_pisces.model import adapters
 from open_pisces.model.bridge import Bridge
-from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE
+from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE, latent_shape
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.keymaps import read_tower
+from open_pisces.model.patch_transformer import PatchTransformer
 from open_pisces.settings import ConfigError
 
 
@@ -124,26 +125,35 @@ def build_decoder(config: ModelConfig, vocabulary: int | None = None) -> ImageDe
         vae = AutoencoderKL.from_pretrained(settings.source, subfolder="vae").requires_grad_(False)
     else:
         vae = AutoencoderKL(**settings.vae).requires_grad_(False)
-    # The VAE decides how many channels the U-Net denoises.
-    unet = _unet(config, vae.config.latent_channels, width)
+    # The VAE decides how many channels are denoised.
+    channels, side, _ = latent_shape(vae, settings.image_size)
+    network = _transformer(config, channels, side) if settings.transformer else _unet(config, channels, width)
     arguments = dict(settings.scheduler)
     scheduler = _scheduler(arguments.pop("class", "EulerDiscreteScheduler"), arguments)
-    return _decoder_of(config, unet, vae, scheduler)
+    return _decoder_of(config, network, vae, scheduler)
 
 
-def _decoder_of(config: ModelConfig, unet: Any, vae: Any, scheduler: Any) -> ImageDecoder:
+def _decoder_of(config: ModelConfig, network: Any, vae: Any, scheduler: Any) -> ImageDecoder:
     settings = config.decoder
     return ImageDecoder(
-        unet,
+        network,
         vae,
         scheduler,
         config.generation.vectors,
         settings.image_size,
         settings.spatial_condition,
         settings.predicts == "clean",
-        settings.reader_layers,
-        settings.reader_width,
     )
+
+
+def _transformer(config: ModelConfig, channels: int, side: int) -> PatchTransformer:
+    settings: Any = config.decoder.transformer
+    if config.decoder.unet or config.decoder.source:
+        raise ConfigError("model.decoder.transformer takes the place of unet and source: set one of them")
+    if side % settings.patch:
+        raise ConfigError(f"model.decoder.transformer.patch = {settings.patch} does not divide latents of side {side}")
+    generation = config.generation
+    return PatchTransformer(channels, side, generation.vectors, generation.width, **settings.model_dump())
 
 
 def _unet(config: ModelConfig, latent_channels: int, width: int) -> UNet2DConditionModel:
@@ -233,9 +243,7 @@ def _load_bridge(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> 
 
 
 def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
-    unet_dtype = dtype or _stored_dtype(path / "unet")
-    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=unet_dtype, output_loading_info=True)
-    _complete(path / "unet", info)
+    network = _load_transformer(path, dtype) if (path / "transformer").is_dir() else _load_unet(path, dtype)
     values = json.loads((path / "vae" / "config.json").read_text())
     if "unshuffle" in values:
         vae: Any = PixelUnshuffleVAE(**values)
@@ -244,16 +252,28 @@ def _load_decoder(path: Path, config: ModelConfig, dtype: torch.dtype | None) ->
         vae = AutoencoderKL.from_pretrained(path / "vae", torch_dtype=vae_dtype).requires_grad_(False)
     scheduler_class = json.loads((path / "scheduler" / "scheduler_config.json").read_text())["_class_name"]
     scheduler = getattr(diffusers, scheduler_class).from_pretrained(path / "scheduler")
-    decoder = _decoder_of(config, unet, vae, scheduler)
+    decoder = _decoder_of(config, network, vae, scheduler)
     weights = load_file(path / "condition.safetensors")
-    # Folders from before there was a noise level: a decoder that takes all vectors for true ones.
-    weights.setdefault("level_E", torch.zeros(weights["positions_ME"].shape[1], dtype=weights["positions_ME"].dtype))
-    if not any(name.startswith("reader.") for name in weights):
-        # A reader that is added to a trained decoder changes nothing until it has learnt.
-        state = decoder.condition.state_dict()
-        weights |= {name: value for name, value in state.items() if name.startswith("reader.")}
+    if "level_E" not in weights:
+        # Folders from before there was a noise level: a decoder that takes all vectors for true ones.
+        weights["level_E"] = torch.zeros_like(weights["positions_ME"][0])
     _assign(decoder.condition, weights, dtype)
     return decoder
+
+
+def _load_unet(path: Path, dtype: torch.dtype | None) -> UNet2DConditionModel:
+    unet_dtype = dtype or _stored_dtype(path / "unet")
+    unet, info = UNet2DConditionModel.from_pretrained(path / "unet", torch_dtype=unet_dtype, output_loading_info=True)
+    _complete(path / "unet", info)
+    return unet
+
+
+def _load_transformer(path: Path, dtype: torch.dtype | None) -> PatchTransformer:
+    values = json.loads((path / "transformer" / "config.json").read_text())
+    with init_empty_weights(include_buffers=False):
+        transformer = PatchTransformer(**values)
+    _assign(transformer, load_file(path / "transformer" / "model.safetensors"), dtype)
+    return transformer
 
 
 def _assign(module: nn.Module, weights: dict[str, torch.Tensor], dtype: torch.dtype | None) -> None:
@@ -299,7 +319,11 @@ def _save_module(module: nn.Module, path: Path) -> None:
 
 
 def _save_decoder(decoder: Any, path: Path) -> None:
-    decoder.unet.save_pretrained(path / "unet")
+    if decoder.is_transformer:
+        _save_module(decoder.network, path / "transformer")
+        (path / "transformer" / "config.json").write_text(json.dumps(decoder.network.config, indent=1))
+    else:
+        decoder.network.save_pretrained(path / "unet")
     if isinstance(decoder.vae, PixelUnshuffleVAE):
         (path / "vae").mkdir()
         (path / "vae" / "config.json").write_text(json.dumps({"unshuffle": decoder.vae.factor}))

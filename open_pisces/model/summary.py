@@ -24,7 +24,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         count = _count(module)
         parts[name] = {"parameters": count, "bytes": 2 * count, "source": part.source(config) or "random"}
         if name == "decoder":
-            parts[name]["unet"] = _count(module.unet)  # type: ignore[arg-type]
+            parts[name]["network"] = _count(module.network)  # type: ignore[arg-type]
     return {"parts": parts, "total": sum(p["parameters"] for p in parts.values())}
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from open_pisces.config import ModelConfig
+from open_pisces.config import ModelConfig, PatchTransformerConfig, load_config
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE
-from open_pisces.model.parts import build_decoder
+from open_pisces.model.parts import PARTS, build_decoder
+from open_pisces.model.patch_transformer import PatchTransformer
 from open_pisces.settings import ConfigError
 
 SDXL_SCHEDULER = {
@@ -90,7 +93,7 @@ def test_the_position_table_starts_at_zero_and_changes_nothing(sdxl: ImageDecode
     ids = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]]).expand(2, 6)
     pooled = {"text_embeds": vectors.mean(1), "time_ids": ids}
     assert torch.equal(
-        sdxl.denoise(noisy, times, vectors), sdxl.unet(noisy, times, vectors, added_cond_kwargs=pooled)[0]
+        sdxl.denoise(noisy, times, vectors), sdxl.network(noisy, times, vectors, added_cond_kwargs=pooled)[0]
     )
 
 
@@ -107,7 +110,7 @@ def test_the_position_table_tells_the_order_of_vectors_which_attention_alone_doe
 def entering(decoder: ImageDecoder, vectors: Tensor) -> Tensor:
     """What the U-Net's first convolution is given."""
     seen: list[Tensor] = []
-    hook = decoder.unet.conv_in.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    hook = decoder.network.conv_in.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     with torch.no_grad():
         decoder.denoise(torch.zeros(1, *decoder.latent_shape), torch.tensor([500.0]), vectors)
     hook.remove()
@@ -129,7 +132,7 @@ def test_a_vector_stands_at_its_place_of_the_grid_in_the_spatial_condition(flow:
 def test_moving_a_vector_moves_what_the_u_net_answers(nano_config: ModelConfig) -> None:
     # With attention and pooled condition silenced, only the joined grid can carry a place.
     decoder = built(nano_config)
-    for name, parameter in decoder.unet.named_parameters():
+    for name, parameter in decoder.network.named_parameters():
         if "attn2.to_out" in name or "add_embedding" in name:
             parameter.zero_()
     noise = torch.zeros(1, *decoder.latent_shape)
@@ -144,9 +147,9 @@ def test_moving_a_vector_moves_what_the_u_net_answers(nano_config: ModelConfig) 
 
 
 def test_without_spatial_condition_the_u_net_takes_latents_alone(nano_config: ModelConfig) -> None:
-    assert built(nano_config).unet.conv_in.in_channels == 48 + 32
+    assert built(nano_config).network.conv_in.in_channels == 48 + 32
     plain = built(nano_config, spatial_condition=False)
-    assert plain.unet.conv_in.in_channels == 48
+    assert plain.network.conv_in.in_channels == 48
     assert entering(plain, draw(1, 4, 32)).shape == (1, 48, 8, 8)
 
 
@@ -349,69 +352,99 @@ def test_an_unknown_scheduler_or_u_net_setting_is_refused(nano_config: ModelConf
         built(nano_config, unet=nano_config.decoder.unet | {"layers_per_blok": 1})
 
 
+# ------------------------------------------------------------------------------------------ a transformer instead
+
+
 @pytest.fixture
-def with_reader(flow: ImageDecoder) -> ImageDecoder:
-    """The same U-Net behind a reader of one block."""
+def patches(flow: ImageDecoder) -> ImageDecoder:
+    """A decoder of patches: latents 48 x 8 x 8, a token for each of its four vectors."""
     torch.manual_seed(3)
-    return ImageDecoder(flow.unet, flow.vae, flow.scheduler, 4, 32, True, reader_layers=1, reader_width=64).eval()
+    network = PatchTransformer(48, 8, 4, 32, patch=4, width=64, layers=2, heads=2)
+    return ImageDecoder(network, flow.vae, flow.scheduler, 4, 32, spatial=False, clean=True).eval()
 
 
 @torch.no_grad()
-def test_a_new_reader_changes_nothing(flow: ImageDecoder, with_reader: ImageDecoder) -> None:
-    given = draw(2, *flow.latent_shape), torch.tensor([200.0, 800.0]), draw(2, 4, 32)
-    assert torch.equal(with_reader.denoise(*given), flow.denoise(*given))
-
-
-@torch.no_grad()
-def test_a_reader_corrects_vectors_and_the_cells_that_they_cover(with_reader: ImageDecoder) -> None:
-    reader = with_reader.condition.reader
-    assert reader is not None
-    vectors = draw(1, 4, 32)
-    before = entering(with_reader, vectors)[0, 48:]
-    reader.refine.bias[0] = 1.0  # the first cell of each vector, in the first channel
-    cells = entering(with_reader, vectors)[0, 48:] - before
-    expected = torch.zeros(32, 8, 8)
-    expected[0, ::4, ::4] = 1.0
-    torch.testing.assert_close(cells, expected)
-    reader.refine.bias.zero_()
-    reader.correct.bias[5] = 2.0
-    moved = entering(with_reader, vectors)[0, 48:] - before
-    torch.testing.assert_close(moved[5], torch.full((8, 8), 2.0))
-    torch.testing.assert_close(moved[6], torch.zeros(8, 8))
-
-
-@torch.no_grad()
-def test_a_reader_tells_places_and_neighbors_apart(with_reader: ImageDecoder) -> None:
-    reader = with_reader.condition.reader
-    assert reader is not None
-    reader.correct.weight.normal_()
-    vectors = draw(1, 4, 32)
-    first = reader(vectors)[0]
-    assert not torch.allclose(reader(vectors[:, [1, 0, 2, 3]])[0][:, [1, 0, 2, 3]], first, atol=1e-3)
+def test_each_patch_is_told_its_own_vector_and_attends_to_the_others(patches: ImageDecoder) -> None:
+    noisy, times, vectors = draw(1, *patches.latent_shape), torch.tensor([500.0]), draw(1, 4, 32)
+    before = patches.denoise(noisy, times, vectors)
+    assert before.shape == noisy.shape
     other = vectors.clone()
-    other[:, 3] = draw(1, 32)
-    assert not torch.allclose(reader(other)[0][:, 0], first[:, 0], atol=1e-3)
+    other[0, 3] += 1.0
+    moved = (patches.denoise(noisy, times, other) - before).abs()[0].mean(0)
+    corners = moved[:4, :4].mean(), moved[4:, 4:].mean()
+    assert 0 < corners[0] < corners[1]
 
 
-def test_a_reader_learns(with_reader: ImageDecoder) -> None:
-    decoder = copy.deepcopy(with_reader).train()
-    reader = decoder.condition.reader
-    assert reader is not None
-    given = draw(2, *decoder.latent_shape), draw(2, 4, 32), draw(2, *decoder.latent_shape), torch.tensor([0.3, 0.8])
-    optimizer = torch.optim.SGD(reader.parameters(), lr=0.05)
-    losses = []
-    for _ in range(4):
-        loss = decoder(*given).mean()
+@torch.no_grad()
+def test_patches_know_their_place_and_the_time(patches: ImageDecoder) -> None:
+    noisy = draw(1, 48, 4, 4).repeat(1, 1, 2, 2)
+    out = patches.denoise(noisy, torch.tensor([500.0]), draw(1, 1, 32).expand(1, 4, 32))
+    assert not torch.allclose(out[:, :, :4, :4], out[:, :, 4:, 4:], atol=1e-3)
+    network: Any = patches.network
+    network.time_second.weight.normal_(std=0.1)
+    vectors = draw(1, 4, 32)
+    early, late = (patches.denoise(noisy, torch.tensor([t]), vectors) for t in (20.0, 900.0))
+    assert not torch.allclose(early, late, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_finer_grid_of_patches_gets_the_vectors_enlarged() -> None:
+    network = PatchTransformer(48, 8, 4, 32, patch=2, width=64, layers=1, heads=2)
+    given: list[Tensor] = []
+    network.condition.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    vectors = torch.zeros(1, 4, 32)
+    vectors[0, 1] = 1.0
+    assert network(draw(1, 48, 8, 8), torch.tensor([1.0]), vectors).shape == (1, 48, 8, 8)
+    square = given[0].view(4, 4, 32)[..., 0]
+    assert square[0, 3] == 1.0 and square[3, 0] == 0.0 and 0 < square[0, 2] < 1.0
+
+
+def test_a_transformer_learns_a_picture_and_samples_it(patches: ImageDecoder) -> None:
+    decoder = copy.deepcopy(patches).train()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    latents = decoder.encode(torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+    vectors = draw(1, 4, 32)
+    numbers = torch.Generator().manual_seed(2)
+    for _ in range(150):
+        noise = torch.randn(4, *decoder.latent_shape, generator=numbers)
+        loss = decoder(latents.expand_as(noise), vectors.expand(4, 4, 32), noise, torch.rand(4, generator=numbers))
         optimizer.zero_grad()
-        loss.backward()
+        loss.mean().backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in reader.parameters())
+    drawn = decoder.eval().sample(vectors, None, draw(1, *decoder.latent_shape), 4, 1.0)
+    assert (drawn - decoder.decode(latents)).abs().mean() < 0.1
+    assert decoder.condition.level_E.grad is None  # nothing was told a level
 
 
-def test_a_reader_in_half_precision_takes_float32_vectors(with_reader: ImageDecoder) -> None:
-    decoder = copy.deepcopy(with_reader).to(torch.bfloat16)
+def test_a_folder_keeps_a_transformer_in_either_dtype(nano_config: ModelConfig, tmp_path: Path) -> None:
+    settings = {"unet": {}, "transformer": PatchTransformerConfig(width=64, layers=1, heads=2), "predicts": "clean"}
+    config = nano_config.model_copy(update={"decoder": nano_config.decoder.model_copy(update=settings)})
+    decoder = build_decoder(config)
     with torch.no_grad():
-        out = decoder.denoise(draw(1, *decoder.latent_shape), torch.tensor([500.0]), draw(1, 4, 32))
-    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+        decoder.condition.level_E.normal_()
+    PARTS["decoder"].save(decoder, tmp_path / "decoder")
+    given = draw(1, *decoder.latent_shape), torch.tensor([500.0]), draw(1, 4, 32), torch.tensor([0.2])
+    for dtype in (torch.float32, torch.bfloat16):
+        found = PARTS["decoder"].load(tmp_path / "decoder", config, dtype)
+        expected = copy.deepcopy(decoder).to(dtype)
+        with torch.no_grad():
+            assert torch.equal(found.denoise(*given), expected.denoise(*given))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "transformer takes the place of unet and source: set one of them"),
+        ({"unet": {}, "transformer": PatchTransformerConfig(patch=3)}, "patch = 3 does not divide latents of side 8"),
+    ],
+)
+def test_a_transformer_that_cannot_be_is_refused(nano_config: ModelConfig, settings: dict[str, Any], said: str) -> None:
+    settings = {"transformer": PatchTransformerConfig(), **settings}
+    config = nano_config.model_copy(update={"decoder": nano_config.decoder.model_copy(update=settings)})
+    with pytest.raises(ConfigError, match=said):
+        build_decoder(config)
+
+
+def test_heads_have_to_divide_the_width() -> None:
+    with pytest.raises(ConfigError, match="width 320 must be a multiple of heads 6"):
+        load_config("tiny/decoder", ["model.decoder.transformer.heads=6"])

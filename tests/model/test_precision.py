@@ -59,7 +59,7 @@ class Recorder:
         return type("Output", (), {"sample": self.zeros_like_latents(noisy)})()
 
     def zeros_like_latents(self, noisy: Tensor) -> Tensor:
-        channels = self.decoder.unet.config.out_channels
+        channels = self.decoder.network.config.out_channels
         return self.decoder.condition.positions_ME.sum() + 0 * noisy[:, :channels].float()
 
 
@@ -75,12 +75,12 @@ def given_to_the_u_net(
 ) -> tuple[Tensor, Tensor]:
     """The steps and the noise levels that reach the U-Net for 4,000 drawn times."""
     module = DecoderOnVectors(pisces.generation_encoder, decoder, pisces.bridge.statistics, 4).requires_grad_(False)
-    module.decoder.unet.requires_grad_(True)
+    module.decoder.network.requires_grad_(True)
     module.decoder.condition.requires_grad_(True)
     if world is not None:
         shard(module, world, TrainConfig(precision="bf16"))
     recorder = Recorder(decoder)
-    monkeypatch.setattr(decoder.unet, "forward", recorder)
+    monkeypatch.setattr(decoder.network, "forward", recorder)
     # The level is what noise is multiplied with: noise of ones, less none at all. Latents are the same in both.
     levels = []
     exact = torch.zeros(DRAWN, *decoder.latent_shape)
@@ -145,7 +145,7 @@ def test_a_bfloat16_decoder_is_asked_at_the_samplers_own_times(
 ) -> None:
     narrow = flow.to(torch.bfloat16)
     recorder = Recorder(narrow)
-    monkeypatch.setattr(narrow.unet, "forward", recorder)
+    monkeypatch.setattr(narrow.network, "forward", recorder)
     narrow.sample(torch.zeros(1, 4, 32), None, torch.zeros(1, *flow.latent_shape), 50, 1.0)
     narrow.scheduler.set_timesteps(50)
     assert torch.equal(torch.cat(recorder.steps), narrow.scheduler.timesteps)

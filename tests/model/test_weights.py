@@ -119,7 +119,7 @@ def test_each_part_loads_by_its_own_library_alone(nano_folder: Path, nano_pisces
     pixels = torch.rand(1, 3, 32, 32)
     assert torch.equal(tower(pixels * 2 - 1).last_hidden_state, nano_pisces.understanding_encoder(pixels))
     unet = UNet2DConditionModel.from_pretrained(nano_folder / "decoder" / "unet")
-    expected = nano_pisces.decoder.unet.state_dict()  # type: ignore[union-attr]
+    expected = nano_pisces.decoder.network.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(value, expected[name]) for name, value in unet.state_dict().items())
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(nano_folder / "decoder" / "scheduler")
     assert settled(scheduler) == settled(nano_pisces.decoder.scheduler)  # type: ignore[union-attr]
@@ -286,7 +286,7 @@ def test_8b_has_the_papers_parameters_part_by_part() -> None:
     parts = {name: part["parameters"] for name, part in described["parts"].items()}
     assert parts["llm"] == 8_030_261_248
     assert parts["understanding_encoder"] == 412_987_248
-    unet = described["parts"]["decoder"]["unet"]
+    unet = described["parts"]["decoder"]["network"]
     assert 2.4e9 < unet < 2.6e9
     assert parts["decoder"] == unet + 83_653_863 + (64 + 1) * 1280  # SDXL's autoencoder and what we add to vectors
     assert parts["bridge"] == (1152 + 4097) * 4096 + 4096 + (1280 + 4097) * 4096 + 4096 + 4097 * 4096 + 4097 * 1280
@@ -375,7 +375,7 @@ def test_an_sdxl_folder_becomes_the_decoder_and_what_does_not_fit_is_drawn_anew(
     decoder = build_part("decoder", config)
     expected = twin.state_dict()
     anew = set()
-    for name, value in decoder.unet.state_dict().items():  # type: ignore[union-attr]
+    for name, value in decoder.network.state_dict().items():  # type: ignore[union-attr]
         assert value.isfinite().all() and value.abs().max() < 10, name
         if value.shape == expected[name].shape and torch.equal(value, expected[name]):
             continue
@@ -389,7 +389,7 @@ def test_an_sdxl_folder_becomes_the_decoder_and_what_does_not_fit_is_drawn_anew(
         assert all(any(kind in name for kind in kinds) for name in anew)
         assert len({kind for kind in kinds if any(kind in name for name in anew)}) == 3
     assert decoder.vae.config.scaling_factor == 0.13025  # type: ignore[union-attr]
-    assert decoder.unet.config.cross_attention_dim == 32  # type: ignore[union-attr]
+    assert decoder.network.config.cross_attention_dim == 32  # type: ignore[union-attr]
     latents = torch.randn(1, *decoder.latent_shape)  # type: ignore[misc]
     assert decoder(latents, torch.randn(1, 4, 32), latents, torch.tensor([0.5])).isfinite().all()
 

@@ -220,7 +220,7 @@ def test_frozen_parts_are_split_by_size(runs: Path) -> None:
     assert whole == [pisces.understanding_encoder, pisces.generation_encoder, pisces.decoder] and not spread
     whole, spread = split_frozen(pisces, 0)
     assert pisces.generation_encoder in spread and pisces.understanding_encoder.tower in spread
-    assert pisces.decoder.unet in spread and whole == [pisces.decoder.condition]
+    assert pisces.decoder.network in spread and whole == [pisces.decoder.condition]
     learning = {p for p in pisces.parameters() if p.requires_grad}
     assert not learning & {p for part in spread for p in part.parameters()}
 

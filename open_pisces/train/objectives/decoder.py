@@ -178,7 +178,7 @@ class DecoderObjective(Objective):
         times = meta(1)
         vectors = meta(1, settings.generation.vectors, settings.generation.width)
         side = decoder.image_size
-        yield unit_cost("unet", "pictures", lambda: decoder.denoise(latents, times, vectors))
+        yield unit_cost("network", "pictures", lambda: decoder.denoise(latents, times, vectors))
         yield unit_cost("vae", "pictures", lambda: decoder.encode(meta(1, 3, side, side)))
         yield frozen_generation_encoder(module)
 
