@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -71,6 +72,15 @@ def pick_device(name: str = "auto") -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@cache
+def multiplies_bfloat16(kind: str) -> bool:
+    """Whether a kind of device multiplies bfloat16 matrices itself; other CPUs emulate it, a hundred times slower."""
+    if kind != "cpu":
+        return kind == "cuda"
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from open_pisces.config import TrainConfig
+from open_pisces.device import multiplies_bfloat16
 from open_pisces.train.world import gather_full, local_shard, shard_like
 
 
@@ -73,7 +74,7 @@ class Muon(torch.optim.Optimizer):
     The step of a matrix is its Nesterov momentum with all singular values near 1, times ``0.2 sqrt(max(rows,
     columns))``: it then moves as far as AdamW's would, so that one rate serves both (Liu et al. 2025, arXiv
     2502.16982). `torch.optim.Muon` always computes in bfloat16, which a CPU without that arithmetic emulates about a
-    hundred times slower, and takes no convolutions. This one computes in float32 except on CUDA, takes matrices of
+    hundred times slower, and takes no convolutions. This one computes in float32 where it is slow, takes matrices of
     one shape together, and sees a convolution as the matrix ``(out, in * height * width)``.
 
     Of a sharded matrix every rank gathers the momentum, does the same product and keeps its shard: one all-gather of
@@ -139,8 +140,9 @@ def orthogonalized(matrices_KRC: Tensor, rounds: int = 5) -> Tensor:
         matrices_KRC: ``(K, rows, columns)`` with no more rows than columns.
         rounds: of the iteration; five bring singular values from 0.001 of the norm and up to between 0.7 and 1.2.
     """
-    # bfloat16 is enough for a direction, where it is fast.
-    x = matrices_KRC.bfloat16() if matrices_KRC.is_cuda else matrices_KRC
+    # bfloat16 is enough for a direction, where it is fast; float64 is for proofs.
+    is_half = matrices_KRC.dtype == torch.float32 and multiplies_bfloat16(matrices_KRC.device.type)
+    x = matrices_KRC.bfloat16() if is_half else matrices_KRC
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(rounds):
         square = x @ x.mT
