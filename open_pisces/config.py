@@ -8,14 +8,13 @@ value of the wrong type, is refused with the file, the key, the value and the ne
 from __future__ import annotations
 
 import difflib
-import re
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from open_pisces.settings import ConfigError, Settings, explain
+from open_pisces.settings import ConfigError, Settings, YamlLoader, explain, merge, set_override
 
 RECIPES = Path(__file__).parent / "recipes"
 TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3", "decoder_on_predicted")
@@ -361,15 +360,6 @@ class RunConfig(Settings):
 # -------------------------------------------------------------------------------------------------- reading recipes
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads ``2e-5`` as a number; YAML 1.1 takes it for a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
 def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a recipe and apply ``key=value`` overrides.
 
@@ -388,10 +378,10 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form key=value, for example train.lr=3e-4")
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, YamlLoader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from None
-        _set(values, key.split("."), value, override)
+        set_override(values, key.split("."), value, override)
         where[key] = "command line"
     values.setdefault("name", f"{path.parent.name}/{path.stem}")
     return validate(RunConfig, values, where)
@@ -429,7 +419,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in below:
         raise ConfigError(f"{path}: extends itself, through {' and '.join(p.name for p in below)}")
     try:
-        values = yaml.load(path.read_text(), _Loader)
+        values = yaml.load(path.read_text(), YamlLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -439,32 +429,4 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     beside = path.parent / f"{parent}.yaml"
     found = beside if beside.is_file() else find_recipe(parent)
-    return _merge(_read(found, (*below, path.resolve())), values)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` merged over ``base``: mappings key by key, everything else replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        both_are_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both_are_mappings else value
-    return merged
-
-
-def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    """Write one dotted override into nested ``values``; entries of a list are addressed by number."""
-    here: Any = values
-    for key in keys[:-1]:
-        here = here[_place(here, key, override)] if isinstance(here, list) else here.setdefault(key, {})
-        if not isinstance(here, dict | list):
-            raise ConfigError(f"override {override!r}: {key!r} is a single value and has no keys below it")
-    here[_place(here, keys[-1], override)] = value
-
-
-def _place(here: dict[str, Any] | list[Any], key: str, override: str) -> Any:
-    """``key`` as an index: itself for a mapping, a number for a list."""
-    if isinstance(here, dict):
-        return key
-    if not key.isdecimal() or int(key) >= len(here):
-        raise ConfigError(f"override {override!r}: {key!r} is not an entry of a list of {len(here)}; they count from 0")
-    return int(key)
+    return merge(_read(found, (*below, path.resolve())), values)

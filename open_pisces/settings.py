@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict
 
 from open_pisces.errors import PiscesError
@@ -45,3 +47,43 @@ def _keys(kind: type[Settings], prefix: str = "") -> list[str]:
         if isinstance(inner, type) and issubclass(inner, Settings):
             keys += _keys(inner, f"{prefix}{name}.")
     return keys
+
+
+# ------------------------------------------------------------------------------------------- nested values of YAML
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML that reads ``2e-5`` as a number; YAML 1.1 takes it for a string."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` merged over ``base``: mappings key by key, everything else replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        both_are_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both_are_mappings else value
+    return merged
+
+
+def set_override(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    """Write one dotted override into nested ``values``; entries of a list are addressed by number."""
+    here: Any = values
+    for key in keys[:-1]:
+        here = here[_place(here, key, override)] if isinstance(here, list) else here.setdefault(key, {})
+        if not isinstance(here, dict | list):
+            raise ConfigError(f"override {override!r}: {key!r} is a single value and has no keys below it")
+    here[_place(here, keys[-1], override)] = value
+
+
+def _place(here: dict[str, Any] | list[Any], key: str, override: str) -> Any:
+    """``key`` as an index: itself for a mapping, a number for a list."""
+    if isinstance(here, dict):
+        return key
+    if not key.isdecimal() or int(key) >= len(here):
+        raise ConfigError(f"override {override!r}: {key!r} is not an entry of a list of {len(here)}; they count from 0")
+    return int(key)
