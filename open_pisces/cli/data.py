@@ -35,7 +35,8 @@ def build_scenes(args: argparse.Namespace) -> Result:
     from open_pisces.datasets.scenes.composer import build
 
     out = _out(args.out, f"scenes/{args.split}")
-    print(build(out, args.count, args.seed, args.split, pairs=args.pairs, many=args.many_words))
+    how = {"pairs": args.pairs, "many": args.many_words, "plain": args.plain}
+    print(build(out, args.count, args.seed, args.split, **how))
     return None
 
 
@@ -143,6 +144,8 @@ def add_data(command: argparse.ArgumentParser) -> None:
     build.add_argument("--pairs", type=share, help="share of scenes with two different things (default: 0.3)")
     text = "for training: ask about every thing of a scene, and caption it in other words too"
     build.add_argument("--many-words", action="store_true", help=text)
+    text = "the first lesson: scenes of the default style on white only"
+    build.add_argument("--plain", action="store_true", help=text)
 
     view = add_command(commands, "look", look, "write a labelled sheet of a dataset's samples")
     view.add_argument("path", metavar="PATH", help="a dataset folder such as scenes/train, or fixture")

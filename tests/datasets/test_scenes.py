@@ -351,6 +351,18 @@ def test_other_words_say_the_same_scene(many: list[Sample]) -> None:
     assert len(forms) >= 10 and min(forms.values()) > 20, forms
 
 
+def test_plain_scenes_are_of_the_default_style_on_white() -> None:
+    composer = Composer(CUTOUTS, "train", 0, pairs=1.0, plain=True)
+    scenes = [composer.scene(i) for i in range(40)]
+    for scene in scenes:
+        assert scene.facts["layout"] == "pair" and scene.facts["background"] == "white"
+        assert {thing["style"] for thing in scene.facts["objects"]} == {"noto"}
+        assert " on " not in scene.short and all(word not in scene.short for word in ("flat", "glossy", "3d", "blob"))
+    assert len({scene.short for scene in scenes}) > 30
+    with pytest.raises(ShardError, match="plain scenes are of the default style"):
+        Composer(CUTOUTS, "style", 0, plain=True)
+
+
 def test_the_share_of_pairs_is_a_setting_and_the_others_keep_theirs(many: list[Sample]) -> None:
     layouts = Counter(facts(sample)["layout"] for sample in many)
     assert layouts["pair"] / COUNT == pytest.approx(0.5, abs=0.03)

@@ -142,7 +142,7 @@ def load_cutouts(path: str | Path | None = None) -> Cutouts:
 
 
 class Composer:
-    """Composes the scenes of one split; each is a function of (seed, split, index) and of the two settings below.
+    """Composes the scenes of one split; each is a function of (seed, split, index) and of the three settings below.
 
     Args:
         cutouts: the drawings.
@@ -152,6 +152,7 @@ class Composer:
             `LAYOUTS`. The split ``pairs`` holds nothing else.
         many: for training: ask about every thing of a scene (`many_questions`), and say it in other words too
             (`varied_caption`).
+        plain: for the first lesson: the default style on white only.
 
     Raises:
         ShardError: for an unknown split, or cut-outs without the styles it needs.
@@ -164,13 +165,17 @@ class Composer:
         seed: int = 0,
         pairs: float | None = None,
         many: bool = False,
+        plain: bool = False,
     ) -> None:
+        if plain and split == "style":
+            raise ShardError("plain scenes are of the default style, the split style has another: leave one out")
         if split not in ("train", "pairs", "style"):
             raise ShardError(f"unknown split {split!r}: choose train, pairs or style")
         self.cutouts = cutouts
         self.split = split
         self.seed = seed
         self.many = many
+        self.plain = plain
         self.layouts = LAYOUTS if pairs is None else _with_pairs(pairs)
         if not self._styles:
             raise ShardError(f"the cut-outs hold no style for the split {split!r}: build the artwork again")
@@ -186,6 +191,8 @@ class Composer:
         """The scene with this number."""
         rng = stream(self.seed, "scene", self.split, index)
         layout = self._layout(rng)
+        while self.plain and (layout.style != DEFAULT_STYLE or layout.background != "white"):
+            layout = self._layout(rng)
         picture, boxes = self._draw(layout, rng)
         word = self.cutouts.words[layout.style]
         return Sample(
@@ -384,16 +391,17 @@ def build(
     processes: int = 2,
     pairs: float | None = None,
     many: bool = False,
+    plain: bool = False,
 ) -> Path:
     """Compose scenes 0 to ``count`` of a split into shards (default: ``scenes/SPLIT`` in the data folder).
 
-    The dataset does not depend on the number of processes. ``pairs`` and ``many`` are those of `Composer`.
+    The dataset does not depend on the number of processes. ``pairs``, ``many`` and ``plain`` are those of `Composer`.
 
     Raises:
         ShardError: without cut-outs, or for an unknown split.
     """
     folder = Path(out) if out is not None else data_path(f"scenes/{split}")
-    composer = Composer(load_cutouts(cutouts), split, seed, pairs, many)
+    composer = Composer(load_cutouts(cutouts), split, seed, pairs, many, plain)
     with ShardWriter(folder, licences=composer.licences) as writer:
         for sample in _compose(composer, count, processes):
             writer.write(sample)
