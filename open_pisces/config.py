@@ -106,6 +106,9 @@ class DecoderConfig(Settings):
     """Default number of denoising steps (Emu2: 50)."""
     guidance_scale: float = Field(default=3.0, ge=0)
     """Default scale of null-caption guidance (Emu2: 3.0)."""
+    null_condition: Literal["caption", "dropped"] = "caption"
+    """What guidance turns away from: the LLM's vectors for the empty caption (Emu2), or what the decoder was trained
+    with in place of a dropped condition. Deviation from the paper, for ``tiny``."""
     noise_level: float = Field(default=0.0, ge=0)
     """How wrong the LLM's vectors are, as the decoder is told, in deviations of the targets; true vectors have 0."""
 

@@ -195,7 +195,7 @@ class Generator:
         else:
             vectors_BME = self.vectors(said).repeat_interleave(n, 0)
         scale = self.pisces.settings.decoder.guidance_scale if guidance_scale is None else guidance_scale
-        null_ME = None if scale == 1.0 else self.null_vectors
+        null_ME = None if scale == 1.0 else self.null_condition
         flat = self.painter.paint(vectors_BME, null_ME, numbers, steps, scale, seed)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -257,6 +257,12 @@ class Generator:
     def null_vectors(self) -> Tensor:
         """The empty caption's vectors ``(M, E)``: the unconditional context, computed once a model (Emu2)."""
         return self.vectors([""])[0]
+
+    @property
+    def null_condition(self) -> Tensor:
+        """What guidance turns away from (``decoder.null_condition``), ``(M, E)``."""
+        dropped = self.pisces.settings.decoder.null_condition == "dropped"
+        return self.pisces.bridge.statistics.null_ME if dropped else self.null_vectors
 
     def null_distance(self) -> float:
         """How far the empty caption's vectors lie from the decoder's dropped condition.

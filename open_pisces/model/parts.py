@@ -17,6 +17,7 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,6 +32,9 @@ from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.keymaps import read_tower
 from open_pisces.model.patch_transformer import PatchTransformer
 from open_pisces.settings import ConfigError
+
+LARGEST_FILE = "14MB"
+"""Of a patch transformer's weights, which are cut into several files: what is shipped has at most 15 MiB a file."""
 
 
 class ModelFolderError(PiscesError):
@@ -272,7 +276,10 @@ def _load_transformer(path: Path, dtype: torch.dtype | None) -> PatchTransformer
     values = json.loads((path / "transformer" / "config.json").read_text())
     with init_empty_weights(include_buffers=False):
         transformer = PatchTransformer(**values)
-    _assign(transformer, load_file(path / "transformer" / "model.safetensors"), dtype)
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted((path / "transformer").glob("*.safetensors")):
+        weights |= load_file(file)
+    _assign(transformer, weights, dtype)
     return transformer
 
 
@@ -320,7 +327,9 @@ def _save_module(module: nn.Module, path: Path) -> None:
 
 def _save_decoder(decoder: Any, path: Path) -> None:
     if decoder.is_transformer:
-        _save_module(decoder.network, path / "transformer")
+        (path / "transformer").mkdir(parents=True)
+        state = {name: value.contiguous() for name, value in decoder.network.state_dict().items()}
+        save_torch_state_dict(state, path / "transformer", max_shard_size=LARGEST_FILE)
         (path / "transformer" / "config.json").write_text(json.dumps(decoder.network.config, indent=1))
     else:
         decoder.network.save_pretrained(path / "unet")

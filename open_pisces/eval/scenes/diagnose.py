@@ -199,7 +199,7 @@ def _drawn(
     source = vectors[own_vectors.get(kind, "free")]
     # Guidance turns away from the empty caption: of true vectors that is the data's own, of the LLM's what it says.
     painter = generator.painter
-    null_ME = painter.bridge.statistics.null_ME if kind in ("decoder", "noise") else generator.null_vectors
+    null_ME = painter.bridge.statistics.null_ME if kind in ("decoder", "noise") else generator.null_condition
     number = int(value) if kind == "seed" else 0
     scale = float(value) if kind == "guidance" else None
     return painter.paint(source[list(places)], null_ME, [number] * len(places), None, scale, 0)
