@@ -368,3 +368,19 @@ def test_after_m_passes_training_feeds_what_generation_feeds(exact: Generator) -
             pisces.weights = before
         assert torch.allclose(free, (written - targets).pow(2).mean().to(free.dtype), rtol=1e-5)
         assert not torch.allclose(free, pisces(batch).parts["vectors"], rtol=1e-3)
+
+
+def test_guidance_can_turn_away_from_the_decoders_dropped_condition(nano_folder: Path) -> None:
+    generator = Generator.from_pretrained(nano_folder, "cpu")
+    assert torch.equal(generator.null_condition, generator.null_vectors)
+    settings = generator.pisces.settings
+    dropped = settings.decoder.model_copy(update={"null_condition": "dropped"})
+    generator.pisces.settings = settings.model_copy(update={"decoder": dropped})
+    statistics = generator.pisces.bridge.statistics
+    assert torch.equal(generator.null_condition, statistics.null_ME)
+    assert not torch.equal(generator.null_condition, generator.null_vectors)
+    given: list[Any] = []
+    honest = generator.painter.paint
+    generator.painter.paint = lambda v, null, *more: given.append(null) or honest(v, null, *more)  # type: ignore[method-assign, func-returns-value]
+    generator.image(["a cat"], steps=1)
+    assert torch.equal(given[0], statistics.null_ME)
