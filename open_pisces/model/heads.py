@@ -133,7 +133,7 @@ class FlowHead(VectorHead):
     def velocity(self, x_KE: Tensor, times_K: Tensor, hidden_KD: Tensor) -> Tensor:
         """Noise minus vector, as the head believes, at vectors ``x_KE`` of times in [0, 1]; ``(K, E)``."""
         # Times stay float32 until their embedding: bfloat16 would round them (see ImageDecoder.denoise).
-        embedded = time_embedding(times_K.float()).to(self.enter.weight.dtype)
+        embedded = time_embedding(upcast(times_K)).to(self.enter.weight.dtype)
         condition = self.time_second(nn.functional.silu(self.time_first(embedded))) + self.hidden(hidden_KD)
         x = self.enter(x_KE.to(self.enter.weight.dtype))
         for block in self.blocks:
@@ -145,7 +145,8 @@ class FlowHead(VectorHead):
         if draws_KR is None:  # plans and FLOP counts, which know shapes only
             draws_KR = target_KE.new_zeros(len(target_KE), self.loss_draws)
         repeat = self.settings.flow_draws
-        drawn = upcast(draws_KR).view(-1, self.width + 1)
+        # In float64 proofs times are float64 too: a processor rounds float32 sigmoids by their place in the tensor.
+        drawn = draws_KR.to(upcast(target_KE).dtype).view(-1, self.width + 1)
         noise_KE = drawn[:, 1:]
         # Logit-normal (Stable Diffusion 3), its mean towards noise, where a head this small has most to learn.
         times_K = torch.sigmoid(drawn[:, 0] + self.settings.flow_time_mean)

@@ -477,7 +477,10 @@ def test_the_stages_mix_tasks_as_the_papers_do(scale: str) -> None:
         tasks = {task for source in sources for task, weight in source.tasks.items() if weight > 0}
         drawn[stage] = {task for task in tasks if task.startswith("generate")}
         told[stage] = tasks - drawn[stage]
-    assert drawn["stage1"] == {"generate_short"} and told["stage1"] == {"caption_detailed"}
+    # At tiny stage 1 is a first lesson in which thing goes where (docs/paper.md).
+    assert drawn["stage1"] == {"generate_short"} and told["stage1"] == (
+        set() if scale == "tiny" else {"caption_detailed"}
+    )
     assert drawn["stage2"] == {"generate_detailed"} and told["stage2"] == {"caption_detailed"}
     assert drawn["stage3"] == {"generate_short", "generate_detailed"}
     assert told["stage3"] & {"question", "conversation"}
