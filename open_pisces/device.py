@@ -39,7 +39,7 @@ class FloatBuffers(nn.Module):
 class Float32Attention(TorchFunctionMode):
     """Inside it, attention on a CPU is computed in float32 although autocast is on.
 
-    PyTorch's bfloat16 kernel for the CPU takes 5 to 12 times as long for the backward pass (torch 2.13, AMX).
+    PyTorch's bfloat16 kernel for the CPU takes 2 to 13 times as long, both passes together (torch 2.13, AMX; LOG.md).
     """
 
     def __torch_function__(
