@@ -116,7 +116,9 @@ class Pisces(FloatBuffers):
         frozen = not any(p.requires_grad for p in self.understanding_encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             vectors_BNE = self.understanding_encoder(pixels_BCHW)
-        return self.bridge.understanding_projector(vectors_BNE)
+        # Sharded in bfloat16, the projector is cast and a frozen encoder is not.
+        dtype = self.bridge.understanding_projector.first.weight.dtype
+        return self.bridge.understanding_projector(vectors_BNE.to(dtype))
 
     @torch.no_grad()
     def generation_vectors(self, pixels_BCHW: Tensor) -> Tensor:

@@ -371,6 +371,17 @@ def test_the_share_of_pairs_is_a_setting_and_the_others_keep_theirs(many: list[S
         Composer(CUTOUTS, "train", 0, pairs=1.5)
 
 
+def test_the_share_of_colored_shapes_is_a_setting() -> None:
+    composer = Composer(CUTOUTS, "train", 0, pairs=1.0, shapes=0.8)
+    scenes = [composer.scene(i) for i in range(300)]
+    shapes = {thing.concept for thing in vocabulary().shapes}
+    colored = [thing["concept"] in shapes for scene in scenes for thing in facts(scene)["objects"]]
+    # Two of one concept are drawn again, and there are three concepts of shapes: fewer than the share stay.
+    assert 0.6 < np.mean(colored) < 0.8
+    with pytest.raises(ShardError, match="share of colored shapes of -1"):
+        Composer(CUTOUTS, "train", 0, shapes=-1)
+
+
 def _compared(text: str) -> tuple[str, str]:
     patterns = (
         r"Is the (?P<a>.*) left or right of the (?P<b>.*)",

@@ -168,6 +168,15 @@ def test_probes_look_at_a_sharded_model(runs: Path, tmp_path: Path, monkeypatch:
         assert np.abs(pictures[0] - pictures[1]).max() <= 2, name
 
 
+def test_probes_look_at_a_model_sharded_in_bfloat16(runs: Path, tmp_path: Path) -> None:
+    """What learns is bfloat16 then, and what is frozen float32: each must get what it takes."""
+    short = ("train.steps=2", "train.probe_every=2", "train.precision=bf16")
+    looked = [case(runs, name, name, *short, fault="probe") for name in ("gen_clip", "decoder", "stage1")]
+    for (code, text), (name, *_) in zip(launch(tmp_path, looked), looked, strict=True):
+        assert code == 0, text[-3000:]
+        assert (tmp_path / name / "samples" / "step-2.png").is_file()
+
+
 def test_a_signal_to_one_process_stops_all_of_them_saved(runs: Path, tmp_path: Path) -> None:
     stopped = case(runs, "run", "stage1", fault="stop 1 3")
     assert [code for code, _ in launch(tmp_path, [stopped])] == [0, 0]

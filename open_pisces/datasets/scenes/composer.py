@@ -142,7 +142,7 @@ def load_cutouts(path: str | Path | None = None) -> Cutouts:
 
 
 class Composer:
-    """Composes the scenes of one split; each is a function of (seed, split, index) and of the three settings below.
+    """Composes the scenes of one split; each is a function of (seed, split, index) and of the settings below.
 
     Args:
         cutouts: the drawings.
@@ -153,9 +153,10 @@ class Composer:
         many: for training: ask about every thing of a scene (`many_questions`), and say it in other words too
             (`varied_caption`).
         plain: for the first lesson: the default style on white only.
+        shapes: share of colored shapes among the things drawn.
 
     Raises:
-        ShardError: for an unknown split, or cut-outs without the styles it needs.
+        ShardError: for an unknown split, a share that is none, or cut-outs without the styles it needs.
     """
 
     def __init__(
@@ -166,6 +167,7 @@ class Composer:
         pairs: float | None = None,
         many: bool = False,
         plain: bool = False,
+        shapes: float = SHAPE_SHARE,
     ) -> None:
         if plain and split == "style":
             raise ShardError("plain scenes are of the default style, the split style has another: leave one out")
@@ -176,6 +178,7 @@ class Composer:
         self.seed = seed
         self.many = many
         self.plain = plain
+        self.shapes = _share("colored shapes", shapes)
         self.layouts = LAYOUTS if pairs is None else _with_pairs(pairs)
         if not self._styles:
             raise ShardError(f"the cut-outs hold no style for the split {split!r}: build the artwork again")
@@ -287,7 +290,7 @@ class Composer:
     def _thing(self, style: str, rng: np.random.Generator) -> Thing:
         """An object, or now and then a shape, that the style can draw."""
         objects, shapes = self._choices[style]
-        some = shapes if shapes and (not objects or rng.random() < SHAPE_SHARE) else objects
+        some = shapes if shapes and (not objects or rng.random() < self.shapes) else objects
         return some[int(rng.integers(len(some)))]
 
     @cached_property
@@ -331,10 +334,14 @@ def _with_pairs(share: float) -> dict[str, float]:
     Raises:
         ShardError: for a share that is none.
     """
-    if not 0 <= share <= 1:
-        raise ShardError(f"a share of pairs of {share}: give one from 0 to 1")
-    rest = (1 - share) / (1 - LAYOUTS["pair"])
+    rest = (1 - _share("pairs", share)) / (1 - LAYOUTS["pair"])
     return {name: share if name == "pair" else rest * value for name, value in LAYOUTS.items()}
+
+
+def _share(name: str, share: float) -> float:
+    if not 0 <= share <= 1:
+        raise ShardError(f"a share of {name} of {share}: give one from 0 to 1")
+    return share
 
 
 def _single(style: str, thing: Thing, background: str, rng: np.random.Generator) -> Layout:
@@ -392,16 +399,17 @@ def build(
     pairs: float | None = None,
     many: bool = False,
     plain: bool = False,
+    shapes: float = SHAPE_SHARE,
 ) -> Path:
     """Compose scenes 0 to ``count`` of a split into shards (default: ``scenes/SPLIT`` in the data folder).
 
-    The dataset does not depend on the number of processes. ``pairs``, ``many`` and ``plain`` are those of `Composer`.
+    The dataset does not depend on the number of processes. ``pairs``, ``many``, ``plain`` and ``shapes`` are those of `Composer`.
 
     Raises:
         ShardError: without cut-outs, or for an unknown split.
     """
     folder = Path(out) if out is not None else data_path(f"scenes/{split}")
-    composer = Composer(load_cutouts(cutouts), split, seed, pairs, many, plain)
+    composer = Composer(load_cutouts(cutouts), split, seed, pairs, many, plain, shapes)
     with ShardWriter(folder, licences=composer.licences) as writer:
         for sample in _compose(composer, count, processes):
             writer.write(sample)
