@@ -44,16 +44,23 @@ class GenerationEncoderConfig(Settings):
     mlp_width: int = 64
     norm: Literal["pre", "post"] = "pre"
     """``pre``: norms before each branch, as in CLIP. ``post``: on each branch's output, as in EVA-CLIP-E."""
+    norm_eps: float | None = None
+    """What norms add to the variance; None: CLIP's 1e-5 with ``pre``, EVA-CLIP-E's 1e-6 with ``post``; SigLIP: 1e-6."""
     entry_norm: bool = True
-    """A norm right after the position embeddings, as in CLIP; EVA-CLIP has none."""
+    """A norm right after the position embeddings, as in CLIP; EVA-CLIP and SigLIP have none."""
+    class_token: bool = True
+    """SigLIP has none; its pictures may have a rest beyond whole patches, which it does not see (384 = 27 x 14 + 6)."""
+    features: Literal["raw", "normalized"] = "raw"
+    """Targets are the last block's output (Emu2), or that after the tower's last norm (SigLIP's hidden states)."""
     patch_bias: bool = False
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "quick_gelu", "gelu_tanh"] = "gelu"
     pool: int = 2
     """Kernel of the average pooling over the grid (paper, architecture: 4, from 32x32 to 8x8)."""
 
     @model_validator(mode="after")
     def _fits(self) -> GenerationEncoderConfig:
-        if self.image_size % self.patch_size or (self.image_size // self.patch_size) % self.pool:
+        rest = self.image_size % self.patch_size if self.class_token else 0
+        if rest or self.grid % self.pool:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size x pool")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")

@@ -42,7 +42,10 @@ class FrozenEncoder(nn.Module):
         """What its outputs depend on beside the weights: heads, activations, norms."""
         # Two encoders may have equal weights and differ here alone: an activation has no tensor.
         if self.kind == "generation":
-            return self.encoder.config.model_dump(exclude={"source"})
+            settings = self.encoder.config
+            # Settings that came later count where they are set: stores from before stay valid.
+            unset = {name for name in LATER if getattr(settings, name) == type(settings).model_fields[name].default}
+            return settings.model_dump(exclude={"source", *unset})
         names = ("num_attention_heads", "num_hidden_layers", "hidden_act", "layer_norm_eps", "patch_size")
         return {name: getattr(self.encoder.tower.config, name) for name in names}
 
@@ -51,6 +54,10 @@ class FrozenEncoder(nn.Module):
         if self.kind == "understanding":
             return self.encoder(pixels_BCHW)
         return self.pooler(self.encoder.features(pixels_BCHW))
+
+
+LATER = ("norm_eps", "class_token", "features")
+"""Settings of the generation encoder that the first stores did not have."""
 
 
 class CaptionPredictor:

@@ -1,7 +1,7 @@
 """The two visual encoders: one to understand with, one whose features are what the LLM learns to predict.
 
 `UnderstandingEncoder` is SigLIP as transformers has it. `GenerationEncoder` is gen-CLIP's vision tower, an own ViT
-because its patches can be dropped for the MAE pass; its blocks equal transformers' CLIP (tested) or EVA-CLIP.
+because its patches can be dropped for the MAE pass; it equals transformers' CLIP and SigLIP (tested), or EVA-CLIP.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class UnderstandingEncoder(nn.Module):
         return self.tower(self.normalize(pixels_BCHW).to(dtype))
 
 
-def layer_norm(width: int, norm: str) -> nn.LayerNorm:
+def layer_norm(width: int, norm: str, eps: float | None = None) -> nn.LayerNorm:
     """CLIP adds 1e-5 to the variance, EVA-CLIP-E (``post``) 1e-6."""
-    return nn.LayerNorm(width, eps=1e-5 if norm == "pre" else 1e-6)
+    return nn.LayerNorm(width, eps=eps or (1e-5 if norm == "pre" else 1e-6))
 
 
 class Attention(nn.Module):
@@ -101,15 +101,17 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: CLIP's (norm before each branch) or EVA-CLIP-E's (norm after it)."""
+    """A transformer block: CLIP's and SigLIP's (norm before each branch) or EVA-CLIP-E's (norm after it)."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, norm: str, activation: str) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_width: int, norm: str, activation: str, eps: float | None = None
+    ) -> None:
         super().__init__()
         self.norm = norm
         self.activation = activation
         self.attention = Attention(width, heads)
-        self.norm1 = layer_norm(width, norm)
-        self.norm2 = layer_norm(width, norm)
+        self.norm1 = layer_norm(width, norm, eps)
+        self.norm2 = layer_norm(width, norm, eps)
         self.expand = nn.Linear(width, mlp_width)
         self.contract = nn.Linear(mlp_width, width)
 
@@ -123,12 +125,17 @@ class Block(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         x = self.expand(x)
-        # x * sigmoid(1.702 x) is the quick GELU of OpenAI's CLIP; OpenCLIP and EVA use the exact one.
-        return self.contract(F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(1.702 * x))
+        # x * sigmoid(1.702 x) is the quick GELU of OpenAI's CLIP; OpenCLIP and EVA use the exact one, SigLIP tanh's.
+        if self.activation == "quick_gelu":
+            return self.contract(x * torch.sigmoid(1.702 * x))
+        return self.contract(F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
 class GenerationEncoder(nn.Module):
-    """gen-CLIP's vision tower: the LLM's generation targets are its last layer, class token dropped (Emu2, emu.py)."""
+    """gen-CLIP's vision tower: the LLM's generation targets are its last layer, class token dropped (Emu2, emu.py).
+
+    Settings turn it into SigLIP's: no class token, and targets after the last norm (paper: Table 4 compares the two).
+    """
 
     def __init__(self, config: GenerationEncoderConfig, mean: list[float], std: list[float]) -> None:
         super().__init__()
@@ -136,13 +143,14 @@ class GenerationEncoder(nn.Module):
         self.normalize = PixelNorm(mean, std)
         self.patches = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=config.patch_bias)
         # 0.02: the deviation that BERT, ViT and MAE start from.
-        self.class_token = nn.Parameter(torch.randn(config.width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(1 + config.grid**2, config.width) * 0.02)
-        self.entry_norm = layer_norm(config.width, config.norm) if config.entry_norm else nn.Identity()
-        block = (config.width, config.heads, config.mlp_width, config.norm, config.activation)
+        self.class_token = nn.Parameter(torch.randn(config.width) * 0.02) if config.class_token else None
+        self.positions = nn.Parameter(torch.randn(config.class_token + config.grid**2, config.width) * 0.02)
+        norm = (config.width, config.norm, config.norm_eps)
+        self.entry_norm = layer_norm(*norm) if config.entry_norm else nn.Identity()
+        block = (config.width, config.heads, config.mlp_width, config.norm, config.activation, config.norm_eps)
         self.blocks = nn.ModuleList(Block(*block) for _ in range(config.layers))
-        self.exit_norm = layer_norm(config.width, config.norm)
-        """Normalises the class token for the contrastive term only; targets are raw, as Emu2's."""
+        self.exit_norm = layer_norm(*norm)
+        """Of what the contrastive term compares; of targets only where they are ``normalized``, Emu2's are raw."""
 
     @property
     def image_size(self) -> int:
@@ -162,26 +170,31 @@ class GenerationEncoder(nn.Module):
             keep_BK: int64 indices of the K visible patches of each picture; None keeps all.
 
         Returns:
-            ``(B, 1 + K, E)``: the last block's output, class token first, without a final norm.
+            ``(B, 1 + K, E)``: the last block's output without a final norm, class token first if there is one.
         """
         if pixels_BCHW.shape[-2:] != (self.image_size, self.image_size):
             raise PiscesError(f"pictures of {tuple(pixels_BCHW.shape[-2:])}; this encoder takes {self.image_size} px")
         pixels_BCHW = self.normalize(pixels_BCHW).to(self.patches.weight.dtype)
         # Positions are added before patches are dropped: each visible patch keeps its own place.
-        x = self.patches(pixels_BCHW).flatten(2).transpose(1, 2) + self.positions[1:]
+        places = self.positions[self.config.class_token :]
+        x = self.patches(pixels_BCHW).flatten(2).transpose(1, 2) + places
         if keep_BK is not None:
             x = x.gather(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]))
-        # The class token is never dropped: the contrastive term reads it, in both passes the same way.
-        first = (self.class_token + self.positions[0]).expand(x.shape[0], 1, -1)
-        x = self.entry_norm(torch.cat([first.to(x.dtype), x], 1))
+        if self.class_token is not None:
+            # Never dropped: the contrastive term reads it, in both passes the same way.
+            first = (self.class_token + self.positions[0]).expand(x.shape[0], 1, -1)
+            x = torch.cat([first.to(x.dtype), x], 1)
+        x = self.entry_norm(x)
         for block in self.blocks:
             x = block(x)
         return x
 
     def features(self, pixels_BCHW: Tensor) -> Tensor:
         """The last layer without its class token: ``(B, grid * grid, E)``, row by row."""
-        return self(pixels_BCHW)[:, 1:]
+        x = self(pixels_BCHW)[:, self.config.class_token :]
+        return self.exit_norm(x) if self.config.features == "normalized" else x
 
     def summary(self, pixels_BCHW: Tensor) -> Tensor:
-        """One vector a picture, ``(B, E)``: the normalised class token."""
-        return self.exit_norm(self(pixels_BCHW)[:, 0])
+        """One vector a picture, ``(B, E)``: the normalised class token; without one, the mean of normalised patches."""
+        x = self(pixels_BCHW)
+        return self.exit_norm(x[:, 0]) if self.config.class_token else self.exit_norm(x).mean(1)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from open_pisces.batch import PairBatch, unit_pixels
-from open_pisces.config import ContrastiveConfig
+from open_pisces.config import ContrastiveConfig, GenerationEncoderConfig
 from open_pisces.device import upcast
 from open_pisces.model.encoders import Block, GenerationEncoder, UnderstandingEncoder
 from open_pisces.settings import ConfigError
@@ -26,12 +26,17 @@ from open_pisces.settings import ConfigError
 class MaskedAutoencoder(nn.Module):
     """The light decoder that guesses hidden patches from the encoder's visible ones (MAE, arXiv 2111.06377)."""
 
-    def __init__(self, width: int, grid: int, patch: int, config: ContrastiveConfig) -> None:
+    def __init__(self, encoder: GenerationEncoderConfig, config: ContrastiveConfig) -> None:
         super().__init__()
+        width = encoder.width
+        grid = encoder.grid
+        patch = encoder.patch_size
         self.patch = patch
+        self.first = int(encoder.class_token)
+        """Tokens before the patches: the class token, if the encoder has one."""
         self.enter = nn.Linear(width, config.mae_width)
         self.hidden_token = nn.Parameter(torch.randn(config.mae_width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(1 + grid * grid, config.mae_width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(self.first + grid * grid, config.mae_width) * 0.02)
         block = (config.mae_width, config.mae_heads, 4 * config.mae_width, "pre", "gelu")
         self.blocks = nn.Sequential(*(Block(*block) for _ in range(config.mae_layers)))
         self.leave = nn.Sequential(nn.LayerNorm(config.mae_width), nn.Linear(config.mae_width, 3 * patch * patch))
@@ -40,14 +45,16 @@ class MaskedAutoencoder(nn.Module):
         """The encoder's ``(B, 1 + K, E)`` and the kept indices to normalised pixels ``(B, grid * grid, 3 p p)``."""
         x = self.enter(tokens_BSE)
         # Every place starts as the hidden token; what the encoder saw is written over it (MAE, section 3).
-        places = self.hidden_token.to(x.dtype).expand(x.shape[0], self.positions.shape[0] - 1, -1)
-        places = places.scatter(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]), x[:, 1:])
+        places = self.hidden_token.to(x.dtype).expand(x.shape[0], self.positions.shape[0] - self.first, -1)
+        places = places.scatter(1, keep_BK[..., None].expand(-1, -1, x.shape[-1]), x[:, self.first :])
         # The class token goes along, as in MAE, and is dropped from the output.
-        return self.leave(self.blocks(torch.cat([x[:, :1], places], 1) + self.positions))[:, 1:]
+        return self.leave(self.blocks(torch.cat([x[:, : self.first], places], 1) + self.positions))[:, self.first :]
 
     def targets(self, pixels_BCHW: Tensor) -> Tensor:
         """Each patch's pixels with their own mean and deviation taken out (MAE's normalised targets)."""
-        patches = rearrange(unit_pixels(pixels_BCHW), "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        seen = self.patch * (pixels_BCHW.shape[-1] // self.patch)  # SigLIP's 384 px hold a rest that no patch covers
+        pixels = unit_pixels(pixels_BCHW)[..., :seen, :seen]
+        patches = rearrange(pixels, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
         mean = patches.mean(-1, keepdim=True)
         variance = patches.var(-1, keepdim=True)
         # 1e-4 on pixels in [0, 1]: flat patches stay near 0 instead of amplifying rounding.
@@ -102,7 +109,7 @@ class GenCLIP(nn.Module):
         if config.mae_weight > 0:
             if not isinstance(vision, GenerationEncoder):
                 raise ConfigError("the MAE term needs a tower that can drop patches: set contrastive.mae_weight to 0")
-            self.mae = MaskedAutoencoder(vision.width, vision.config.grid, vision.config.patch_size, config)
+            self.mae = MaskedAutoencoder(vision.config, config)
 
     def embed_images(self, pixels_BCHW: Tensor) -> Tensor:
         """Pictures in [0, 1] to unit vectors ``(B, width)``."""

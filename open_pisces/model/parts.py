@@ -29,7 +29,7 @@ from open_pisces.model import adapters
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE, latent_shape
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
-from open_pisces.model.keymaps import read_tower
+from open_pisces.model.importers.towers import fill_tower, read_tower
 from open_pisces.model.patch_transformer import PatchTransformer
 from open_pisces.settings import ConfigError
 
@@ -111,7 +111,7 @@ def _build_understanding(config: ModelConfig, vocabulary: int | None) -> nn.Modu
 def _build_generation(config: ModelConfig, vocabulary: int | None) -> nn.Module:
     encoder = GenerationEncoder(config.generation, config.generation_mean, config.generation_std)
     if config.generation.source:
-        encoder.load_state_dict(read_tower(config.generation.source))
+        fill_tower(encoder, read_tower(config.generation.source), config.generation.source)
     return encoder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from open_pisces.config import ContrastiveConfig, GenerationEncoderConfig
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.gen_clip import GenCLIP
-from open_pisces.model.keymaps import read_tower, translate
-from open_pisces.settings import ConfigError
+from open_pisces.model.importers.files import ImportSourceError
+from open_pisces.model.importers.towers import fill_tower, read_tower, translate
 
 MEAN, STD = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
 SHAPE = {"image_size": 32, "patch_size": 8, "width": 24, "layers": 3, "heads": 3, "mlp_width": 40, "pool": 2}
@@ -136,15 +137,148 @@ def test_a_tower_with_eva_names_equals_eva_written_out_by_hand() -> None:
     torch.testing.assert_close(ours.features(pixels()), expected[:, 1:], rtol=1e-4, atol=1e-5)
 
 
-def test_names_of_neither_clip_nor_eva_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"neither CLIP's nor EVA-CLIP's names.*conv1\.weight"):
+OWN_OF_SIGLIP = {
+    "norm_eps": 1e-6,
+    "entry_norm": False,
+    "class_token": False,
+    "features": "normalized",
+    "patch_bias": True,
+    "activation": "gelu_tanh",
+}
+
+
+def siglip(size: int = 32) -> SiglipVisionModel:
+    shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
+    return shaken(SiglipVisionModel(SiglipVisionConfig(**shape, image_size=size, patch_size=8)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [32, 36])
+def test_settings_make_the_generation_encoder_siglip(size: int) -> None:
+    """Also at a size of which no patch sees the rest, as SigLIP so400m's 384 pixels of patches of 14."""
+    tower = siglip(size)
+    ours = own(**OWN_OF_SIGLIP, image_size=size)
+    fill_tower(ours, translate(dict(tower.state_dict())), "here")
+    theirs = tower(pixel_values=normalised(pixels(size=size))).last_hidden_state
+    assert theirs.shape == (2, 16, 24)
+    torch.testing.assert_close(ours.features(pixels(size=size)), theirs, rtol=1e-5, atol=1e-5)
+    # Each of the settings matters.
+    for name in ("norm_eps", "features", "activation"):
+        other = own(**{key: value for key, value in OWN_OF_SIGLIP.items() if key != name}, image_size=size)
+        fill_tower(other, translate(dict(tower.state_dict())), "here")
+        assert not torch.allclose(other.features(pixels(size=size)), theirs, rtol=1e-7, atol=1e-7), name
+
+
+def test_a_tower_without_class_token_learns_gen_clips_two_terms() -> None:
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ContrastiveConfig(width=8, text=text, mae_layers=1, mae_width=16, mae_heads=2, mae_weight=1.0)
+    model = GenCLIP(own(**OWN_OF_SIGLIP, image_size=36), config, vocabulary=11)
+    keep = torch.tensor([[0, 5, 9], [3, 1, 15]])
+    error = model.reconstruct(pixels(size=36), keep)
+    assert error.shape == (2,)
+    assert model.embed_images(pixels(size=36)).shape == (2, 8)
+    error.sum().backward()
+    assert model.vision.positions.grad is not None and model.vision.positions.grad.abs().sum() > 0
+
+
+def openclip_names(clip: CLIPVisionModel) -> dict[str, Tensor]:
+    """OpenCLIP's whole file, written by hand from its `VisionTransformer`, on the weights of transformers' tower."""
+    given = {key.removeprefix("vision_model."): value for key, value in clip.state_dict().items()}
+    found = {
+        "visual.class_embedding": given["embeddings.class_embedding"],
+        "visual.conv1.weight": given["embeddings.patch_embedding.weight"],
+        "visual.positional_embedding": given["embeddings.position_embedding.weight"],
+        "visual.proj": torch.zeros(24, 8),
+        "positional_embedding": torch.zeros(7, 8),
+        "token_embedding.weight": torch.zeros(9, 8),
+        "transformer.resblocks.0.ln_1.weight": torch.zeros(8),
+        "ln_final.bias": torch.zeros(8),
+        "text_projection": torch.zeros(8, 8),
+        "logit_scale": torch.zeros(()),
+    }
+    for kind in ("weight", "bias"):
+        found[f"visual.ln_pre.{kind}"] = given[f"pre_layrnorm.{kind}"]
+        found[f"visual.ln_post.{kind}"] = given[f"post_layernorm.{kind}"]
+        for layer in range(3):
+            theirs = f"visual.transformer.resblocks.{layer}"
+            block = f"encoder.layers.{layer}"
+            parts = [given[f"{block}.self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            found[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(parts)
+            found[f"{theirs}.attn.out_proj.{kind}"] = given[f"{block}.self_attn.out_proj.{kind}"]
+            found[f"{theirs}.ln_1.{kind}"] = given[f"{block}.layer_norm1.{kind}"]
+            found[f"{theirs}.ln_2.{kind}"] = given[f"{block}.layer_norm2.{kind}"]
+            found[f"{theirs}.mlp.c_fc.{kind}"] = given[f"{block}.mlp.fc1.{kind}"]
+            found[f"{theirs}.mlp.c_proj.{kind}"] = given[f"{block}.mlp.fc2.{kind}"]
+    return found
+
+
+@torch.no_grad()
+def test_openclips_names_give_the_same_tower(clip: CLIPVisionModel) -> None:
+    ours = own(activation="quick_gelu")
+    fill_tower(ours, translate(openclip_names(clip)), "here")
+    theirs = clip(pixel_values=normalised(pixels())).last_hidden_state
+    torch.testing.assert_close(ours(pixels()), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_names_of_no_known_tower_are_refused() -> None:
+    with pytest.raises(ImportSourceError, match=r"CLIP, OpenCLIP, EVA-CLIP, SigLIP\), for example conv1\.weight"):
         translate({"conv1.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("family", ["CLIP", "OpenCLIP", "EVA-CLIP", "SigLIP"])
+def test_every_tensor_of_a_tower_is_accounted_for(clip: CLIPVisionModel, family: str) -> None:
+    weights = {
+        "CLIP": lambda: dict(clip.state_dict()),
+        "OpenCLIP": lambda: openclip_names(clip),
+        "EVA-CLIP": eva_weights,
+        "SigLIP": lambda: dict(siglip().state_dict()),
+    }[family]()
+    settings: dict[str, object] = {"CLIP": {"activation": "quick_gelu"}, "SigLIP": OWN_OF_SIGLIP}.get(family, {})
+    if family == "EVA-CLIP":
+        settings = {"norm": "post", "entry_norm": False, "patch_bias": True, "layers": 2}
+    ours = own(**settings)
+    fill_tower(ours, translate(dict(weights)), "here")
+    (name,) = [key for key in weights if re.search(r"(layers|resblocks|blocks)\.1.*(fc2|c_proj)\.weight", key)]
+    renamed = {key.replace("mlp", "ffn") if key == name else key: value for key, value in weights.items()}
+    with pytest.raises(ImportSourceError, match=re.escape(name.replace("mlp", "ffn"))):
+        translate(renamed)
+    missing = {key: value for key, value in weights.items() if key != name}
+    with pytest.raises(ImportSourceError, match=r"here: lacks blocks\.1\.contract\.weight \(24, 40\)"):
+        fill_tower(ours, translate(missing), "here")
+    with pytest.raises(
+        ImportSourceError, match=r"blocks\.1\.contract\.weight is \(24, 39\), the recipe's is \(24, 40\)"
+    ):
+        fill_tower(ours, translate(weights | {name: weights[name][:, 1:]}), "here")
+    with pytest.raises(ImportSourceError, match=r"holds blocks\.9\.contract\.weight, which the recipe's encoder lacks"):
+        fill_tower(ours, translate(weights | {re.sub(r"\.1\.", ".9.", name, count=1): weights[name]}), "here")
+
+
+def test_one_set_of_files_is_read(clip: CLIPVisionModel, tmp_path: Path) -> None:
+    """Sharded and whole give the same; a folder with an fp16 variant beside is not read twice."""
+    clip.save_pretrained(tmp_path / "whole")
+    clip.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    whole = read_tower(tmp_path / "whole")
+    shards = read_tower(tmp_path / "shards")
+    assert whole.keys() == shards.keys() and all(torch.equal(whole[key], shards[key]) for key in whole)
+    half = {key: value.half() for key, value in clip.state_dict().items()}
+    save_file(half, tmp_path / "whole" / "model.fp16.safetensors")
+    assert read_tower(tmp_path / "whole")["positions"].dtype == torch.float32
+    assert read_tower(tmp_path / "whole", "fp16")["positions"].dtype == torch.float16
+    with pytest.raises(ImportSourceError, match="no weights of variant ema: there are fp16, the plain one"):
+        read_tower(tmp_path / "whole", "ema")
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    assert read_tower(tmp_path / "whole")["positions"].dtype == torch.float16
+    gone = sorted((tmp_path / "shards").glob("*.safetensors"))[0]
+    gone.unlink()
+    with pytest.raises(ImportSourceError, match=f"{gone.name}, which is missing"):
+        read_tower(tmp_path / "shards")
 
 
 def test_a_pickled_tower_is_never_read(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     for source in (tmp_path, tmp_path / "pytorch_model.bin"):
-        with pytest.raises(ConfigError, match=r"no \.safetensors file"):
+        with pytest.raises(ImportSourceError, match=r"no \.safetensors file"):
             read_tower(str(source))
 
 

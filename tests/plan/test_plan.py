@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 from models import costs_counted_once
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from open_pisces.batch import PairBatch, SequenceBatch
 from open_pisces.cli.commands import build_parser, main
 from open_pisces.config import RECIPES, RunConfig, load_config
+from open_pisces.model.folder import without_sources
+from open_pisces.model.importers.files import ImportSourceError
+from open_pisces.model.importers.towers import translate
 from open_pisces.model.parts import build_part
 from open_pisces.plan import layout as planning_layout
 from open_pisces.plan import plan as planning
@@ -23,7 +27,6 @@ from open_pisces.plan.layout import GIB, RESERVE, Layout, PlanError, group_sizes
 from open_pisces.plan.live_bytes import LiveBytes
 from open_pisces.plan.memory import Activations, measure_activations
 from open_pisces.plan.plan import gpu_facts, plan, remedy
-from open_pisces.settings import ConfigError
 from open_pisces.train.objectives import OBJECTIVES, build_training, skeleton
 from open_pisces.train.optim import AveragedWeights, build_optimizer
 from open_pisces.train.shapes import Shape
@@ -384,5 +387,11 @@ def test_the_ablations_are_the_papers() -> None:
     assert tune.model.start == "runs/lab/synergy_pretrain/model"
     siglip = load_config("lab/siglip_decoder")
     assert siglip.data.sources[0].take == 30_000_000 and siglip.model.generation.vectors == 81
-    with pytest.raises(ConfigError, match="model.generation.source"):  # and nothing is trained on random features
+    # The tower that it names is SigLIP's, and nothing is trained on random features.
+    with torch.device("meta"):
+        ours = build_part("generation_encoder", without_sources(siglip.model))
+        theirs = SiglipVisionModel(SiglipVisionConfig(**load_config("8b/stage1").model.understanding.config))
+    translated = translate(dict(theirs.state_dict()))
+    assert {k: v.shape for k, v in translated.items()} == {k: v.shape for k, v in ours.state_dict().items()}
+    with pytest.raises(ImportSourceError, match="siglip-so400m-patch14-384: no such folder here"):
         build_part("generation_encoder", siglip.model)

@@ -403,7 +403,8 @@ def build(
 ) -> Path:
     """Compose scenes 0 to ``count`` of a split into shards (default: ``scenes/SPLIT`` in the data folder).
 
-    The dataset does not depend on the number of processes. ``pairs``, ``many``, ``plain`` and ``shapes`` are those of `Composer`.
+    The dataset does not depend on the number of processes. ``pairs``, ``many``, ``plain`` and ``shapes`` are those of
+    `Composer`.
 
     Raises:
         ShardError: without cut-outs, or for an unknown split.
