@@ -144,6 +144,9 @@ class BridgeConfig(Settings):
         return all(getattr(self, name) == getattr(other, name) for name in sizes)
 
 
+Template = Literal["tiny", "llama3", "chatml", "qwen2", "smollm2"]
+
+
 class ModelConfig(Settings):
     """All parts of one Pisces."""
 
@@ -160,7 +163,7 @@ class ModelConfig(Settings):
     generation_std: list[float] = [0.5, 0.5, 0.5]
     bridge: BridgeConfig = BridgeConfig()
     decoder: DecoderConfig = DecoderConfig()
-    template: Literal["tiny", "llama3"] = "tiny"
+    template: Template = "tiny"
     """The chat template: a file in ``data/templates``."""
     tokenizer: str = "bytes"
     """``bytes`` (no training), ``bpe`` (byte-level BPE trained on the run's texts), or a folder or hub name."""

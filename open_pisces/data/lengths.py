@@ -160,7 +160,8 @@ def _token_bound(table: np.ndarray, task: Task, renderer: Renderer, questions: i
 
 def _turn(renderer: Renderer) -> int:
     """Tokens that a turn costs besides its content."""
-    return 1 + max(len(renderer.frame_ids(piece)) for piece in renderer.frame["open"].values())
+    ends = 1 + len(renderer.frame_ids(renderer.after))
+    return ends + max(len(renderer.frame_ids(piece)) for piece in renderer.frame["open"].values())
 
 
 def _check(

@@ -218,6 +218,8 @@ class Renderer:
         self.special_ids: list[int] = tokenizer.convert_tokens_to_ids(special_tokens(template))
         self.pad = tokenizer.convert_tokens_to_ids(self.frame["pad"])
         self.end_of_turn = tokenizer.convert_tokens_to_ids(self.frame["close"])
+        self.after: str = self.frame.get("after", "")
+        """What follows the end of a turn; the model never writes it."""
 
     def text_ids(self, text: str) -> list[int]:
         """A user's text: a special token typed in it stays the characters it is made of."""
@@ -250,7 +252,7 @@ class Renderer:
             turns = turns[1:]
         if system:
             frame = self.frame["open"]["system"], self.frame["close"]
-            out.add(self.frame_ids(frame[0]) + self.text_ids(system) + self.frame_ids(frame[1]))
+            out.add(self.frame_ids(frame[0]) + self.text_ids(system) + self.frame_ids(frame[1] + self.after))
         drawn: list[int] = []
         for turn in turns:
             out.add(self.frame_ids(self.frame["open"][turn.role]))
@@ -259,6 +261,7 @@ class Renderer:
             else:
                 self._user(out, turn, drawn)
             out.add([self.end_of_turn], supervised=turn.role == "assistant")
+            out.add(self.frame_ids(self.after))
         if answer_next:
             out.add(self.frame_ids(self.frame["open"]["assistant"]))
         return out

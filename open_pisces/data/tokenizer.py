@@ -21,8 +21,10 @@ MOST_WORDS = 5000
 
 @lru_cache
 def read_template(name: str) -> dict[str, Any]:
-    """The chat template of that name, from ``data/templates``."""
-    return yaml.safe_load((Path(__file__).parent / "templates" / f"{name}.yaml").read_text())
+    """The chat template of that name, from ``data/templates``; one may extend another."""
+    frame = yaml.safe_load((Path(__file__).parent / "templates" / f"{name}.yaml").read_text())
+    base = read_template(frame.pop("extends")) if "extends" in frame else {}
+    return {**base, **frame}
 
 
 def special_tokens(template: str) -> list[str]:
@@ -95,9 +97,11 @@ def _wrap(tokenizer: Tokenizer, template: str) -> PreTrainedTokenizerFast:
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=frame["pad"],
-        bos_token=frame["begin"],
+        bos_token=frame["begin"] or None,
         eos_token=frame["close"],
         clean_up_tokenization_spaces=False,
     )
-    wrapped.chat_template = frame.get("jinja")
+    jinja = frame.get("jinja")
+    # ChatML's templates differ by their system text alone.
+    wrapped.chat_template = jinja and "{% set system = " + repr(frame["system"]) + " %}" + jinja
     return wrapped

@@ -35,7 +35,7 @@ TEXTS = {
     "conversation": (250, 150),
 }
 """For each task the assumed tokens of a sample's text, and how many of them are supervised."""
-FRAME = {"tiny": 5, "llama3": 35}
+FRAME = {"tiny": 5, "llama3": 35, "chatml": 10, "qwen2": 30, "smollm2": 30}
 """Tokens that a chat template puts around one exchange."""
 PROMPT = 10
 """Assumed tokens of the request for a picture or a caption."""

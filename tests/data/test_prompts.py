@@ -26,7 +26,7 @@ from open_pisces.data.prompts import (
 )
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 
-TEMPLATES = ("tiny", "llama3")
+TEMPLATES = ("tiny", "llama3", "chatml", "smollm2")
 TOKENIZERS = {name: byte_tokenizer(name) for name in TEMPLATES}
 RENDERERS = {name: Renderer(TOKENIZERS[name], name, 4, 2) for name in TEMPLATES}
 SPECIAL = {name: set(TOKENIZERS[name].convert_tokens_to_ids(special_tokens(name))) for name in TEMPLATES}
@@ -120,6 +120,30 @@ def test_golden_of_llama_3s_frame_with_its_pinned_system_block() -> None:
     drawn = RENDERERS["llama3"].render((Turn("user", ("draw",)), Turn("assistant", (0,))))
     assert written(drawn, "llama3").endswith(f"<|end_header_id|>\n\n{DRAWN}<|eot_id|>")
     assert supervised(drawn, "llama3").lstrip("·") == "[IMG]··[/IMG]<|eot_id|>"
+
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""As SmolLM2-135M-Instruct's tokenizer_config.json has it."""
+
+
+@pytest.mark.parametrize("system", [(), (Turn("system", ("Be terse.",)),)])
+def test_chatml_is_what_the_published_template_of_smollm2_writes(system: tuple[Turn, ...]) -> None:
+    turns = (*system, Turn("user", ("What?",)), Turn("assistant", ("A cat.",)), Turn("user", ("And?",)))
+    messages = [{"role": turn.role, "content": turn.content[0]} for turn in turns]
+    tokenizer = TOKENIZERS["smollm2"]
+    rendered = RENDERERS["smollm2"].render(turns, answer_next=True)
+    for template in (SMOLLM2, tokenizer.chat_template):
+        expected = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, chat_template=template
+        )
+        assert written(rendered, "smollm2") == expected
+    # The newline after a turn is the template's: nothing the model has to learn to write.
+    assert supervised(rendered, "smollm2").strip("·") == "A cat.<|im_end|>"
 
 
 def test_ids_labels_and_places_are_one_token_each() -> None:
