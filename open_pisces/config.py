@@ -97,6 +97,9 @@ class DecoderConfig(Settings):
     """The diffusion decoder: gen-CLIP vectors in, pixels out."""
 
     source: str | None = None
+    """A diffusers pipeline with ``unet/`` and ``vae/``: Stable Diffusion 1.5, 2.1, XL, or Emu2's."""
+    variant: str | None = None
+    """Of the source's files, such as ``fp16``; None takes the plain ones."""
     unet: dict[str, Any] = {}
     transformer: PatchTransformerConfig | None = None
     """Takes the U-Net's place. Deviation from the paper, for ``tiny``."""

@@ -30,6 +30,7 @@ from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE, latent_shape
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
 from open_pisces.model.importers.towers import fill_tower, read_tower
+from open_pisces.model.importers.unets import load_unet, load_vae
 from open_pisces.model.patch_transformer import PatchTransformer
 from open_pisces.settings import ConfigError
 
@@ -126,7 +127,7 @@ def build_decoder(config: ModelConfig, vocabulary: int | None = None) -> ImageDe
     if "unshuffle" in settings.vae:
         vae: Any = PixelUnshuffleVAE(**settings.vae)
     elif settings.source:
-        vae = AutoencoderKL.from_pretrained(settings.source, subfolder="vae").requires_grad_(False)
+        vae = load_vae(settings.source, settings.variant).requires_grad_(False)
     else:
         vae = AutoencoderKL(**settings.vae).requires_grad_(False)
     # The VAE decides how many channels are denoised.
@@ -163,32 +164,27 @@ def _transformer(config: ModelConfig, channels: int, side: int) -> PatchTransfor
 def _unet(config: ModelConfig, latent_channels: int, width: int) -> UNet2DConditionModel:
     settings = config.decoder
     _refuse_unknown(settings.unet, inspect.signature(UNet2DConditionModel.__init__).parameters, "model.decoder.unet")
-    time_width = settings.unet.get("addition_time_embed_dim", 256)
+    if settings.source:
+        if settings.spatial_condition:
+            raise ConfigError("model.decoder.spatial_condition: a published U-Net has no inputs for it: set false")
+        unet = load_unet(settings.source, width, settings.variant)
+        if unet.config.in_channels != latent_channels:
+            raise ConfigError(
+                f"model.decoder.source = {settings.source}: its U-Net takes {unet.config.in_channels} channels, the "
+                f"autoencoder gives {latent_channels}"
+            )
+        return unet
     values = {
         **settings.unet,
         "in_channels": latent_channels + (width if settings.spatial_condition else 0),
         "out_channels": latent_channels,
         "cross_attention_dim": width,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": time_width,
-        "projection_class_embeddings_input_dim": width + 6 * time_width,
     }
-    if not settings.source:
-        return UNet2DConditionModel(**values)
-    # SDXL's own cross-attention is 2048 wide; what does not fit is left uninitialised by the loader, so draw it anew.
-    unet, info = UNet2DConditionModel.from_pretrained(
-        settings.source,
-        subfolder="unet",
-        ignore_mismatched_sizes=True,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-        **{key: values[key] for key in ("cross_attention_dim", "projection_class_embeddings_input_dim")},
-    )
-    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    for name, module in unet.named_modules():
-        if isinstance(module, nn.Linear) and {f"{name}.weight", f"{name}.bias"} & mismatched:
-            module.reset_parameters()
-    return unet
+    # SDXL's condition unless the recipe says otherwise; Stable Diffusion 1.5 and 2.1 have none (null).
+    if values.setdefault("addition_embed_type", "text_time") == "text_time":
+        time_width = values.setdefault("addition_time_embed_dim", 256)
+        values["projection_class_embeddings_input_dim"] = width + 6 * time_width
+    return UNet2DConditionModel(**values)
 
 
 def _scheduler(name: str, arguments: dict[str, Any]) -> Any:
