@@ -12,6 +12,8 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from open_pisces.settings import ConfigError
+
 BEGIN_IMAGE = "[IMG]"
 END_IMAGE = "[/IMG]"
 PLACEHOLDER = "<image>"
@@ -76,9 +78,25 @@ def words_of(text: str) -> list[str]:
 
 
 def load_tokenizer(source: str | Path, template: str) -> PreTrainedTokenizerFast:
-    """A pretrained tokenizer (folder or hub name), with the picture tokens added where it lacks them."""
-    tokenizer = AutoTokenizer.from_pretrained(str(source))
+    """A pretrained tokenizer (folder or hub name), with the picture tokens added where it lacks them.
+
+    Raises:
+        ConfigError: if it cannot be fetched, or lacks tokens of the chat template, so that it belongs to another.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.tokenizer = {source}: {str(error).splitlines()[0]}: name a folder with a tokenizer, or a hub name "
+            "that can be reached from here"
+        ) from None
     missing = [token for token in special_tokens(template) if token not in tokenizer.get_vocab()]
+    foreign = [token for token in missing if token not in (BEGIN_IMAGE, END_IMAGE, PLACEHOLDER)]
+    if foreign:
+        raise ConfigError(
+            f"model.template = {template}: the tokenizer {source} lacks its {foreign[0]}: set the template that the "
+            "LLM was tuned with"
+        )
     if missing:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     tokenizer.pad_token = read_template(template)["pad"]

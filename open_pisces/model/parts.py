@@ -29,6 +29,8 @@ from open_pisces.model import adapters
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE, latent_shape
 from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
+from open_pisces.model.importers.language import load_llm
+from open_pisces.model.importers.siglip import load_siglip
 from open_pisces.model.importers.towers import fill_tower, read_tower
 from open_pisces.model.importers.unets import load_unet, load_vae
 from open_pisces.model.patch_transformer import PatchTransformer
@@ -88,10 +90,7 @@ def siglip_config(config: ModelConfig) -> SiglipVisionConfig:
 
 def _build_llm(config: ModelConfig, vocabulary: int | None) -> nn.Module:
     if config.llm.source:
-        llm = AutoModelForCausalLM.from_pretrained(config.llm.source, dtype=torch.float32)
-        if vocabulary and vocabulary > llm.config.vocab_size:
-            llm.resize_token_embeddings(vocabulary)
-        return llm
+        return load_llm(config.llm.source, vocabulary)
     values = llm_config(config)
     if vocabulary:
         values.vocab_size = vocabulary
@@ -103,7 +102,7 @@ def _build_understanding(config: ModelConfig, vocabulary: int | None) -> nn.Modu
     source = config.understanding.source
     if source:
         head = getattr(values, "vision_use_head", True)
-        tower = SiglipVisionModel.from_pretrained(source, vision_use_head=head, dtype=torch.float32)
+        tower = load_siglip(source, head)
     else:
         tower = SiglipVisionModel(values)
     return UnderstandingEncoder(tower, config.understanding_mean, config.understanding_std)

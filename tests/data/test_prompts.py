@@ -25,6 +25,7 @@ from open_pisces.data.prompts import (
     wordings,
 )
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
+from open_pisces.settings import ConfigError
 
 TEMPLATES = ("tiny", "llama3", "chatml", "smollm2")
 TOKENIZERS = {name: byte_tokenizer(name) for name in TEMPLATES}
@@ -340,6 +341,14 @@ def test_a_foreign_tokenizer_gets_the_picture_tokens_it_lacks(tmp_path: Path) ->
     rendered = Renderer(loaded, "llama3", 4, 2).render((Turn("user", (0, "[IMG]")),))
     assert loaded.decode(rendered.ids).count(f"{SEEN}[IMG]<|eot_id|>") == 1
     assert rendered.ids.count(loaded.get_vocab()["[IMG]"]) == 1
+
+
+def test_a_tokenizer_of_another_chat_template_is_refused(tmp_path: Path) -> None:
+    TOKENIZERS["smollm2"].save_pretrained(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"model\.template = llama3: .* lacks its <\|finetune_right_pad_id\|>"):
+        load_tokenizer(tmp_path, "llama3")
+    with pytest.raises(ConfigError, match=r"model\.tokenizer = .*nowhere"):
+        load_tokenizer(tmp_path / "nowhere", "llama3")
 
 
 # --------------------------------------------------------------------------------------------------------- collate

@@ -1,4 +1,4 @@
-"""Published U-Nets and autoencoders: equal to the original classes, every tensor accounted for, wrong ones refused."""
+"""Published weights of each family: equal to the original classes, every tensor accounted for, wrong ones refused."""
 
 from __future__ import annotations
 
@@ -9,9 +9,23 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from open_pisces.config import DecoderConfig, ModelConfig
 from open_pisces.model.importers.files import ImportSourceError
+from open_pisces.model.importers.language import load_llm
+from open_pisces.model.importers.siglip import load_siglip
 from open_pisces.model.importers.unets import CONDITION, load_unet, load_vae
 from open_pisces.model.parts import build_decoder
 from open_pisces.settings import ConfigError
@@ -150,3 +164,102 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
         load_unet(str(tmp_path), 16)
     with pytest.raises(ImportSourceError, match="no autoencoder to be had"):
         load_vae(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------- the LLM
+
+LLM = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLMS: dict[str, Any] = {
+    "llama": lambda tied: LlamaForCausalLM(LlamaConfig(**LLM, tie_word_embeddings=tied)),
+    "qwen2": lambda tied: Qwen2ForCausalLM(Qwen2Config(**LLM, tie_word_embeddings=tied)),
+    "qwen3": lambda tied: Qwen3ForCausalLM(Qwen3Config(**LLM, head_dim=8, tie_word_embeddings=tied)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "8KB"}], ids=["whole", "shards"])
+@pytest.mark.parametrize("kind", LLMS)
+def test_an_llm_answers_as_the_original_class_also_with_more_tokens(
+    tmp_path: Path, kind: str, how: dict[str, Any], tied: bool
+) -> None:
+    theirs = LLMS[kind](tied)
+    theirs.save_pretrained(tmp_path, **how)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == bool(how)
+    ids = torch.tensor([[3, 1, 39, 7]])
+    expected = theirs(ids).logits
+    assert torch.equal(load_llm(str(tmp_path)).eval()(ids).logits, expected)
+    grown = load_llm(str(tmp_path), 43).eval()
+    assert grown.get_output_embeddings().weight.shape == (43, 16)
+    assert (grown.get_output_embeddings().weight is grown.get_input_embeddings().weight) == tied
+    torch.testing.assert_close(grown(ids).logits[..., :40], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LLMS)
+def test_an_llm_with_a_renamed_tensor_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    LLMS[kind](False).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    renamed = {key.replace("1.mlp.up_proj", "1.mlp.rise"): value for key, value in weights.items()}
+    save_file(renamed, file, {"format": "pt"})
+    with pytest.raises(ImportSourceError, match=rf"{name} is missing"):
+        load_llm(str(tmp_path))
+    save_file({**weights, "model.layers.1.mlp.rise.weight": torch.zeros(2)}, file, {"format": "pt"})
+    with pytest.raises(ImportSourceError, match=r"mlp\.rise\.weight is left over"):
+        load_llm(str(tmp_path))
+    with pytest.raises(ImportSourceError, match=r"model\.llm\.source = .*nowhere.*hf auth login"):
+        load_llm(str(tmp_path / "nowhere"))
+
+
+# ------------------------------------------------------------------------------------------------------- SigLIP
+
+
+def siglip() -> SiglipModel:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**shape, "image_size": 16, "patch_size": 8}
+    text = {**shape, "vocab_size": 40, "projection_size": 16}
+    return SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [{}, {"max_shard_size": "20KB"}], ids=["whole", "shards"])
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no head"])
+def test_a_siglip_file_with_its_text_tower_gives_the_tower(tmp_path: Path, how: dict[str, Any], head: bool) -> None:
+    theirs = siglip()
+    theirs.save_pretrained(tmp_path, **how)
+    ours = load_siglip(str(tmp_path), head).eval()
+    pixels = torch.rand(2, 3, 16, 16)
+    expected = theirs.vision_model(pixel_values=pixels)
+    found = ours(pixel_values=pixels)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    assert (found.pooler_output is None) != head
+
+
+def test_a_siglip_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    siglip().save_pretrained(tmp_path / "one")
+    file = tmp_path / "one" / "model.safetensors"
+    weights = load_file(file)
+    (name,) = [key for key in weights if key.startswith("vision_model") and key.endswith("layers.1.mlp.fc1.weight")]
+    save_file(
+        {key.replace("fc1", "in") if key == name else key: value for key, value in weights.items()},
+        file,
+        {"format": "pt"},
+    )
+    with pytest.raises(ImportSourceError, match=r"layers\.1\.mlp\.fc1\.weight is missing"):
+        load_siglip(str(tmp_path / "one"), True)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Siglip2VisionModel(Siglip2VisionConfig(**shape, num_patches=4, patch_size=8)).save_pretrained(tmp_path / "naflex")
+    with pytest.raises(
+        ImportSourceError, match="says siglip2_vision_model, not siglip: take one of a fixed resolution"
+    ):
+        load_siglip(str(tmp_path / "naflex"), True)
+    with pytest.raises(ImportSourceError, match=r"model\.understanding\.source = .*nowhere"):
+        load_siglip(str(tmp_path / "nowhere"), True)
