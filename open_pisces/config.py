@@ -1,13 +1,15 @@
 """Every setting of every run: typed, strict, frozen.
 
 Precedence is one sentence: defaults < YAML < ``key=value``. A recipe may start with ``extends: NAME`` (a recipe
-beside it or an address such as ``tiny/base``); the recipe's own keys then win. A key that does not exist, or a
-value of the wrong type, is refused with the file, the key, the value and the nearest right key.
+beside it, an address such as ``tiny/base``, or a path), or with a list of them, of which later ones win; the recipe's
+own keys win over all. A key that does not exist, or a value of the wrong type, is refused with the file, the key, the
+value and the nearest right key.
 """
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -390,17 +392,34 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
     values = _read(path)
     where = {"": str(path)}
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form key=value, for example train.lr=3e-4")
-        try:
-            value = yaml.load(text, YamlLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from None
-        set_override(values, key.split("."), value, override)
-        where[key] = "command line"
+        where[_override(values, override)] = "command line"
     values.setdefault("name", f"{path.parent.name}/{path.stem}")
     return validate(RunConfig, values, where)
+
+
+def override_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` settings alone, nested.
+
+    Raises:
+        ConfigError: for one that is not of that form.
+    """
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _override(values, override)
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> str:
+    """Write one ``key=value`` into nested values; its key."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key=value, for example train.lr=3e-4")
+    try:
+        value = yaml.load(text, YamlLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from None
+    set_override(values, key.split("."), value, override)
+    return key
 
 
 def find_recipe(recipe: str) -> Path:
@@ -440,9 +459,15 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
-    parent = values.pop("extends", None)
-    if parent is None:
-        return values
-    beside = path.parent / f"{parent}.yaml"
-    found = beside if beside.is_file() else find_recipe(parent)
-    return merge(_read(found, (*below, path.resolve())), values)
+    parents = values.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        beside = path.parent / f"{parent}.yaml"
+        found = beside if beside.is_file() else find_recipe(str(parent))
+        below_it = _read(found, (*below, path.resolve()))
+        # One that comes later describes whole parts: half of one LLM and half of another would be neither.
+        for part in ("llm", "understanding", "generation", "decoder"):
+            if part in below_it.get("model", {}):
+                merged.get("model", {}).pop(part, None)
+        merged = merge(merged, below_it)
+    return merge(merged, values)

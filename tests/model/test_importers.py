@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -22,13 +25,20 @@ from transformers import (
     SiglipModel,
 )
 
-from open_pisces.config import DecoderConfig, ModelConfig
+from open_pisces.cli.commands import main
+from open_pisces.config import DecoderConfig, ModelConfig, Template, load_config
+from open_pisces.data.tokenizer import byte_tokenizer
+from open_pisces.generate.generator import Generator
+from open_pisces.model.folder import load_part, read_card, verify
+from open_pisces.model.importers.families import families, settings_of
 from open_pisces.model.importers.files import ImportSourceError
 from open_pisces.model.importers.language import load_llm
 from open_pisces.model.importers.siglip import load_siglip
 from open_pisces.model.importers.unets import CONDITION, load_unet, load_vae
+from open_pisces.model.importers.weights import find_family, import_weights
 from open_pisces.model.parts import build_decoder
 from open_pisces.settings import ConfigError
+from open_pisces.train.loop import train
 
 SHAPE: dict[str, Any] = {
     "sample_size": 8,
@@ -263,3 +273,108 @@ def test_a_siglip_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         load_siglip(str(tmp_path / "naflex"), True)
     with pytest.raises(ImportSourceError, match=r"model\.understanding\.source = .*nowhere"):
         load_siglip(str(tmp_path / "nowhere"), True)
+
+
+# ----------------------------------------------------------------------------------------- into a model folder
+
+
+def qwen_with_tokenizer(folder: Path) -> Path:
+    LLMS["qwen2"](True).save_pretrained(folder)
+    byte_tokenizer("qwen2").save_pretrained(str(folder))
+    return folder
+
+
+def eva(folder: Path) -> Path:
+    """EVA-CLIP's names at Emu2's layout, cut small; heads of 64 channels are all that a width of 64 can have."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"cls_token": (1, 1, 64), "pos_embed": (1, 17, 64), "patch_embed.proj.weight": (64, 3, 4, 4)}
+    shapes |= {"patch_embed.proj.bias": (64,), "norm.weight": (64,), "norm.bias": (64,)}
+    for layer in range(2):
+        block = f"blocks.{layer}"
+        shapes |= {f"{block}.attn.qkv.weight": (192, 64), f"{block}.attn.q_bias": (64,), f"{block}.attn.v_bias": (64,)}
+        shapes |= {f"{block}.attn.proj.weight": (64, 64), f"{block}.attn.proj.bias": (64,)}
+        shapes |= {f"{block}.mlp.fc1.weight": (96, 64), f"{block}.mlp.fc1.bias": (96,)}
+        shapes |= {f"{block}.mlp.fc2.weight": (64, 96), f"{block}.mlp.fc2.bias": (64,)}
+        shapes |= {f"{block}.norm{n}.{kind}": (64,) for n in (1, 2) for kind in ("weight", "bias")}
+    folder.mkdir()
+    save_file({f"visual.{k}": torch.randn(s, generator=draw) for k, s in shapes.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_parts_are_imported_one_by_one_and_a_recipe_trains_on_them(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "mine"
+    accept = ["--out", "mine", "--accept-licence"]
+    pipeline(tmp_path / "sd", SD15)
+    DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1).save_pretrained(tmp_path / "sd" / "scheduler")
+    siglip().save_pretrained(tmp_path / "siglip")
+    qwen_with_tokenizer(tmp_path / "qwen")
+    assert main(["weights", "import", "sd", str(tmp_path / "sd"), *accept]) == 2  # gen-CLIP first
+    assert not out.exists()
+    assert main(["weights", "import", "eva-clip", str(eva(tmp_path / "eva")), "generation.pool=2", *accept]) == 0
+    assert main(["weights", "import", "sd", str(tmp_path / "sd"), "decoder.steps=2", *accept]) == 0
+    assert main(["weights", "import", "siglip", str(tmp_path / "siglip"), *accept]) == 0
+    assert main(["weights", "import", "qwen2", str(tmp_path / "qwen"), *accept]) == 0
+    card = read_card(out)
+    assert sorted(card["parts"]) == ["decoder", "generation_encoder", "llm", "tokenizer", "understanding_encoder"]
+    assert [row["licences"][0]["licence"] for row in card["record"]][0].startswith("Apache-2.0 (Emu2)")
+    assert verify(out) > 6
+    (tmp_path / "own.yaml").write_text(
+        "extends: [nano/stage1, mine/model.yaml]\nout: run\ntrain: {steps: 2, batch_size: 2, save_every: 100}\n"
+    )
+    config = load_config("own.yaml")
+    assert config.model.generation.vectors == 4 and config.model.template == "qwen2"
+    assert config.model.llm.config["model_type"] == "qwen2"
+    # The LLM and the encoders are the published ones, to the bit.
+    start = load_file(tmp_path / "qwen" / "model.safetensors")
+    held = load_file(out / "llm" / "model.safetensors")
+    assert all(torch.equal(held[k], v) for k, v in start.items() if "embed_tokens" not in k)
+    folder = train(config)
+    generator = Generator.from_pretrained(folder / "model", "cpu")
+    [[picture]] = generator.image(["a cat"], steps=2)
+    assert picture.size == (32, 32)
+    assert isinstance(generator.text([[picture]], ["What is it?"], max_new_tokens=3)[0], str)
+
+
+def test_nothing_is_imported_without_its_licence(tmp_path: Path, capsys: Any) -> None:
+    siglip().save_pretrained(tmp_path / "siglip")
+    assert main(["weights", "import", "siglip", str(tmp_path / "siglip"), "--out", str(tmp_path / "mine")]) == 2
+    said = capsys.readouterr().err
+    assert "Apache-2.0" in said and "--accept-licence" in said and not (tmp_path / "mine").exists()
+    how = ["--out", str(tmp_path / "mine"), "--accept-licence"]
+    assert main(["weights", "import", "clip", str(tmp_path / "siglip"), *how]) == 2
+    assert "says siglip, and clip is clip" in capsys.readouterr().err
+    assert main(["weights", "import", "cilp", str(tmp_path / "siglip"), *how]) == 2
+    assert "no family 'cilp': choose llama" in capsys.readouterr().err
+    assert main(["weights", "import", "siglip", str(tmp_path / "siglip"), "understanding.sauce=1", *how]) == 2
+    assert "sauce" in capsys.readouterr().err and not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_family_names_its_part_licence_and_an_example(family: str) -> None:
+    row = families()[family]
+    assert row.part in ("llm", "understanding", "generation", "decoder") and row.licence and row.example
+    assert (row.template in get_args(Template)) == (row.part == "llm")
+
+
+@torch.no_grad()
+def test_a_clip_and_an_openclip_folder_give_the_settings_of_their_towers(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 1}
+    tower = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=12, patch_size=4)).eval()
+    tower.save_pretrained(tmp_path / "clip")
+    config = import_weights(find_family("clip"), str(tmp_path / "clip"), tmp_path / "mine")
+    assert config.generation.vectors == 1 and config.generation.pool == 3  # a grid of 3: pooled by 3
+    assert config.generation.activation == "quick_gelu"
+    ours: Any = load_part(tmp_path / "mine", "generation_encoder")
+    pixels = torch.rand(2, 3, 12, 12)
+    theirs = tower(pixel_values=ours.normalize(pixels)).last_hidden_state
+    torch.testing.assert_close(ours(pixels), theirs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ImportSourceError, match=r"open_clip_config\.json is missing"):
+        settings_of(find_family("openclip"), str(tmp_path / "clip"))
+    tower_settings = {"image_size": 12, "patch_size": 4, "width": 64, "layers": 2, "mlp_ratio": 1.5}
+    written = {"model_cfg": {"vision_cfg": tower_settings, "quick_gelu": True}, "preprocess_cfg": {"mean": [0.1] * 3}}
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(written))
+    found = settings_of(find_family("openclip"), str(tmp_path / "clip"))
+    same = {"image_size": 12, "patch_size": 4, "width": 64, "layers": 2, "heads": 1, "mlp_width": 96, "pool": 3}
+    assert same.items() <= found["generation"].items() and found["generation"]["activation"] == "quick_gelu"
+    assert found["generation_mean"] == [0.1] * 3
