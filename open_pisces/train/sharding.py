@@ -6,7 +6,7 @@ The model knows nothing of this. One rank runs the same code, with nothing shard
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from open_pisces.config import TrainConfig
+from open_pisces.device import Float32Attention
 from open_pisces.train.world import World
 
 
@@ -56,7 +57,21 @@ def checkpoint_activations(module: nn.Module, kind: str) -> None:
 def _recomputed(forward: Any, contexts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
+    cached = torch.is_autocast_cache_enabled()
+    # A block that runs twice in a step (gen-CLIP's two passes) would find its weights cast already the second time, and
+    # not when it is recomputed: the operations would not be the same, and selective checkpointing counts them.
+    torch.set_autocast_cache_enabled(False)
+    try:
+        forward = partial(_as_in_the_step, forward)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _as_in_the_step(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Autocast is restored when a block is recomputed, what `device.autocast` adds to it on a CPU is not."""
+    with Float32Attention() if torch.is_autocast_enabled("cpu") else nullcontext():
+        return forward(*args, **kwargs)
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -362,6 +362,20 @@ def test_activations_computed_again_change_no_gradient(runs: Path, tmp_path: Pat
     assert rows[1] == pytest.approx(rows[0], rel=1e-10)
 
 
+@pytest.mark.parametrize("objective", ["gen_clip", "decoder", "stage1"])
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_activations_are_computed_again_as_they_were_in_bfloat16(
+    runs: Path, tmp_path: Path, kind: str, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast keeps cast weights within a step, and gen-CLIP's tower runs twice in one; attention is float32 here."""
+    monkeypatch.setattr(log, "matmul_rate", lambda *_: 1e9)
+    rows = []
+    for how in ("none", kind):
+        run = started(nano(runs, objective, "train.precision=bf16", f"train.checkpointing={how}", out=tmp_path / how))
+        rows.append(train_step(run, run.world.equalize_micro_batches(run.training.load(0), None)[0], 0)["norm"])
+    assert rows[1] == pytest.approx(rows[0], rel=1e-4)
+
+
 def test_a_second_run_into_a_folder_in_use_is_refused(runs: Path, tmp_path: Path) -> None:
     config = nano(runs, "stage1", out=tmp_path)
     with own_folder(tmp_path, World(torch.device("cpu"))):
