@@ -9,6 +9,7 @@ value and the nearest right key.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -157,6 +158,9 @@ class ModelConfig(Settings):
 
     start: str | None = None
     """A model folder to start from. Its parts replace those described here."""
+    settings: Literal["recipe", "start"] = "recipe"
+    """Where what the start folder says of its parts is taken from: the recipe repeats it, or it is read there (and the
+    recipe's own keys win): for recipes that tune any model."""
     fresh: list[Literal["llm"]] = []
     """Parts that are built anew although the start folder holds them: ``llm``, with the MLPs around it."""
     llm: PartConfig = PartConfig()
@@ -289,6 +293,17 @@ class LossConfig(Settings):
     """Highest share of noise in the vectors fed to the LLM; each picture draws its own. 0: none (paper)."""
 
 
+class LoraConfig(Settings):
+    """LoRA on the LLM (arXiv 2106.09685): its own weights stay, the MLPs and the head beside it learn in full."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter counts ``alpha / rank`` times."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get one, such as ``[q_proj, v_proj]``; or all but the output layer (QLoRA's finding)."""
+
+
 class TrainConfig(Settings):
     """Settings of the training loop."""
 
@@ -316,6 +331,8 @@ class TrainConfig(Settings):
     """Reduce-scatter gradients after every micro-batch: slower, but no rank holds them whole (4 bytes a parameter)."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing: ``full`` recomputes whole blocks, ``selective`` all but matrix products."""
+    lora: LoraConfig | None = None
+    """Train a LoRA adapter in the LLM's place; None: all of its weights. Needs ``pip install 'open-pisces[lora]'``."""
     freeze: list[str] = ["understanding_encoder", "generation_encoder", "decoder"]
     """Parts of the model that do not learn (paper, training stages: the LLM and the MLPs learn in all stages)."""
     reorder: bool = False
@@ -394,7 +411,23 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
     for override in overrides:
         where[_override(values, override)] = "command line"
     values.setdefault("name", f"{path.parent.name}/{path.stem}")
+    if isinstance(values.get("model"), dict) and values["model"].get("settings") == "start":
+        values["model"] = _with_settings_of_start(values["model"], str(path))
     return validate(RunConfig, values, where)
+
+
+def _with_settings_of_start(model: dict[str, Any], where: str) -> dict[str, Any]:
+    """The start folder's own settings under a recipe's.
+
+    Raises:
+        ConfigError: if there is no such folder.
+    """
+    card = Path(str(model.get("start"))) / "config.json"
+    if not card.is_file():
+        raise ConfigError(
+            f"{where}: model.start = {model.get('start')}: no model folder there: set it to the one to tune"
+        )
+    return merge(json.loads(card.read_text())["model"], model)
 
 
 def override_values(overrides: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from open_pisces.config import LoraConfig
 from open_pisces.errors import PiscesError
 
 _INSTALL = "pip install 'open-pisces[lora]'"
@@ -76,12 +77,12 @@ def check_adapters(parts: dict[str, nn.Module]) -> None:
     """
     for name, part in parts.items():
         layers = adapter_layers(part) if isinstance(part, nn.Module) else {}
-        if name != "llm" and layers:
+        if name not in ("llm", "adapter") and layers:
             raise AdapterError(
                 f"{name}: {next(iter(layers))} carries an adapter, only the LLM's can be saved: restrict "
                 "target_modules to the LLM, or merge_and_unload() first"
             )
-        if name == "llm":
+        if name in ("llm", "adapter"):
             _check_llm(part)
 
 
@@ -108,6 +109,50 @@ def _only_config(base: Any) -> tuple[str, Any]:
         names = ", ".join(configs) or "none that is known"
         raise AdapterError(f"llm: one adapter can be saved, found {names}: delete or merge the others")
     return next(iter(configs.items()))
+
+
+# ---------------------------------------------------------------------------------------------------- attaching
+
+
+def attach_adapter(llm: Any, config: LoraConfig, new_tokens: Sequence[int] = ()) -> None:
+    """Give an LLM a new LoRA adapter that learns, or let the one it has learn on; its own weights are frozen.
+
+    Args:
+        llm: a transformers model.
+        config: of the adapter.
+        new_tokens: tokens that the LLM has never seen, whose embeddings learn beside the adapter.
+
+    Raises:
+        AdapterError: if PEFT is not installed, the LLM's adapter is another one, or has no layer of a name.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise AdapterError(f"train.lora needs PEFT: {_INSTALL}") from None
+    if adapter_layers(llm):
+        name, before = _only_config(base_llm(llm))
+        if getattr(before, "r", None) != config.rank:
+            rank = getattr(before, "r", "?")
+            raise AdapterError(
+                f"train.lora.rank = {config.rank}, and model.start holds an adapter of rank {rank}: set the same, or "
+                "merge it first with `pisces export`"
+            )
+        own = {f"{key}.{name}." for key in ("lora_A", "lora_B")}
+        for key, parameter in llm.named_parameters():
+            parameter.requires_grad_(any(part in key for part in own) or "trainable_tokens_delta" in key)
+        return
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.targets,
+        trainable_token_indices=list(new_tokens) or None,
+        bias="none",
+    )
+    try:
+        llm.add_adapter(settings)
+    except ValueError as error:
+        raise AdapterError(f"train.lora.targets = {config.targets}: {str(error).splitlines()[0]}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ writing
@@ -138,7 +183,9 @@ def _plain(base: Any, weights: dict[str, Tensor]) -> Any:
 
 
 def _base_name(name: str) -> str:
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    for wrapper in (".token_adapter.base_layer.", ".base_layer.", ".original_module."):
+        name = name.replace(wrapper, ".")
+    return name
 
 
 def save_adapter(llm: nn.Module, path: Path) -> None:
@@ -187,11 +234,18 @@ def load_adapter(llm: Any, path: Path) -> None:
         info = llm.load_adapter(str(path))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise AdapterError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error
-    wrong = [*info.missing_keys, *info.mismatched_keys, *info.unexpected_keys]
+    missing = [key for key in info.missing_keys if not _is_tied(llm, key)]
+    wrong = [*missing, *info.mismatched_keys, *info.unexpected_keys]
     if wrong:
         raise AdapterError(f"{path}: does not fit llm/, for example {wrong[0]}")
     for parameter in llm.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def _is_tied(llm: nn.Module, key: str) -> bool:
+    """Whether a tensor is another's: embeddings of new tokens, in an output layer that is tied to them."""
+    name, found, _ = key.partition(".trainable_tokens")
+    return bool(found) and getattr(llm.get_submodule(name), "tied_adapter", None) is not None
 
 
 def merge_adapter(llm: nn.Module) -> Any:
@@ -206,7 +260,10 @@ def merge_adapter(llm: nn.Module) -> Any:
         return llm
     for name, layer in _outermost(layers):
         parent, _, leaf = name.rpartition(".")
-        if hasattr(layer, "modules_to_save"):
+        if hasattr(layer, "token_adapter"):
+            layer.token_adapter.merge(safe_merge=True)
+            plain = layer.token_adapter.get_base_layer()
+        elif hasattr(layer, "modules_to_save"):
             plain = layer.modules_to_save[layer.active_adapter]
         else:
             try:

@@ -162,7 +162,7 @@ def write_folder(
     Args:
         folder: replaced as a whole when everything is written.
         config: settings of the model; where its parts came from is not kept, they are here now.
-        parts: the modules to write.
+        parts: the modules to write. ``adapter`` is an LLM of which its adapter alone is written.
         tokenizer: saved when given.
         start: a model folder whose other parts, tokenizer, record and licences are taken over.
         record: what this training was, appended to the record.
@@ -198,12 +198,13 @@ def _fill(
     for name in FOLDERS:
         # Parts that this training did not change are linked, not copied: an 8b folder has tens of GB.
         owner = "llm" if name == "adapter" else name  # an adapter belongs to the LLM it was trained on
-        written = owner in parts or (name == "tokenizer" and tokenizer is not None)
+        written = owner in parts or name in parts or (name == "tokenizer" and tokenizer is not None)
         if start and not written and (Path(start) / name).is_dir():
             shutil.copytree(Path(start) / name, fresh / name, copy_function=_link)
             taken_over.add(name)
     for name, module in parts.items():
-        PARTS[name].save(_cast(module, dtype), fresh / name)
+        save = adapters.save_adapter if name == "adapter" else PARTS[name].save
+        save(_cast(module, dtype), fresh / name)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(fresh / "tokenizer"))
     for name in set(FOLDERS) - taken_over:

@@ -331,7 +331,7 @@ def save(run: Run, seconds: float | None = None) -> None:
     run.checkpoints.wait()
     averages = run.average.by_parameter()
     for name, part in run.training.parts.items():
-        fill_weights(run.copies[name], part, averages, run.world)
+        fill_weights(run.copies[name], part, averages, run.world, learning_only=name == "adapter")
     record = training_record(run)
 
     def write_model() -> None:
@@ -343,14 +343,19 @@ def save(run: Run, seconds: float | None = None) -> None:
 
 
 @torch.no_grad()
-def fill_weights(copy: nn.Module, part: nn.Module, averages: dict[int, Tensor], world: World) -> None:
+def fill_weights(
+    copy: nn.Module, part: nn.Module, averages: dict[int, Tensor], world: World, learning_only: bool = False
+) -> None:
     """Copy a part's full weights, averaged where there are averages, into its CPU copy on rank 0.
 
     The first call allocates the copy's memory; later calls reuse it, to keep the pause for a checkpoint short.
+    ``learning_only`` leaves out what is frozen: the base of an adapter is not written, and may be large.
     """
     places: dict[str, Tensor] = copy.state_dict(keep_vars=True)
     done: dict[int, Tensor] = {}
     for name, value in part.state_dict(keep_vars=True).items():
+        if learning_only and isinstance(value, nn.Parameter) and not value.requires_grad:
+            continue
         if id(value) not in done:
             whole = gather_full(averages.get(id(value), value.detach()))
             if world.is_first and not places[name].is_meta:

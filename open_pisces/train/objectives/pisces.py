@@ -16,8 +16,9 @@ from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.order import Mixture
 from open_pisces.data.prompts import MULTIPLE, LengthError, Renderer
+from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER
 from open_pisces.generate.generator import Generator
-from open_pisces.model.adapters import AdapterError, adapter_layers
+from open_pisces.model.adapters import AdapterError, adapter_layers, attach_adapter
 from open_pisces.model.folder import in_start, without_sources
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import HistoryNoise, Pisces, with_blank_pictures
@@ -51,11 +52,7 @@ class PiscesObjective(Objective):
         start = config.model
         names = (*TRAINED, "decoder") if in_start(start, "decoder") else TRAINED
         parts = get_parts(names, config, world, len(self.tokenizer))
-        if adapter_layers(parts["llm"]) and "llm" not in config.train.freeze:
-            raise AdapterError(
-                f"{config.name}: model.start = {start.start} holds an adapter, its base would not learn: merge it "
-                "first with `pisces export MODEL OUT`"
-            )
+        _set_up_adapter(parts["llm"], config, self.tokenizer)
         self.module = Pisces(start, **parts, weights=config.loss)
         _freeze(self.module, config)
         # The transformer alone: embedding, head and loss change shape with what is supervised.
@@ -63,6 +60,9 @@ class PiscesObjective(Objective):
         # What learns is written; what is frozen only where the folder this training starts from does not hold it.
         frozen = config.train.freeze
         self.parts = {name: parts[name] for name in TRAINED if name not in frozen or not in_start(start, name)}
+        if config.train.lora and in_start(start, "llm"):
+            # The base is the start folder's: only the adapter is written.
+            self.parts["adapter"] = self.parts.pop("llm")
         self.load = self._loader()
 
     def _loader(self) -> SequenceLoader:
@@ -160,6 +160,8 @@ class PiscesObjective(Objective):
             parts = {name: build_part(name, model, vocabulary(config)) for name in names}
             # Fused kernels keep less than our chunks, but run on CUDA only.
             pisces = Pisces(model, **parts, weights=config.loss.model_copy(update={"kernel": "chunked"}))
+            if config.train.lora:
+                attach_adapter(pisces.llm, config.train.lora)
         _freeze(pisces, config)
         return pisces
 
@@ -211,6 +213,35 @@ def _freeze(pisces: Pisces, config: RunConfig) -> None:
     for name in config.train.freeze:
         if getattr(pisces, name, None) is not None:
             getattr(pisces, name).requires_grad_(False)
+
+
+def _set_up_adapter(llm: Any, config: RunConfig, tokenizer: Any) -> None:
+    """What ``train.lora`` asks for, or a refusal.
+
+    Raises:
+        AdapterError: if the LLM's base would not learn and nothing else would, or what LoRA cannot teach is untrained.
+    """
+    start = config.model
+    if not config.train.lora:
+        if adapter_layers(llm) and "llm" not in config.train.freeze:
+            raise AdapterError(
+                f"{config.name}: model.start = {start.start} holds an adapter, its base would not learn: merge it "
+                "first with `pisces export MODEL OUT`, or set train.lora"
+            )
+        return
+    if not in_start(start, "bridge") and "llm" not in start.fresh:
+        raise AdapterError(
+            f"{config.name}: train.lora tunes a trained Pisces, and model.start = {start.start} has no bridge: train "
+            "its stages first, or set model.fresh=[llm] to start from an LLM alone"
+        )
+    rows = llm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise AdapterError(
+            f"{config.name}: the tokenizer has {len(tokenizer)} tokens and the LLM {rows}: they do not belong together"
+        )
+    # An LLM that has never been in a Pisces does not know the places of pictures.
+    fresh = tokenizer.convert_tokens_to_ids([BEGIN_IMAGE, END_IMAGE, PLACEHOLDER]) if "llm" in start.fresh else []
+    attach_adapter(llm, config.train.lora, fresh)
 
 
 def check_lengths_together(mixture: Mixture, renderer: Renderer, config: RunConfig, world: World) -> None:

@@ -1,0 +1,121 @@
+"""Fine-tuning with an adapter: what is written, what stays, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from open_pisces.cli.commands import main
+from open_pisces.config import load_config
+from open_pisces.files import sha256_of
+from open_pisces.generate.generator import Generator
+from open_pisces.model.adapters import AdapterError
+from open_pisces.model.folder import load_part, read_card
+from open_pisces.settings import ConfigError
+from open_pisces.train.loop import train
+
+CUT = ["train.precision=fp32", "data.max_length=512", "data.row_length=512", "data.rows=1", "data.workers=0"]
+CUT += ["train.batch_size=2", "train.save_every=2", "train.probe_every=100", "train.lora.rank=4", "train.lr=0.01"]
+CUT += ["data.sources=[{path: fixture/train, tasks: {question: 1.0, generate_short: 1.0}}]", "train.schedule=constant"]
+
+
+@pytest.fixture(scope="module")
+def start(runs: Path) -> Path:
+    """A trained Pisces."""
+    return runs / "stage3" / "model"
+
+
+@pytest.fixture(scope="module")
+def tuned(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of an adapter of four steps."""
+    out = tmp_path_factory.mktemp("tuned")
+    return train(load_config("finetune/lora", [*CUT, f"model.start={start}", f"out={out}", "train.steps=4"]))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = load_file(folder / "model" / "adapter" / "adapter_model.safetensors")
+    return found | load_file(folder / "model" / "bridge" / "model.safetensors")
+
+
+def test_only_the_adapter_and_the_bridge_are_written(start: Path, tuned: Path) -> None:
+    before, after = read_card(start)["parts"], read_card(tuned / "model")["parts"]
+    assert {name for name in after if after[name] != before.get(name)} == {"adapter", "bridge"}
+    for file, digest in before["llm"].items():  # the base to the bit, and as a link where the disk can do that
+        assert sha256_of(tuned / "model" / "llm" / file) == digest
+    values = json.loads((tuned / "model" / "adapter" / "adapter_config.json").read_text())
+    assert values["r"] == 4 and values["base_model_name_or_path"] is None
+    own = {key: value for key, value in weights(tuned).items() if "lora_B" in key}
+    assert own and all(value.abs().sum() > 0 for value in own.values())
+    assert not any("lm_head" in key or "embed" in key for key in own)
+    (checkpoint, *_) = (tuned / "state").glob("step-*/manifest.json")
+    kept = checkpoint.read_text()
+    assert "lora_A" in kept and "bridge.head" in kept and "base_layer" not in kept and "embed_tokens" not in kept
+
+
+def test_an_adapter_goes_on_where_it_stopped_to_the_bit(start: Path, tuned: Path, tmp_path: Path) -> None:
+    own = [*CUT, f"model.start={start}", f"out={tmp_path}"]
+    train(load_config("finetune/lora", [*own, "train.steps=2"]))
+    again = weights(train(load_config("finetune/lora", [*own, "train.steps=4"])))
+    once = weights(tuned)
+    assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
+
+
+def test_merged_it_draws_and_answers_as_before(tuned: Path, tmp_path: Path) -> None:
+    assert main(["export", str(tuned / "model"), str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
+    assert "adapter" not in read_card(tmp_path / "merged")["parts"]
+    one, two = (Generator.from_pretrained(folder, "cpu") for folder in (tuned / "model", tmp_path / "merged"))
+    torch.testing.assert_close(one.vectors(["a red heart"]), two.vectors(["a red heart"]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_adapter_loads_on_its_base_and_changes_it(start: Path, tuned: Path) -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain: Any = load_part(start, "llm")
+        adapted: Any = load_part(tuned / "model", "llm")
+        assert not torch.allclose(plain(ids).logits, adapted(ids).logits)
+
+
+def test_a_tuned_model_can_be_tuned_on_with_the_same_rank_only(tuned: Path, tmp_path: Path) -> None:
+    own = [*CUT, f"model.start={tuned / 'model'}", f"out={tmp_path}", "train.steps=2"]
+    again = train(load_config("finetune/lora", own))
+    once, twice = weights(tuned), weights(again)
+    assert once.keys() == twice.keys() and any(not torch.equal(once[key], twice[key]) for key in once)
+    with pytest.raises(AdapterError, match="holds an adapter of rank 4: set the same, or merge it first"):
+        train(load_config("finetune/lora", [*own, "train.lora.rank=8", f"out={tmp_path / 'other'}"]))
+
+
+def test_what_lora_cannot_teach_is_refused(start: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "llm", "tokenizer", "understanding_encoder", "generation_encoder", "decoder"):
+        (bare / name).symlink_to(start / name)
+    own = [*CUT, f"out={tmp_path / 'run'}"]
+    with pytest.raises(AdapterError, match="has no bridge: train its stages first"):
+        train(load_config("finetune/lora", [*own, f"model.start={bare}"]))
+    with pytest.raises(ConfigError, match="no model folder there: set it to the one to tune"):
+        load_config("finetune/lora", [*own, "model.start=nowhere"])
+    with pytest.raises(AdapterError, match=r"train\.lora\.targets = \['nothing'\]"):
+        train(load_config("finetune/lora", [*own, f"model.start={start}", "train.lora.targets=[nothing]"]))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_an_llm_that_was_in_no_pisces_learns_the_places_of_pictures(start: Path, tmp_path: Path) -> None:
+    """Its new tokens' embeddings learn beside the adapter, and come back with it; nothing else of the table moves."""
+    own = [*CUT, f"model.start={start}", "model.fresh=[llm]", f"out={tmp_path}", "train.steps=3"]
+    folder = train(load_config("finetune/lora", own))
+    base = load_file(folder / "model" / "llm" / "model.safetensors")
+    adapted: Any = load_part(folder / "model", "llm")
+    generator = Generator.from_pretrained(folder / "model", "cpu")
+    new = set(generator.tokenizer.convert_tokens_to_ids(["[IMG]", "[/IMG]", "<image>"]))
+    with torch.no_grad():
+        table = adapted.get_input_embeddings()(torch.arange(adapted.config.vocab_size))
+    moved = {i for i in range(len(table)) if not torch.equal(table[i], base["model.embed_tokens.weight"][i])}
+    assert moved and moved <= new
+    assert main(["export", str(folder / "model"), str(tmp_path / "merged"), "--dtype", "fp32"]) == 0
+    merged = Generator.from_pretrained(tmp_path / "merged", "cpu")
+    torch.testing.assert_close(merged.vectors(["a cat"]), generator.vectors(["a cat"]), rtol=1e-5, atol=1e-5)
