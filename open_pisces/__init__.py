@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from open_pisces.config import load_config
     from open_pisces.generate.generator import Generator
     from open_pisces.model.pisces import Pisces
+    from open_pisces.recipe import load_config
 
     __version__: str
 
@@ -20,7 +20,7 @@ __all__ = ["Generator", "Pisces", "__version__", "load_config"]
 _HOMES = {
     "Pisces": "open_pisces.model.pisces",
     "Generator": "open_pisces.generate.generator",
-    "load_config": "open_pisces.config",
+    "load_config": "open_pisces.recipe",
 }
 
 

@@ -1,28 +1,13 @@
-"""Every setting of every run: typed, strict, frozen.
-
-Precedence is one sentence: defaults < YAML < ``key=value``. A recipe may start with ``extends: NAME`` (a recipe
-beside it, an address such as ``tiny/base``, or a path), or with a list of them, of which later ones win; the recipe's
-own keys win over all. A key that does not exist, or a value of the wrong type, is refused with the file, the key, the
-value and the nearest right key.
-"""
+"""Every setting of every run: typed, strict, frozen. `recipe` reads them from YAML files."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from open_pisces.settings import ConfigError, Settings, YamlLoader, explain, merge, set_override
-
-RECIPES = Path(__file__).parent / "recipes"
-TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "stage3", "decoder_on_predicted")
-"""In the order in which they run. A scale has those it has a recipe for; the last is not the paper's."""
-
+from open_pisces.settings import Settings
 
 # ---------------------------------------------------------------------------------------------------- the model
 
@@ -390,117 +375,3 @@ class RunConfig(Settings):
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.out or f"runs/{self.name}")
-
-
-# -------------------------------------------------------------------------------------------------- reading recipes
-
-
-def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a recipe and apply ``key=value`` overrides.
-
-    Args:
-        recipe: a name such as ``tiny/stage1``, or the path of a YAML file.
-        overrides: dotted keys with YAML values, such as ``train.lr=3e-4``.
-
-    Raises:
-        ConfigError: if the recipe is missing, or a key or value is wrong.
-    """
-    path = find_recipe(recipe)
-    values = _read(path)
-    where = {"": str(path)}
-    for override in overrides:
-        where[_override(values, override)] = "command line"
-    values.setdefault("name", f"{path.parent.name}/{path.stem}")
-    if isinstance(values.get("model"), dict) and values["model"].get("settings") == "start":
-        values["model"] = _with_settings_of_start(values["model"], str(path))
-    return validate(RunConfig, values, where)
-
-
-def _with_settings_of_start(model: dict[str, Any], where: str) -> dict[str, Any]:
-    """The start folder's own settings under a recipe's.
-
-    Raises:
-        ConfigError: if there is no such folder.
-    """
-    card = Path(str(model.get("start"))) / "config.json"
-    if not card.is_file():
-        raise ConfigError(
-            f"{where}: model.start = {model.get('start')}: no model folder there: set it to the one to tune"
-        )
-    return merge(json.loads(card.read_text())["model"], model)
-
-
-def override_values(overrides: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` settings alone, nested.
-
-    Raises:
-        ConfigError: for one that is not of that form.
-    """
-    values: dict[str, Any] = {}
-    for override in overrides:
-        _override(values, override)
-    return values
-
-
-def _override(values: dict[str, Any], override: str) -> str:
-    """Write one ``key=value`` into nested values; its key."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r} is not of the form key=value, for example train.lr=3e-4")
-    try:
-        value = yaml.load(text, YamlLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML ({error})") from None
-    set_override(values, key.split("."), value, override)
-    return key
-
-
-def find_recipe(recipe: str) -> Path:
-    """The file of a recipe's name or path; a `ConfigError` names the nearest recipe, or all."""
-    for path in (Path(recipe), RECIPES / f"{recipe}.yaml"):
-        if path.is_file():
-            return path
-    known = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.glob("*/*.yaml"))
-    near = difflib.get_close_matches(recipe, known, 1)
-    hint = f"did you mean {near[0]}?" if near else "known recipes: " + ", ".join(known)
-    raise ConfigError(f"no recipe {recipe!r}: {hint}")
-
-
-def trainings(scale: str) -> list[str]:
-    """The recipes of a scale in the order in which they run: ``tiny`` -> ``tiny/understanding_clip``, ..."""
-    return [f"{scale}/{name}" for name in TRAININGS if (RECIPES / scale / f"{name}.yaml").is_file()]
-
-
-def validate(kind: type[Settings], values: dict[str, Any], where: dict[str, str]) -> Any:
-    """Build ``kind`` from ``values``; a `ConfigError` has one line for each wrong setting.
-
-    ``where`` says where values came from, by dotted key; ``""`` stands for all others.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(kind, issue, where) for issue in error.errors())) from None
-
-
-def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a YAML file merged over those it extends; ``below`` are the files that extend this one."""
-    if path.resolve() in below:
-        raise ConfigError(f"{path}: extends itself, through {' and '.join(p.name for p in below)}")
-    try:
-        values = yaml.load(path.read_text(), YamlLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, found {type(values).__name__}")
-    parents = values.pop("extends", [])
-    merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
-        beside = path.parent / f"{parent}.yaml"
-        found = beside if beside.is_file() else find_recipe(str(parent))
-        below_it = _read(found, (*below, path.resolve()))
-        # One that comes later describes whole parts: half of one LLM and half of another would be neither.
-        for part in ("llm", "understanding", "generation", "decoder"):
-            if part in below_it.get("model", {}):
-                merged.get("model", {}).pop(part, None)
-        merged = merge(merged, below_it)
-    return merge(merged, values)

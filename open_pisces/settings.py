@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from open_pisces.errors import PiscesError
 
@@ -87,3 +87,14 @@ def _place(here: dict[str, Any] | list[Any], key: str, override: str) -> Any:
     if not key.isdecimal() or int(key) >= len(here):
         raise ConfigError(f"override {override!r}: {key!r} is not an entry of a list of {len(here)}; they count from 0")
     return int(key)
+
+
+def validate(kind: type[Settings], values: dict[str, Any], where: dict[str, str]) -> Any:
+    """Build ``kind`` from ``values``; a `ConfigError` has one line for each wrong setting.
+
+    ``where`` says where values came from, by dotted key; ``""`` stands for all others.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(kind, issue, where) for issue in error.errors())) from None

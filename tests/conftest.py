@@ -92,7 +92,7 @@ def socket_guard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="session")
 def nano_config() -> ModelConfig:
     """The settings of the nano model."""
-    from open_pisces.config import load_config
+    from open_pisces.recipe import load_config
 
     return load_config("nano/stage1").model
 
@@ -129,8 +129,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from filelock import FileLock
     from models import costs_counted_once, nano
 
-    from open_pisces.config import TRAININGS
     from open_pisces.factory.encode import encode
+    from open_pisces.recipe import TRAININGS
     from open_pisces.train import loop
 
     base = tmp_path_factory.getbasetemp()

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from open_pisces.config import TRAININGS, ModelConfig, RunConfig, load_config
+from open_pisces.config import ModelConfig, RunConfig
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import Pisces
+from open_pisces.recipe import TRAININGS, load_config
 
 
 def build_pisces(config: ModelConfig, vocabulary: int | None = None, decoder: bool = True) -> Pisces:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from open_pisces.config import RECIPES, TRAININGS, RunConfig, load_config, trainings, validate
-from open_pisces.settings import ConfigError
+from open_pisces.config import RunConfig
+from open_pisces.recipe import RECIPES, TRAININGS, load_config, trainings
+from open_pisces.settings import ConfigError, validate
 
 RECIPE_NAMES = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.glob("*/*.yaml"))
 RUNS = [name for name in RECIPE_NAMES if name.rpartition("/")[2] in TRAININGS]

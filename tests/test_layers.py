@@ -28,14 +28,16 @@ LAYERS = (
     {"model", "data"},
     {"batch"},
     {"device"},
+    {"recipe"},
     {"config", "files"},
     {"settings"},
     {"errors"},
 )
 HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL", "numpy", "rich", "tokenizers"}
-LIGHT = ("__init__", "cli", "config", "batch", "errors", "files", "datasets", "datasets.formats")
+LIGHT = ("__init__", "cli", "config", "recipe", "batch", "errors", "files", "datasets", "datasets.formats")
 LIGHT += tuple(
-    f"cli.{name}" for name in ("commands", "train", "generate", "model", "data", "evaluate", "bench", "options")
+    f"cli.{name}"
+    for name in ("commands", "train", "generate", "model", "weights", "data", "evaluate", "bench", "options")
 )
 DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub", "yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {

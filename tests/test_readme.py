@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from open_pisces.cli.commands import build_parser, main
-from open_pisces.config import load_config, trainings
+from open_pisces.recipe import load_config, trainings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -15,8 +15,8 @@ import torch
 
 import open_pisces
 from open_pisces.cli import main
-from open_pisces.config import load_config
 from open_pisces.model.folder import WEIGHTS
+from open_pisces.recipe import load_config
 from open_pisces.train.loop import start, train_step
 from open_pisces.train.world import World
 

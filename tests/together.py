@@ -90,7 +90,7 @@ def main(folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from open_pisces.config import load_config
+    from open_pisces.recipe import load_config
     from open_pisces.train import log, loop, probes
     from open_pisces.train.flops import Costs
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from open_pisces.bench.pairs import summarize
-from open_pisces.config import load_config
 from open_pisces.model.folder import WEIGHTS
+from open_pisces.recipe import load_config
 from open_pisces.train.loop import Run, save, start
 from open_pisces.train.world import World
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from open_pisces.bench.pairs import compare
-from open_pisces.config import RunConfig, load_config
+from open_pisces.config import RunConfig
 from open_pisces.data.prefetch import prefetch
 from open_pisces.factory.encode import encode
 from open_pisces.model.folder import WEIGHTS
+from open_pisces.recipe import load_config
 from open_pisces.train.loop import start, train_step
 from open_pisces.train.objectives.base import Objective
 from open_pisces.train.world import World

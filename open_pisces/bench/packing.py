@@ -14,13 +14,14 @@ import torch
 
 from open_pisces.batch import StepBatches
 from open_pisces.bench.pairs import compare
-from open_pisces.config import DataConfig, load_config
+from open_pisces.config import DataConfig
 from open_pisces.data.loader import SequenceLoader
 from open_pisces.data.order import Mixture
 from open_pisces.data.prompts import collate
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.model.pisces import Pisces
+from open_pisces.recipe import load_config
 
 BATCH = 64
 STEPS = 4

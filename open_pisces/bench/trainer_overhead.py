@@ -21,8 +21,8 @@ from transformers import Trainer, TrainingArguments
 
 from open_pisces.batch import StepBatches
 from open_pisces.bench.pairs import compare
-from open_pisces.config import load_config
 from open_pisces.model.folder import WEIGHTS
+from open_pisces.recipe import load_config
 from open_pisces.train.loop import Run, run_until_done, start
 from open_pisces.train.optim import build_optimizer, lr_at
 from open_pisces.train.signals import Stop

@@ -117,8 +117,8 @@ def stats(args: argparse.Namespace) -> Result:
 
 def encode(args: argparse.Namespace) -> Result:
     """Write the feature stores of a recipe's frozen encoders."""
-    from open_pisces.config import load_config
     from open_pisces.factory.encode import encode as write
+    from open_pisces.recipe import load_config
 
     config = load_config(args.recipe, args.overrides)
     quiet()

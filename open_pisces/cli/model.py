@@ -11,9 +11,9 @@ from open_pisces.cli.options import Result, add_command, add_json, quiet
 
 def info(args: argparse.Namespace) -> Result:
     """Print what a model folder or a recipe's model consists of."""
-    from open_pisces.config import load_config
     from open_pisces.generate.generator import Generator
     from open_pisces.model import folder, summary
+    from open_pisces.recipe import load_config
     from open_pisces.settings import ConfigError
 
     quiet()

@@ -13,7 +13,7 @@ from open_pisces.cli.options import Result, add_command, add_json, add_recipe, a
 
 def train(args: argparse.Namespace) -> Result:
     """Run one training, or all trainings of a scale that are not done yet, in one process or in several."""
-    from open_pisces.config import load_config, trainings
+    from open_pisces.recipe import load_config, trainings
     from open_pisces.settings import ConfigError
 
     whole_scale = [] if Path(args.recipe).is_file() else trainings(args.recipe)
@@ -57,10 +57,10 @@ def _say_once(text: str) -> None:
 
 def plan(args: argparse.Namespace) -> Result:
     """Print what a training needs, before anything is fetched; an error if it does not fit."""
-    from open_pisces.config import load_config
     from open_pisces.plan.layout import PlanError
     from open_pisces.plan.plan import plan as make
     from open_pisces.plan.plan import refusal
+    from open_pisces.recipe import load_config
 
     quiet()
     found = make(load_config(args.recipe, args.overrides), args.gpus, args.gpu, args.utilisation, args.picture_kb)

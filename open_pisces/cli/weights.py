@@ -30,8 +30,8 @@ def import_(args: argparse.Namespace) -> Result:
     """Import a published model as a part."""
     import yaml
 
-    from open_pisces.config import override_values
-    from open_pisces.model.importers.weights import SETTINGS, find_family, import_weights
+    from open_pisces.factory.importing import SETTINGS, find_family, import_weights
+    from open_pisces.recipe import override_values
 
     quiet()
     family = find_family(args.family)

@@ -153,6 +153,9 @@ def attach_adapter(llm: Any, config: LoraConfig, new_tokens: Sequence[int] = ())
         llm.add_adapter(settings)
     except ValueError as error:
         raise AdapterError(f"train.lora.targets = {config.targets}: {str(error).splitlines()[0]}") from None
+    for parameter in llm.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # also beside a bfloat16 base: its steps would be rounded away
 
 
 # ------------------------------------------------------------------------------------------------------ writing

@@ -28,11 +28,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from open_pisces.config import ModelConfig, validate
+from open_pisces.config import ModelConfig
 from open_pisces.files import sha256_of, whole_folder
 from open_pisces.model import adapters
 from open_pisces.model.heads import HEADS
 from open_pisces.model.parts import PARTS, ModelFolderError, build_part
+from open_pisces.settings import validate
 
 FOLDERS = (*PARTS, "adapter", "tokenizer")
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"

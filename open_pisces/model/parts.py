@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from open_pisces.config import GenerationEncoderConfig, ModelConfig, validate
+from open_pisces.config import GenerationEncoderConfig, ModelConfig
 from open_pisces.errors import PiscesError
 from open_pisces.model import adapters
 from open_pisces.model.bridge import Bridge
@@ -34,7 +34,7 @@ from open_pisces.model.importers.siglip import load_siglip
 from open_pisces.model.importers.towers import fill_tower, read_tower
 from open_pisces.model.importers.unets import load_unet, load_vae
 from open_pisces.model.patch_transformer import PatchTransformer
-from open_pisces.settings import ConfigError
+from open_pisces.settings import ConfigError, validate
 
 LARGEST_FILE = "14MB"
 """Of a patch transformer's weights, which are cut into several files: what is shipped has at most 15 MiB a file."""

@@ -19,7 +19,7 @@ from models import build_pisces
 from PIL import Image
 
 from open_pisces.batch import Question, Sample, SequenceBatch, Skip, StepBatches
-from open_pisces.config import DataConfig, ModelConfig, SourceConfig, load_config
+from open_pisces.config import DataConfig, ModelConfig, SourceConfig
 from open_pisces.data.lengths import COLUMNS, check_lengths, token_table
 from open_pisces.data.loader import (
     PackingError,
@@ -38,6 +38,7 @@ from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.datasets.indexing import index_folder
 from open_pisces.datasets.shard_writer import ShardWriter
 from open_pisces.model.pisces import Pisces, block_mask, with_blank_pictures
+from open_pisces.recipe import load_config
 from open_pisces.settings import ConfigError
 
 TASKS: Any = {"generate_short": 1.0, "generate_detailed": 1.0, "question": 1.0, "caption_short": 1.0}

@@ -14,7 +14,7 @@ import torch
 from models import build_pisces
 
 from open_pisces.batch import Sample
-from open_pisces.config import RunConfig, load_config
+from open_pisces.config import RunConfig
 from open_pisces.data.features import FeatureError, FeatureStore, picture_rows, store_folder
 from open_pisces.data.order import Mixture
 from open_pisces.data.shards import DamagedSample, ShardReader, open_dataset
@@ -23,6 +23,7 @@ from open_pisces.datasets.shard_writer import ShardWriter
 from open_pisces.factory import encode as encoding
 from open_pisces.factory.encode import encode
 from open_pisces.factory.encoders import fingerprints, load_encoders, store_keys
+from open_pisces.recipe import load_config
 from open_pisces.settings import ConfigError
 from open_pisces.train.loop import train
 from open_pisces.train.objectives import base, build_training

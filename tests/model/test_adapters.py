@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from open_pisces.batch import SequenceBatch
-from open_pisces.config import load_config
 from open_pisces.data.prompts import Renderer, Turn, collate
 from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers, base_llm
 from open_pisces.model.folder import convert, load_part, read_card, write_folder
 from open_pisces.model.pisces import Pisces
 from open_pisces.model.summary import describe_folder
+from open_pisces.recipe import load_config
 from open_pisces.train.objectives import build_training
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -12,10 +12,11 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from open_pisces.config import ModelConfig, PatchTransformerConfig, load_config
+from open_pisces.config import ModelConfig, PatchTransformerConfig
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE
 from open_pisces.model.parts import PARTS, build_decoder
 from open_pisces.model.patch_transformer import PatchTransformer
+from open_pisces.recipe import load_config
 from open_pisces.settings import ConfigError
 
 SDXL_SCHEDULER = {

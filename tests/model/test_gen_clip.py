@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from open_pisces.batch import PairBatch
-from open_pisces.config import ContrastiveConfig, GenerationEncoderConfig, load_config
+from open_pisces.config import ContrastiveConfig, GenerationEncoderConfig
 from open_pisces.model.encoders import GenerationEncoder
 from open_pisces.model.gen_clip import GenCLIP, contrast
 from open_pisces.model.parts import build_part
+from open_pisces.recipe import load_config
 from open_pisces.train.contrast import embedding_gradients, surrogate_loss
 from open_pisces.train.objectives import build_training
 from open_pisces.train.world import World

@@ -13,11 +13,12 @@ from models import nano
 from safetensors.torch import load_file
 from torch import Tensor
 
-from open_pisces.config import BridgeConfig, RunConfig, load_config
+from open_pisces.config import BridgeConfig, RunConfig
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.model import heads
 from open_pisces.model.heads import FlowHead, GenerationHead, HeadLoss, VectorHead
 from open_pisces.model.pisces import HistoryNoise, Pisces
+from open_pisces.recipe import load_config
 from open_pisces.train.loop import train
 from open_pisces.train.objectives import build_training
 

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from open_pisces.cli.commands import main
-from open_pisces.config import DecoderConfig, ModelConfig, Template, load_config
+from open_pisces.config import DecoderConfig, ModelConfig, Template
 from open_pisces.data.tokenizer import byte_tokenizer
+from open_pisces.factory.importing import find_family, import_weights
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import load_part, read_card, verify
 from open_pisces.model.importers.families import families, settings_of
@@ -35,8 +36,8 @@ from open_pisces.model.importers.files import ImportSourceError
 from open_pisces.model.importers.language import load_llm
 from open_pisces.model.importers.siglip import load_siglip
 from open_pisces.model.importers.unets import CONDITION, load_unet, load_vae
-from open_pisces.model.importers.weights import find_family, import_weights
 from open_pisces.model.parts import build_decoder
+from open_pisces.recipe import load_config
 from open_pisces.settings import ConfigError
 from open_pisces.train.loop import train
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from open_pisces.config import ModelConfig, load_config
+from open_pisces.config import ModelConfig
 from open_pisces.model.folder import without_sources, write_folder
 from open_pisces.model.parts import PARTS, build_part
+from open_pisces.recipe import load_config
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MOST = 1.15

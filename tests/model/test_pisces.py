@@ -18,11 +18,12 @@ from transformers import LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
 from open_pisces.batch import SequenceBatch
-from open_pisces.config import LossConfig, load_config
+from open_pisces.config import LossConfig
 from open_pisces.data.prompts import Renderer, Turn, collate
 from open_pisces.model.bridge import TargetSums
 from open_pisces.model.folder import without_sources
 from open_pisces.model.pisces import Pisces, with_blank_pictures
+from open_pisces.recipe import load_config
 
 SAY = (Turn("user", ("How are you?",)), Turn("assistant", ("Fine, thank you.",)))
 SEE = (Turn("user", (0, "What is it?")), Turn("assistant", ("A cat.",)))

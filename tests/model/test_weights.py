@@ -24,7 +24,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from open_pisces.config import TRAININGS, ModelConfig, PartConfig, load_config
+from open_pisces.config import ModelConfig, PartConfig
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.model.bridge import TargetSums
 from open_pisces.model.folder import (
@@ -40,6 +40,7 @@ from open_pisces.model.folder import (
 from open_pisces.model.parts import PARTS, build_part
 from open_pisces.model.pisces import Pisces
 from open_pisces.model.summary import describe, describe_folder
+from open_pisces.recipe import TRAININGS, load_config
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from open_pisces.batch import PairBatch, SequenceBatch
 from open_pisces.cli.commands import build_parser, main
-from open_pisces.config import RECIPES, RunConfig, load_config
+from open_pisces.config import RunConfig
 from open_pisces.model.folder import without_sources
 from open_pisces.model.importers.files import ImportSourceError
 from open_pisces.model.importers.towers import translate
@@ -27,6 +27,7 @@ from open_pisces.plan.layout import GIB, RESERVE, Layout, PlanError, group_sizes
 from open_pisces.plan.live_bytes import LiveBytes
 from open_pisces.plan.memory import Activations, measure_activations
 from open_pisces.plan.plan import gpu_facts, plan, remedy
+from open_pisces.recipe import RECIPES, load_config
 from open_pisces.train.objectives import OBJECTIVES, build_training, skeleton
 from open_pisces.train.optim import AveragedWeights, build_optimizer
 from open_pisces.train.shapes import Shape

@@ -18,7 +18,7 @@ import torch
 from kills import kill_while_saving
 from together import launch
 
-from open_pisces.config import TRAININGS, load_config
+from open_pisces.recipe import TRAININGS, load_config
 from open_pisces.train import log
 from open_pisces.train.checkpoint import find
 from open_pisces.train.log import Metrics

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from together import PROBED, Case, launch
 from torch import Tensor
 
-from open_pisces.config import load_config
 from open_pisces.data.order import Mixture
+from open_pisces.recipe import load_config
 from open_pisces.settings import ConfigError
 from open_pisces.train import log, probes
 from open_pisces.train.checkpoint import faults, find

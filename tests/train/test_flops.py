@@ -14,8 +14,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from open_pisces.config import RunConfig, load_config
+from open_pisces.config import RunConfig
 from open_pisces.model.pisces import Pisces
+from open_pisces.recipe import load_config
 from open_pisces.train.flops import Cost, Costs, Counts, counts_of, flops_of, matmul_rate, meta_copy
 from open_pisces.train.objectives import build_training, costs_of, skeleton
 

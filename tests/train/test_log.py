@@ -15,7 +15,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from open_pisces.config import RunConfig, load_config
+from open_pisces.config import RunConfig
+from open_pisces.recipe import load_config
 from open_pisces.settings import ConfigError
 from open_pisces.train import flops, log
 from open_pisces.train.log import Metrics

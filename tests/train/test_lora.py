@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from open_pisces.cli.commands import main
-from open_pisces.config import load_config
 from open_pisces.files import sha256_of
 from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError
 from open_pisces.model.folder import load_part, read_card
+from open_pisces.recipe import load_config
 from open_pisces.settings import ConfigError
 from open_pisces.train.loop import train
+from open_pisces.train.objectives import build_training
 
 CUT = ["train.precision=fp32", "data.max_length=512", "data.row_length=512", "data.rows=1", "data.workers=0"]
 CUT += ["train.batch_size=2", "train.save_every=2", "train.probe_every=100", "train.lora.rank=4", "train.lr=0.01"]
@@ -87,6 +88,17 @@ def test_a_tuned_model_can_be_tuned_on_with_the_same_rank_only(tuned: Path, tmp_
     assert once.keys() == twice.keys() and any(not torch.equal(once[key], twice[key]) for key in once)
     with pytest.raises(AdapterError, match="holds an adapter of rank 4: set the same, or merge it first"):
         train(load_config("finetune/lora", [*own, "train.lora.rank=8", f"out={tmp_path / 'other'}"]))
+
+
+def test_beside_a_bfloat16_base_the_adapter_is_float32(start: Path, tmp_path: Path) -> None:
+    config = load_config("finetune/lora", [*CUT, "train.precision=bf16", f"model.start={start}", f"out={tmp_path}"])
+    llm = build_training(config).module.llm
+    kinds = {parameter.requires_grad: parameter.dtype for parameter in llm.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    folder = train(config.model_copy(update={"train": config.train.model_copy(update={"steps": 2})}))
+    assert {value.dtype for value in weights(folder).values()} == {torch.float32}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows and all(row["norm"] > 0 for row in rows)
 
 
 def test_what_lora_cannot_teach_is_refused(start: Path, tmp_path: Path) -> None:

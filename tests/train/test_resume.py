@@ -11,7 +11,8 @@ import pytest
 from together import free_port, start
 
 from open_pisces.cli import main
-from open_pisces.config import RunConfig, load_config
+from open_pisces.config import RunConfig
+from open_pisces.recipe import load_config
 from open_pisces.settings import ConfigError
 from open_pisces.train.checkpoint import read_progress
 from open_pisces.train.loop import train

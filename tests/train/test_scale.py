@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from open_pisces.config import RunConfig, load_config
+from open_pisces.config import RunConfig
 from open_pisces.data import lengths
 from open_pisces.data.order import Mixture
 from open_pisces.data.prompts import LengthError, Renderer
@@ -24,6 +24,7 @@ from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.model.bridge import TargetStatistics, TargetSums
 from open_pisces.model.folder import load_part
 from open_pisces.model.pisces import Pisces
+from open_pisces.recipe import load_config
 from open_pisces.train import sharding
 from open_pisces.train.flops import take_weights
 from open_pisces.train.objectives import build_training, decoder

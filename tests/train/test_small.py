@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from open_pisces.cli.commands import main
-from open_pisces.config import load_config, trainings
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import load_part, verify
+from open_pisces.recipe import load_config, trainings
 from open_pisces.train.loop import train
 
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -17,7 +17,7 @@ from models import nano
 from torch import Tensor, nn
 
 from open_pisces.batch import Losses
-from open_pisces.config import TRAININGS, RunConfig, TrainConfig, load_config
+from open_pisces.config import RunConfig, TrainConfig
 from open_pisces.data.order import Mixture
 from open_pisces.data.prefetch import prefetch
 from open_pisces.data.shards import ShardReader, data_path
@@ -25,6 +25,7 @@ from open_pisces.datasets.shard_writer import ShardWriter
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import load_part, read_card
 from open_pisces.model.parts import PARTS
+from open_pisces.recipe import TRAININGS, load_config
 from open_pisces.settings import ConfigError
 from open_pisces.train import log, loop, probes
 from open_pisces.train.checkpoint import CheckpointError, own_folder, read_progress

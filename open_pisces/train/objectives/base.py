@@ -121,7 +121,10 @@ def get_parts(names: Iterable[str], config: RunConfig, world: World, vocabulary:
     parts: dict[str, Any] = {}
     if world.is_first:
         dtype = torch.float32 if world.ranks == 1 else None
-        parts = {name: get_part(name, config.model, vocabulary, dtype) for name in names}
+        dtypes = dict.fromkeys(names, dtype)
+        if config.train.lora and config.train.precision == "bf16" and world.ranks == 1:
+            dtypes["llm"] = torch.bfloat16  # what is frozen needs no more, and is most of the memory
+        parts = {name: get_part(name, config.model, vocabulary, kind) for name, kind in dtypes.items()}
     if world.ranks == 1:
         return parts
     structures = world.broadcast_object({name: structure_of(part) for name, part in parts.items()})

@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
-from open_pisces.config import ModelConfig, validate
+from open_pisces.config import ModelConfig
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.files import write_whole
 from open_pisces.model.folder import read_card, write_folder
 from open_pisces.model.importers.families import Family, families, settings_of
 from open_pisces.model.importers.files import ImportSourceError
 from open_pisces.model.parts import build_part
-from open_pisces.settings import merge
+from open_pisces.settings import merge, validate
 
 SETTINGS = "model.yaml"
 """Beside the parts: what a recipe ``extends`` to train on them."""
