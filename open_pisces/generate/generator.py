@@ -14,9 +14,11 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from open_pisces.batch import SequenceBatch
+from open_pisces.data.images import to_pil
 from open_pisces.data.order import stream
 from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
-from open_pisces.data.tokenizer import load_tokenizer
+from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
 from open_pisces.generate.painter import Painter
@@ -126,7 +128,6 @@ class Generator:
         if text != told:  # the answer ends in a character that is damaged, not unfinished
             yield text[len(told) :]
 
-    @torch.inference_mode()
     def _tokens(
         self,
         conversations: list[tuple[Turn, ...]],
@@ -137,9 +138,15 @@ class Generator:
         vectors: Tensor | None,
     ) -> Iterator[list[int]]:
         """One token of every row at a time."""
-        hidden_BD, cache, mask_BS = self._read(conversations, images, "", vectors)
+        batch = replace(self.prompt(conversations, images), generation_vectors_BME=vectors)
+        yield from self.tokens(batch, max_new_tokens, temperature, seed)
+
+    @torch.inference_mode()
+    def tokens(self, batch: SequenceBatch, max_new_tokens: int, temperature: float, seed: int) -> Iterator[list[int]]:
+        """What follows a batch of prompts (`prompt`), one token of every row at a time."""
+        hidden_BD, cache, mask_BS = self._prefill(batch)
         # A stream for each row on the CPU: the same on every device, and independent of the other rows.
-        draws = [torch.Generator().manual_seed(seed) for _ in conversations]
+        draws = [torch.Generator().manual_seed(seed) for _ in range(len(mask_BS))]
         # Text holds none of the template's tokens but the one that ends it.
         banned = [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]
         for _ in range(max_new_tokens):
@@ -187,17 +194,36 @@ class Generator:
         """
         if temperature < 0:
             raise PromptError(f"temperature {temperature}: give 0 (always the same vectors) or more, 1 as trained")
-        said = [_said(prompt) for prompt in prompts]
-        numbers = list(range(n)) * len(prompts)
+        turns = [generation_turns(_said(prompt)) for prompt in prompts]
+        batch = self.prompt(turns, [()] * len(turns), BEGIN_IMAGE)
+        pixels = self.pixels(batch, n, steps, guidance_scale, seed, temperature)
+        flat = [to_pil(picture) for picture in pixels.float().cpu().numpy()]
+        return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def pixels(
+        self,
+        batch: SequenceBatch,
+        n: int,
+        steps: int | None,
+        guidance_scale: float | None,
+        seed: int,
+        temperature: float,
+    ) -> Tensor:
+        """Pixels of ``n`` pictures of every prompt of a batch that ends with ``[IMG]``; arguments are those of `image`.
+
+        Returns:
+            ``(B * n, 3, H, W)`` in [0, 1], the pictures of a prompt one after another.
+        """
+        numbers = list(range(n)) * len(batch.ids_BS)
         if self.samples and temperature > 0:
-            repeated = [prompt for prompt in said for _ in range(n)]
-            vectors_BME = self.vectors(repeated, draws_BMR=self._head_draws(numbers, seed, temperature))
+            repeated = _repeated(batch, n, self.renderer.N)
+            vectors_BME = self.vectors_after(repeated, draws_BMR=self._head_draws(numbers, seed, temperature))
         else:
-            vectors_BME = self.vectors(said).repeat_interleave(n, 0)
+            vectors_BME = self.vectors_after(batch).repeat_interleave(n, 0)
         scale = self.pisces.settings.decoder.guidance_scale if guidance_scale is None else guidance_scale
         null_ME = None if scale == 1.0 else self.null_condition
-        flat = self.painter.paint(vectors_BME, null_ME, numbers, steps, scale, seed)
-        return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
+        return self.painter.pixels(vectors_BME, null_ME, numbers, steps, scale, seed)
 
     @property
     def samples(self) -> bool:
@@ -223,7 +249,6 @@ class Generator:
         """The true generation vectors of pictures, ``(B, M, E)``, in the LLM's space."""
         return self.painter.encode(images)
 
-    @torch.inference_mode()
     def vectors(self, captions: list[str], fed_BME: Tensor | None = None, draws_BMR: Tensor | None = None) -> Tensor:
         """The M vectors the LLM writes for each caption, ``(B, M, E)``, in its own space; ``""`` is the null one.
 
@@ -233,7 +258,14 @@ class Generator:
             draws_BMR: numbers for a head that samples (`VectorHead.sample_draws`); None is its temperature 0.
         """
         turns = [generation_turns(caption) for caption in captions]
-        hidden_BD, cache, mask_BS = self._read(turns, [()] * len(turns), "[IMG]", None)
+        return self.vectors_after(self.prompt(turns, [()] * len(turns), BEGIN_IMAGE), fed_BME, draws_BMR)
+
+    @torch.inference_mode()
+    def vectors_after(
+        self, batch: SequenceBatch, fed_BME: Tensor | None = None, draws_BMR: Tensor | None = None
+    ) -> Tensor:
+        """The M vectors that follow a batch of prompts that end with ``[IMG]``; arguments are those of `vectors`."""
+        hidden_BD, cache, mask_BS = self._prefill(batch)
         written = []
         for k in range(self.renderer.M):
             draws_BR = None if draws_BMR is None else draws_BMR[:, k]
@@ -280,10 +312,17 @@ class Generator:
     def _dtype(self) -> torch.dtype:
         return next(self.pisces.llm.parameters()).dtype
 
-    def _read(
-        self, turns: list[tuple[Turn, ...]], images: list[tuple[Image, ...]], ending: str, vectors: Tensor | None
-    ) -> tuple[Tensor, DynamicCache, Tensor]:
-        """Prefill: the last hidden state of every row, the cache, and the mask of real tokens."""
+    def prompt(self, turns: list[tuple[Turn, ...]], images: list[tuple[Image, ...]], ending: str = "") -> SequenceBatch:
+        """Conversations with an open assistant turn, and their pictures, as a batch padded on the left.
+
+        Args:
+            turns: the conversations.
+            images: the pictures of each, which its turns refer to.
+            ending: what the assistant's turn begins with, such as ``[IMG]``.
+
+        Raises:
+            PromptError: for a prompt that leaves no room for an answer.
+        """
         rendered = [self.renderer.render(t, answer_next=True) for t in turns]
         for r, t in zip(rendered, turns, strict=True):
             r.add(self.renderer.frame_ids(ending) if ending else [])
@@ -294,8 +333,10 @@ class Generator:
                     f"this model takes {self.max_prompt_tokens}: shorten it"
                 )
         # Padded on the left: the last place of every row is where the next token goes.
-        batch = collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
-        batch = replace(batch, generation_vectors_BME=vectors)
+        return collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
+
+    def _prefill(self, batch: SequenceBatch) -> tuple[Tensor, DynamicCache, Tensor]:
+        """The last hidden state of every row, the cache, and the mask of real tokens."""
         mask_BS = (batch.ids_BS != self.renderer.pad).long()
         inputs_BSD, _ = self.pisces.embed(batch)
         cache = DynamicCache(config=self.pisces.llm.config)
@@ -317,6 +358,21 @@ class Generator:
             use_cache=True,
         )
         return hidden_BSD[:, -1], mask_BS
+
+
+def _repeated(batch: SequenceBatch, n: int, N: int) -> SequenceBatch:
+    """Every row of a batch of prompts ``n`` times, with its understanding pictures of ``N`` vectors each."""
+    seen_BS = torch.zeros_like(batch.ids_BS, dtype=torch.bool)
+    seen_BS.view(-1)[batch.understanding_at_K] = True
+    pictures = (seen_BS.sum(1) // N).tolist()
+    of_row = torch.arange(sum(pictures)).split(pictures)
+    order = [number for row in of_row for number in row.tolist() * n]
+    return replace(
+        batch,
+        ids_BS=batch.ids_BS.repeat_interleave(n, 0),
+        understanding_at_K=seen_BS.repeat_interleave(n, 0).flatten().nonzero()[:, 0],
+        understanding_pixels_BCHW=batch.understanding_pixels_BCHW[order],
+    )
 
 
 def _said(prompt: str) -> str:

@@ -14,6 +14,9 @@ from open_pisces.data.images import open_image
 from open_pisces.data.prompts import Turn
 from open_pisces.errors import PiscesError
 
+_PICTURE = ("value", "image", "url", "path")
+"""Keys under which a picture may stand: VLMEvalKit's, transformers', lmms-eval's."""
+
 
 class HarnessError(PiscesError):
     """A request of a harness that cannot be served; the message names it and the remedy."""
@@ -28,10 +31,10 @@ class Conversation:
 
 
 def read_messages(messages: Iterable[Mapping[str, Any]]) -> Conversation:
-    """Messages ``{"role", "content"}`` of lmms-eval and VLMEvalKit.
+    """Messages ``{"role", "content"}`` of lmms-eval, VLMEvalKit and transformers.
 
     A message's content is a string or a list of ``{"type": "text" | "image", ...}``, whose value stands under
-    ``text`` or ``url`` (lmms-eval) or under ``value`` (VLMEvalKit). Neighbouring texts become lines of one text.
+    ``text``, ``url``, ``image`` or ``path``, or under ``value`` (VLMEvalKit). Neighbouring texts become lines of one.
     Pisces learns no system turns, so a system message opens the user's turn that follows.
 
     Raises:
@@ -65,7 +68,7 @@ def _add(item: Mapping[str, Any], role: str, parts: list[str | int], images: lis
         _add_text(parts, item["value"] if "value" in item else item["text"])
     elif kind == "image" and role == "user":
         parts.append(len(images))
-        images.append(as_image(item["value"] if "value" in item else item["url"]))
+        images.append(as_image(next(item[key] for key in _PICTURE if key in item)))
     else:
         raise HarnessError(f"a message of the {role} holds a {kind}: this model takes text, and pictures of the user")
 

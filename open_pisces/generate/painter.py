@@ -62,7 +62,6 @@ class Painter:
         # True vectors have no error.
         return self.paint(self.encode(images), null_ME, numbers, steps, guidance_scale, seed, level=0.0)
 
-    @torch.inference_mode()
     def paint(
         self,
         vectors_BME: Tensor,
@@ -73,7 +72,22 @@ class Painter:
         seed: int,
         level: float | None = None,
     ) -> list[Image]:
-        """Pictures from vectors.
+        """Pictures from vectors; arguments are those of `pixels`."""
+        pixels = self.pixels(vectors_BME, null_ME, numbers, steps, guidance_scale, seed, level)
+        return [to_pil(picture) for picture in pixels.float().cpu().numpy()]
+
+    @torch.inference_mode()
+    def pixels(
+        self,
+        vectors_BME: Tensor,
+        null_ME: Tensor | None,
+        numbers: list[int],
+        steps: int | None,
+        guidance_scale: float | None,
+        seed: int,
+        level: float | None = None,
+    ) -> Tensor:
+        """Pictures from vectors, ``(B, 3, H, W)`` in [0, 1].
 
         Args:
             vectors_BME: conditions, in the LLM's space.
@@ -90,7 +104,7 @@ class Painter:
         # A prime stride keeps (seed, j) apart for neighboring seeds; drawn on the CPU, the same on every device.
         draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
         noise = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])
-        pixels = self.decoder.sample(
+        return self.decoder.sample(
             leave(vectors_BME),
             None if null_ME is None or scale == 1.0 else leave(null_ME),
             noise.to(self.device),
@@ -98,4 +112,3 @@ class Painter:
             scale,
             self.settings.noise_level if level is None else level,
         )
-        return [to_pil(picture) for picture in pixels.float().cpu().numpy()]

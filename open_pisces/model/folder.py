@@ -38,6 +38,8 @@ from open_pisces.settings import validate
 FOLDERS = (*PARTS, "adapter", "tokenizer")
 WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FORMAT = 1
+NAMES = {"model_type": "pisces", "architectures": ["PiscesForConditionalGeneration"]}
+"""What transformers' Auto classes look for (`integrations.transformers`)."""
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -215,7 +217,7 @@ def _fill(
     records = before["record"] + ([record] if record else [])
     known = {name: before["parts"].get(name) for name in taken_over}  # what was not touched is not read again
     hashes = {n: known.get(n) or _hashes(fresh / n) for n in FOLDERS if (fresh / n).is_dir()}
-    card = {"format": FORMAT, "model": settings, "parts": hashes, "record": records}
+    card = {**NAMES, "format": FORMAT, "model": settings, "parts": hashes, "record": records}
     (fresh / "config.json").write_text(json.dumps(card, indent=1) + "\n")
     (fresh / "README.md").write_text(_readme(fresh, records))
 

@@ -154,9 +154,9 @@ def test_guidance_1_skips_the_null_pass_and_others_run_it_once(
 ) -> None:
     generator = Generator(nano_pisces, nano_tokenizer, "cpu")
     read: list[Any] = []
-    original = Generator._read
+    original = Generator.prompt
     monkeypatch.setattr(
-        Generator, "_read", lambda self, turns, *rest: read.append(turns) or original(self, turns, *rest)
+        Generator, "prompt", lambda self, turns, *rest: read.append(turns) or original(self, turns, *rest)
     )
     generator.image(["x"], steps=1, guidance_scale=1.0)
     assert read == [[generation_turns("x")]]
@@ -319,7 +319,8 @@ def test_without_its_vectors_a_drawn_picture_is_encoded_again(exact: Generator) 
 @torch.inference_mode()
 def test_a_drawn_picture_is_seen_again_through_the_understanding_encoder(exact: Generator) -> None:
     vectors = exact.vectors(["a ball"])
-    states = [exact._read([AFTER_DRAWING], [(picture(i),)], "", vectors)[0] for i in (1, 2)]
+    batches = [replace(exact.prompt([AFTER_DRAWING], [(picture(i),)]), generation_vectors_BME=vectors) for i in (1, 2)]
+    states = [exact._prefill(batch)[0] for batch in batches]
     assert (states[0] - states[1]).abs().max() > 1e-4
 
 
@@ -380,7 +381,7 @@ def test_guidance_can_turn_away_from_the_decoders_dropped_condition(nano_folder:
     assert torch.equal(generator.null_condition, statistics.null_ME)
     assert not torch.equal(generator.null_condition, generator.null_vectors)
     given: list[Any] = []
-    honest = generator.painter.paint
-    generator.painter.paint = lambda v, null, *more: given.append(null) or honest(v, null, *more)  # type: ignore[method-assign, func-returns-value]
+    honest = generator.painter.pixels
+    generator.painter.pixels = lambda v, null, *more: given.append(null) or honest(v, null, *more)  # type: ignore[method-assign, func-returns-value]
     generator.image(["a cat"], steps=1)
     assert torch.equal(given[0], statistics.null_ME)
