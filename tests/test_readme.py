@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,7 @@ NOT_RUN = {
     "pisces data build artwork": "downloads from npm",
     "pisces data build scenes --out data/scenes/many --count 200000 --pairs 0.5 --many-words": "needs the artwork",
     "pisces data build scenes --out data/scenes/plain --count 15000 --seed 2 --pairs 1 --plain": "likewise",
+    "pisces data build scenes --out data/scenes/shapes --count 40000 --seed 3 --pairs 0.6 --shapes 0.8 --many-words": "likewise",
     "pisces data build scenes --out data/scenes/fresh --count 60000 --seed 1 --pairs 0.5 --many-words": "likewise",
     "pisces train tiny": "takes hours; `pisces train nano` runs the same code",
     "pisces train tiny/stage1 train.lr=1e-3 name=tiny/warmer": "starts from a trained tiny",
@@ -111,15 +113,19 @@ def test_lines_of_the_docs_parse(path: Path) -> None:
         for line in (line for line in block.splitlines() if kind == "sh" and line.strip()):
             args = build_parser().parse_args(arguments_of(line))
             if args.run.__name__ in ("train", "encode"):
-                load_config(args.recipe, args.overrides)
+                # Models to start from come with the run of these lines (`harness/`).
+                load_config(args.recipe, [*args.overrides, "model.settings=recipe"])
 
 
 @pytest.mark.usefixtures("packaged_model")
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = [block for kind, block in BLOCKS if kind == "python"]
+    example, native = [block for kind, block in BLOCKS if kind == "python"]
     exec(compile(example, "README.md", "exec"), {})
     answer = capsys.readouterr().out.strip()
     assert answer.startswith("['") or answer.startswith('["')
+    names: dict[str, Any] = {}
+    exec(compile(native, "README.md", "exec"), names)
+    assert names["heart"].size == (64, 64)
 
 
 def test_files_and_links_exist() -> None:

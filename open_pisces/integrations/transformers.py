@@ -147,8 +147,9 @@ class PiscesProcessor(ProcessorMixin):
             if any(shown):
                 raise ModeError("generation_mode='image' draws from words alone: leave images out")
             none: list[tuple[Image, ...]] = [() for _ in prompts]
-            return self._batch([generation_turns(prompt.strip()) for prompt in prompts], none, "image")
-        turns = [
+            captions: list[tuple[Turn, ...]] = [generation_turns(prompt.strip()) for prompt in prompts]
+            return self._batch(captions, none, "image")
+        turns: list[tuple[Turn, ...]] = [
             (Turn("user", (*range(len(pictures)), prompt.strip())),)
             for prompt, pictures in zip(prompts, shown, strict=True)
         ]
