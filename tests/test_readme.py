@@ -26,7 +26,9 @@ NOT_RUN = {
     "pisces data build artwork": "downloads from npm",
     "pisces data build scenes --out data/scenes/many --count 200000 --pairs 0.5 --many-words": "needs the artwork",
     "pisces data build scenes --out data/scenes/plain --count 15000 --seed 2 --pairs 1 --plain": "likewise",
-    "pisces data build scenes --out data/scenes/shapes --count 40000 --seed 3 --pairs 0.6 --shapes 0.8 --many-words": "likewise",
+    (
+        "pisces data build scenes --out data/scenes/shapes --count 40000 --seed 3 --pairs 0.6 --shapes 0.8 --many-words"
+    ): "likewise",
     "pisces data build scenes --out data/scenes/fresh --count 60000 --seed 1 --pairs 0.5 --many-words": "likewise",
     "pisces train tiny": "takes hours; `pisces train nano` runs the same code",
     "pisces train tiny/stage1 train.lr=1e-3 name=tiny/warmer": "starts from a trained tiny",
