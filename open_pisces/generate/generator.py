@@ -209,8 +209,11 @@ class Generator:
         guidance_scale: float | None,
         seed: int,
         temperature: float,
+        **more: Any,
     ) -> Tensor:
-        """Pixels of ``n`` pictures of every prompt of a batch that ends with ``[IMG]``; arguments are those of `image`.
+        """Pixels of ``n`` pictures of every prompt of a batch that ends with ``[IMG]``.
+
+        Arguments are those of `image`; ``more`` those of `Painter.pixels` that other libraries' pipelines have.
 
         Returns:
             ``(B * n, 3, H, W)`` in [0, 1], the pictures of a prompt one after another.
@@ -223,7 +226,7 @@ class Generator:
             vectors_BME = self.vectors_after(batch).repeat_interleave(n, 0)
         scale = self.pisces.settings.decoder.guidance_scale if guidance_scale is None else guidance_scale
         null_ME = None if scale == 1.0 else self.null_condition
-        return self.painter.pixels(vectors_BME, null_ME, numbers, steps, scale, seed)
+        return self.painter.pixels(vectors_BME, null_ME, numbers, steps, scale, seed, **more)
 
     @property
     def samples(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ class Painter:
         guidance_scale: float | None,
         seed: int,
         level: float | None = None,
+        noise_BCHW: Tensor | None = None,
+        scheduler: Any = None,
+        on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Pictures from vectors, ``(B, 3, H, W)`` in [0, 1].
 
@@ -97,18 +101,24 @@ class Painter:
             guidance_scale: 1 turns guidance off; None takes the model's own.
             seed: of the noise.
             level: how wrong the vectors are, as the decoder is told; None takes the model's own for the LLM's vectors.
+            noise_BCHW: to start from, in place of the noise of ``seed`` and ``numbers``.
+            scheduler: in place of the decoder's own.
+            on_step: see `ImageDecoder.sample`.
         """
         leave = self.bridge.statistics.destandardize
         scale = guidance_scale
         scale = self.settings.guidance_scale if scale is None else scale
         # A prime stride keeps (seed, j) apart for neighboring seeds; drawn on the CPU, the same on every device.
-        draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
-        noise = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])
+        if noise_BCHW is None:
+            draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
+            noise_BCHW = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])
         return self.decoder.sample(
             leave(vectors_BME),
             None if null_ME is None or scale == 1.0 else leave(null_ME),
-            noise.to(self.device),
+            noise_BCHW.to(self.device),
             steps or self.settings.steps,
             scale,
             self.settings.noise_level if level is None else level,
+            scheduler,
+            on_step,
         )

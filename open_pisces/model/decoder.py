@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -103,7 +104,7 @@ class ImageDecoder(nn.Module):
     @property
     def is_flow(self) -> bool:
         """Whether the scheduler is a flow (velocity along a straight path) rather than a diffusion of SDXL's kind."""
-        return isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+        return _is_flow(self.scheduler)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -206,6 +207,8 @@ class ImageDecoder(nn.Module):
         steps: int,
         guidance_scale: float,
         level: float = 0.0,
+        scheduler: Any = None,
+        on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Draw pictures: ``(B, 3, H, W)`` in [0, 1].
 
@@ -213,9 +216,18 @@ class ImageDecoder(nn.Module):
         the empty caption's vectors as the null condition (paper: inference, after Emu2). A scale of 1 skips it and
         needs no null condition. ``level`` is how wrong the vectors are (`denoise`); the null condition has no error.
         Latents, times and noise levels stay float32 whatever the U-Net computes in.
+
+        ``scheduler`` takes the place of the decoder's own, and must be of its kind: a flow, or a diffusion. ``on_step``
+        gets the number of each step, its time and the latents after it, and returns those to go on with.
         """
+        chosen = self.scheduler if scheduler is None else scheduler
+        if _is_flow(chosen) != self.is_flow:
+            kind = "flow (FlowMatch...)" if self.is_flow else "diffusion"
+            raise PiscesError(
+                f"{type(chosen).__name__}: this decoder was trained as a {kind}: take a scheduler of that"
+            )
         # A scheduler of its own for each call: it keeps the state of one sampling, and calls may run side by side.
-        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler = type(chosen).from_config(chosen.config)
         scheduler.set_timesteps(steps, device=vectors_BME.device)
         guided = guidance_scale != 1.0
         levels_B = vectors_BME.new_full((len(vectors_BME),), level)
@@ -228,7 +240,7 @@ class ImageDecoder(nn.Module):
             vectors_BME = torch.cat([vectors_BME, null_ME.expand_as(vectors_BME)])
             levels_B = torch.cat([levels_B, torch.zeros_like(levels_B)])
         latents = noise_BCHW.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-        for time in scheduler.timesteps:
+        for number, time in enumerate(scheduler.timesteps):
             scaled = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
             times = time.expand(len(vectors_BME)).to(latents.device)
             twice = scaled.repeat(2, 1, 1, 1) if guided else scaled
@@ -240,7 +252,13 @@ class ImageDecoder(nn.Module):
                 # latents = (1 - t) clean + t noise, so the velocity noise - clean is (latents - clean) / t.
                 predicted = (latents - predicted) / (time / 1000)
             latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
+            if on_step is not None:
+                latents = on_step(number, time, latents)
         return self.decode(latents)
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch")
 
 
 def latent_shape(vae: Any, image_size: int) -> tuple[int, int, int]:

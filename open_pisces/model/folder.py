@@ -10,6 +10,7 @@
     bridge/                   model.safetensors: projections, head, statistics of the targets
     decoder/                  unet/ vae/ scheduler/ as diffusers saves them; condition.safetensors
     tokenizer/                as transformers saves it
+    model_index.json          for diffusers, where there is a decoder
     README.md                 the model card
 
 safetensors and JSON only. Trainings write the parts they have; those still to come are simply not there yet.
@@ -40,6 +41,8 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FORMAT = 1
 NAMES = {"model_type": "pisces", "architectures": ["PiscesForConditionalGeneration"]}
 """What transformers' Auto classes look for (`integrations.transformers`)."""
+PIPELINE = {"_class_name": "PiscesPipeline", "_diffusers_version": "0.42.1"}
+"""The ``model_index.json`` that diffusers looks for (`integrations.diffusers`)."""
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -219,6 +222,8 @@ def _fill(
     hashes = {n: known.get(n) or _hashes(fresh / n) for n in FOLDERS if (fresh / n).is_dir()}
     card = {**NAMES, "format": FORMAT, "model": settings, "parts": hashes, "record": records}
     (fresh / "config.json").write_text(json.dumps(card, indent=1) + "\n")
+    if "decoder" in hashes:
+        (fresh / "model_index.json").write_text(json.dumps(PIPELINE, indent=1) + "\n")
     (fresh / "README.md").write_text(_readme(fresh, records))
 
 

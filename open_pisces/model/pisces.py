@@ -108,6 +108,16 @@ class Pisces(FloatBuffers):
         parts = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         write_folder(folder, self.settings, parts, tokenizer, start=self.folder)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie."""
+        return next(self.llm.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its LLM's weights."""
+        return next(self.llm.parameters()).dtype
+
     # ------------------------------------------------------------------------------------------ pictures in
 
     def understand(self, pixels_BCHW: Tensor) -> Tensor:
