@@ -78,14 +78,16 @@ def words_of(text: str) -> list[str]:
 
 
 def load_tokenizer(source: str | Path, template: str) -> PreTrainedTokenizerFast:
-    """A pretrained tokenizer (folder or hub name), with the picture tokens added where it lacks them.
+    """A pretrained tokenizer (folder, hub name or GGUF file), with the picture tokens added where it lacks them.
 
     Raises:
         ConfigError: if it cannot be fetched, or lacks tokens of the chat template, so that it belongs to another.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
+        path = Path(source)
+        where = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent if where else source), **where)
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"model.tokenizer = {source}: {str(error).splitlines()[0]}: name a folder with a tokenizer, or a hub name "
             "that can be reached from here"

@@ -85,12 +85,19 @@ def _llm(family: Family, source: str) -> dict[str, Any]:
     values: dict[str, Any] = {"model_type": kinds[0]}
     where = source
     if source.endswith(".gguf"):
-        config = AutoConfig.from_pretrained(str(Path(source).parent), gguf_file=Path(source).name)
+        config = _gguf_config(Path(source))
     else:
         config = _config(source, kinds, family.name)
     # What differs from the library's defaults is all a recipe has to say.
     values |= {key: value for key, value in config.to_diff_dict().items() if key in _shape_keys(config)}
     return {"template": family.template, "tokenizer": where, "llm": {"source": source, "config": values}}
+
+
+def _gguf_config(file: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ImportSourceError(f"{file}: {str(error).splitlines()[0]}: a GGUF file needs `pip install gguf`") from None
 
 
 def _shape_keys(config: Any) -> set[str]:

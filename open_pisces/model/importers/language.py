@@ -37,9 +37,19 @@ def load_llm(source: str, vocabulary: int | None = None) -> Any:
             "on a hub, accept its licence there and log in with `hf auth login`"
         ) from None
     refuse_incomplete(f"model.llm.source = {source}", info)
+    if path.suffix == ".gguf":
+        _forget_quantization(llm)
     if vocabulary and vocabulary > llm.config.vocab_size:
         llm.resize_token_embeddings(vocabulary)
     return llm
+
+
+def _forget_quantization(llm: Any) -> None:
+    """Its weights are floats by now, but transformers would still refuse to save them."""
+    llm.hf_quantizer = None
+    llm.quantization_method = None
+    if hasattr(llm.config, "quantization_config"):
+        del llm.config.quantization_config
 
 
 def refuse_incomplete(source: str, info: dict[str, Any], left_out: tuple[str, ...] = ()) -> None:
