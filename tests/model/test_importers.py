@@ -298,7 +298,9 @@ def eva(folder: Path) -> Path:
         shapes |= {f"{block}.mlp.fc2.weight": (64, 96), f"{block}.mlp.fc2.bias": (64,)}
         shapes |= {f"{block}.norm{n}.{kind}": (64,) for n in (1, 2) for kind in ("weight", "bias")}
     folder.mkdir()
-    save_file({f"visual.{k}": torch.randn(s, generator=draw) for k, s in shapes.items()}, folder / "model.safetensors")
+    weights = {f"model.visual.{k}": torch.randn(s, generator=draw) for k, s in shapes.items()}
+    weights |= {"model.decoder.lm.lm_head.weight": torch.zeros(2, 2), "model.project_up.weight": torch.zeros(2, 2)}
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 

@@ -195,7 +195,8 @@ def _openclip(source: str) -> dict[str, Any]:
 
 def _eva(source: str) -> dict[str, Any]:
     """Read off the tensors: EVA-CLIP has no configuration of one form."""
-    weights = {name.removeprefix("visual."): value for name, value in read_weights(source).items()}
+    every = read_weights(source)
+    weights = {name.removeprefix("model.").removeprefix("visual."): value for name, value in every.items()}
     lacking = [
         name for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight") if name not in weights
     ]

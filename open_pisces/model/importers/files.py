@@ -34,7 +34,7 @@ def located(source: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise ImportSourceError(f"{path}: no such file or folder: download the model, and name where it lies")
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.safetensors.index*.json"]))
+        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
     except GatedRepoError:
         raise ImportSourceError(
             f"{source} is gated: accept its licence on its page, log in with `hf auth login`, and try again"

@@ -74,23 +74,30 @@ _OPENCLIP = Names(
         "logit_scale",
     ),
 )
-# EVA-CLIP as Emu2 ships it (emu/eva_vit.py): fused qkv without a key bias.
+# EVA-CLIP as Emu2 ships it (emu/eva_vit.py): fused qkv without a key bias; alone, or beside Emu2's LLM.
+_V = r"(?:model\.)?(?:visual\.)?"
 _EVA = Names(
     "EVA-CLIP",
-    r"(?:visual\.)?cls_token",
+    rf"{_V}cls_token",
     {
-        r"(?:visual\.)?cls_token": "class_token",
-        r"(?:visual\.)?pos_embed": "positions",
-        r"(?:visual\.)?patch_embed\.proj\.(weight|bias)": r"patches.\1",
-        r"(?:visual\.)?norm\.(weight|bias)": r"exit_norm.\1",
-        r"(?:visual\.)?blocks\.(\d+)\.attn\.qkv\.weight": r"blocks.\1.attention.qkv.weight",
-        r"(?:visual\.)?blocks\.(\d+)\.attn\.([qv])_bias": r"blocks.\1.attention.\2.bias",
-        r"(?:visual\.)?blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"blocks.\1.attention.out.\2",
-        r"(?:visual\.)?blocks\.(\d+)\.norm([12])\.(weight|bias)": r"blocks.\1.norm\2.\3",
-        r"(?:visual\.)?blocks\.(\d+)\.mlp\.fc1\.(weight|bias)": r"blocks.\1.expand.\2",
-        r"(?:visual\.)?blocks\.(\d+)\.mlp\.fc2\.(weight|bias)": r"blocks.\1.contract.\2",
+        rf"{_V}cls_token": "class_token",
+        rf"{_V}pos_embed": "positions",
+        rf"{_V}patch_embed\.proj\.(weight|bias)": r"patches.\1",
+        rf"{_V}norm\.(weight|bias)": r"exit_norm.\1",
+        rf"{_V}blocks\.(\d+)\.attn\.qkv\.weight": r"blocks.\1.attention.qkv.weight",
+        rf"{_V}blocks\.(\d+)\.attn\.([qv])_bias": r"blocks.\1.attention.\2.bias",
+        rf"{_V}blocks\.(\d+)\.attn\.proj\.(weight|bias)": r"blocks.\1.attention.out.\2",
+        rf"{_V}blocks\.(\d+)\.norm([12])\.(weight|bias)": r"blocks.\1.norm\2.\3",
+        rf"{_V}blocks\.(\d+)\.mlp\.fc1\.(weight|bias)": r"blocks.\1.expand.\2",
+        rf"{_V}blocks\.(\d+)\.mlp\.fc2\.(weight|bias)": r"blocks.\1.contract.\2",
     },
-    (r"text\..*", r"(?:visual\.)?head\.(?:weight|bias)", r"(?:visual\.)?mask_token", "logit_scale"),
+    (
+        r"text\..*",
+        rf"{_V}head\.(?:weight|bias)",
+        rf"{_V}mask_token",
+        "logit_scale",
+        r"(?:model\.)?(?:decoder|project_up|project_down)\..*",
+    ),
 )
 FAMILIES = (_CLIP, _OPENCLIP, _EVA, _SIGLIP)
 """SigLIP last: its sign is a bias that other towers may have."""
