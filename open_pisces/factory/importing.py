@@ -13,6 +13,7 @@ from open_pisces.files import write_whole
 from open_pisces.model.folder import read_card, write_folder
 from open_pisces.model.importers.families import Family, families, settings_of
 from open_pisces.model.importers.files import ImportSourceError
+from open_pisces.model.importers.projector import fill_projector
 from open_pisces.model.parts import build_part
 from open_pisces.settings import merge, validate
 
@@ -23,8 +24,16 @@ PART = {
     "understanding": "understanding_encoder",
     "generation": "generation_encoder",
     "decoder": "decoder",
+    "bridge": "bridge",
 }
 """The part that each block of `ModelConfig` describes."""
+
+
+NEIGHBORS = {
+    "decoder": ("generation_encoder",),
+    "bridge": ("generation_encoder", "understanding_encoder", "llm"),
+}
+"""Parts whose widths another one takes."""
 
 
 def find_family(name: str) -> Family:
@@ -63,14 +72,17 @@ def import_weights(
     there = (folder / "config.json").is_file()
     before = read_card(folder)["model"] if there else {}
     part = PART[family.part]
-    if part == "decoder" and not (folder / "generation_encoder").is_dir():
+    lacking = [name for name in NEIGHBORS.get(part, ()) if not (folder / name).is_dir()]
+    if lacking:
         raise ImportSourceError(
-            f"{folder}: import the generation encoder first: the decoder's condition has its width, and none is here"
+            f"{folder}: holds no {lacking[0]}, and the {part}'s width follows from it: import that first"
         )
     own = merge(settings_of(family, source), overrides or {})
     config = validate(ModelConfig, {**before, **own}, {"": f"{source} ({family.name})"})
     tokenizer = load_tokenizer(config.tokenizer, config.template) if part == "llm" else None
     module = build_part(part, config, len(tokenizer) if tokenizer is not None else None)
+    if part == "bridge":
+        fill_projector(module, source)
     if part == "llm":
         # Its embeddings may have grown by our tokens: shapes on the meta device must know.
         grown = config.llm.config | {"vocab_size": module.config.vocab_size}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -23,17 +25,21 @@ from transformers import (
     Siglip2VisionModel,
     SiglipConfig,
     SiglipModel,
+    SiglipVisionConfig,
 )
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from open_pisces.cli.commands import main
 from open_pisces.config import DecoderConfig, ModelConfig, Template
 from open_pisces.data.tokenizer import byte_tokenizer
-from open_pisces.factory.importing import find_family, import_weights
+from open_pisces.factory.importing import PART, find_family, import_weights
 from open_pisces.generate.generator import Generator
+from open_pisces.model.bridge import VisualProjector
 from open_pisces.model.folder import load_part, read_card, verify
 from open_pisces.model.importers.families import families, settings_of
 from open_pisces.model.importers.files import ImportSourceError
 from open_pisces.model.importers.language import load_llm
+from open_pisces.model.importers.projector import fill_projector
 from open_pisces.model.importers.siglip import load_siglip
 from open_pisces.model.importers.unets import CONDITION, load_unet, load_vae
 from open_pisces.model.parts import build_decoder
@@ -304,6 +310,40 @@ def eva(folder: Path) -> Path:
     return folder
 
 
+def projector(folder: Path, width: int) -> Path:
+    """A LLaVA's projector beside a tensor of its LLM, as transformers names them."""
+    config = LlavaConfig(
+        text_config=LlamaConfig(**{**LLM, "hidden_size": width}), vision_config=SiglipVisionConfig(hidden_size=16)
+    )
+    module = LlavaMultiModalProjector(config)
+    weights = {f"model.multi_modal_projector.{name}": value for name, value in module.state_dict().items()}
+    folder.mkdir(exist_ok=True)
+    save_file({**weights, "model.language_model.norm.weight": torch.ones(width)}, folder / "model.safetensors")
+    return folder
+
+
+@torch.no_grad()
+def test_llavas_projector_is_the_understanding_mlp(tmp_path: Path) -> None:
+    config = LlavaConfig(text_config=LlamaConfig(**LLM), vision_config=SiglipVisionConfig(hidden_size=16))
+    theirs = LlavaMultiModalProjector(config)
+    ours = VisualProjector(16, 16)
+    for prefix, names in (("multi_modal_projector", ("linear_1", "linear_2")), ("model.mm_projector", ("0", "2"))):
+        ours.apply(lambda module: module.reset_parameters() if isinstance(module, torch.nn.Linear) else None)
+        weights = {}
+        for name, layer in zip(names, (theirs.linear_1, theirs.linear_2), strict=True):
+            weights |= {f"{prefix}.{name}.{kind}": value for kind, value in layer.state_dict().items()}
+        save_file(weights, tmp_path / "model.safetensors")
+        fill_projector(SimpleNamespace(understanding_projector=ours), str(tmp_path))  # type: ignore[arg-type]
+        vectors = torch.randn(2, 5, 16)
+        assert torch.equal(ours(vectors), theirs(vectors))
+    save_file(
+        {"multi_modal_projector.linear_1.weight": weights["model.mm_projector.0.weight"]},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(ImportSourceError, match=r"first\.bias \(16,\) is missing"):
+        fill_projector(SimpleNamespace(understanding_projector=ours), str(tmp_path))  # type: ignore[arg-type]
+
+
 def test_parts_are_imported_one_by_one_and_a_recipe_trains_on_them(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "mine"
@@ -318,8 +358,18 @@ def test_parts_are_imported_one_by_one_and_a_recipe_trains_on_them(tmp_path: Pat
     assert main(["weights", "import", "sd", str(tmp_path / "sd"), "decoder.steps=2", *accept]) == 0
     assert main(["weights", "import", "siglip", str(tmp_path / "siglip"), *accept]) == 0
     assert main(["weights", "import", "qwen2", str(tmp_path / "qwen"), *accept]) == 0
+    assert main(["weights", "import", "llava", str(projector(tmp_path / "llava", 20)), *accept]) == 2  # another LLM's
+    assert "bridge" not in read_card(out)["parts"]
+    assert main(["weights", "import", "llava", str(projector(tmp_path / "llava", 16)), *accept]) == 0
     card = read_card(out)
-    assert sorted(card["parts"]) == ["decoder", "generation_encoder", "llm", "tokenizer", "understanding_encoder"]
+    assert sorted(card["parts"]) == [
+        "bridge",
+        "decoder",
+        "generation_encoder",
+        "llm",
+        "tokenizer",
+        "understanding_encoder",
+    ]
     assert [row["licences"][0]["licence"] for row in card["record"]][0].startswith("Apache-2.0 (Emu2)")
     assert verify(out) > 6
     (tmp_path / "own.yaml").write_text(
@@ -356,7 +406,7 @@ def test_nothing_is_imported_without_its_licence(tmp_path: Path, capsys: Any) ->
 @pytest.mark.parametrize("family", families())
 def test_every_family_names_its_part_licence_and_an_example(family: str) -> None:
     row = families()[family]
-    assert row.part in ("llm", "understanding", "generation", "decoder") and row.licence and row.example
+    assert row.part in PART and row.licence and row.example
     assert (row.template in get_args(Template)) == (row.part == "llm")
 
 

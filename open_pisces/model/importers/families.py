@@ -31,7 +31,7 @@ class Family:
 
     name: str
     part: str
-    """The block of `ModelConfig` that it fills: llm, understanding, generation or decoder."""
+    """The block of `ModelConfig` that it fills: llm, understanding, generation, decoder or bridge."""
     example: str
     licence: str
     template: str = ""
@@ -58,6 +58,8 @@ def settings_of(family: Family, source: str) -> dict[str, Any]:
         "openclip": _openclip,
         "eva-clip": _eva,
     }
+    if family.part == "bridge":
+        return {}  # its sizes are those of its neighbors
     if family.part == "llm":
         return _llm(family, source)
     if family.part == "decoder":
