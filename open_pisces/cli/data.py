@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from open_pisces.cli.options import (
     OutputError,
@@ -19,8 +19,10 @@ from open_pisces.cli.options import (
     say_counts,
     share,
 )
-from open_pisces.config import Template
 from open_pisces.datasets.formats import FORMATS
+
+TEMPLATES = sorted(path.stem for path in (Path(__file__).parent.parent / "data" / "templates").glob("*.yaml"))
+"""The chat templates, by their files: `config.Template` would load pydantic for ``--help``."""
 
 
 def build_artwork(args: argparse.Namespace) -> Result:
@@ -213,6 +215,6 @@ def _add_curation(commands: Any) -> None:
     figures.add_argument("path", metavar="PATH", help="a dataset folder such as scenes/train, or fixture/train")
     figures.add_argument("--png", type=Path, help="also draw histograms to this file")
     figures.add_argument("--tokenizer", metavar="DIR", help="count its tokens; a tokenizer folder or hub name")
-    figures.add_argument("--template", choices=get_args(Template), default="tiny", help="whose special tokens it has")
+    figures.add_argument("--template", choices=TEMPLATES, default="tiny", help="whose special tokens it has")
     figures.add_argument("--limit", type=at_least(1), help="read only so many samples, spread evenly")
     add_json(figures)

@@ -86,19 +86,14 @@ class PiscesPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """Draw.
+        """Draw; what is not said here is what diffusers' pipelines and `Generator.image` take.
 
         Args:
             prompt: what to draw, one or several.
-            num_inference_steps: of the decoder; None takes the model's own.
-            guidance_scale: of null-caption guidance; None takes the model's own, 1 turns it off.
-            num_images_per_prompt: pictures of each.
             generator: of the decoder's first noise: one for all pictures, or one for each.
             seed: of all that ``generator`` does not give; without one the pictures are `Generator.image`'s, to the bit.
-            temperature: of a head that samples.
             output_type: ``pil``, ``np`` ``(B, H, W, 3)`` or ``pt`` ``(B, 3, H, W)``, in [0, 1].
             callback_on_step_end: diffusers' own: pipeline, step, time and ``{"latents"}``, which it may return changed.
-            return_dict: False returns a tuple.
 
         Raises:
             PipelineError: for another output, or generators that are not as many as the pictures.
@@ -133,12 +128,15 @@ class PiscesPipeline(DiffusionPipeline):
             scheduler=self.scheduler,
             on_step=on_step,
         )
-        images: Any = pixels
-        if output_type == "np":
-            images = pixels.permute(0, 2, 3, 1).float().cpu().numpy()
-        if output_type == "pil":
-            images = [to_pil(one) for one in pixels.float().cpu().numpy()]
+        images = _as(output_type, pixels)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _as(output_type: str, pixels_BCHW: Tensor) -> Any:
+    if output_type == "pt":
+        return pixels_BCHW
+    pixels = pixels_BCHW.float().cpu().numpy()
+    return pixels.transpose(0, 2, 3, 1) if output_type == "np" else [to_pil(one) for one in pixels]
 
 
 # diffusers looks a pipeline's class up among its own names.

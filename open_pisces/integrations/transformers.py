@@ -308,13 +308,12 @@ class PiscesForConditionalGeneration(PreTrainedModel):
             input_ids: of `PiscesProcessor`, ``(B, S)``, padded on the left.
             attention_mask: not used: padding has a token of its own.
             pixel_values: of `PiscesProcessor`.
-            generation_mode: ``text`` or ``image``.
             max_new_tokens: the longest answer; 64 if it is not said.
             do_sample: sample the answer; else the likeliest token is taken. Of a picture: see `Generator.image`.
             temperature: of sampling; of a head that samples, too.
             num_return_sequences: pictures, or sampled answers, of each prompt.
             num_inference_steps: of the decoder; None takes the model's own.
-            guidance_scale: of null-caption guidance; None takes the model's own.
+            guidance_scale: likewise, of null-caption guidance.
             seed: of all that is random: sequence j of a prompt depends on (seed, j) and on nothing else.
             **more: what transformers passes to any model.
 
