@@ -38,7 +38,7 @@ def build_scenes(args: argparse.Namespace) -> Result:
     from open_pisces.datasets.scenes.composer import build
 
     out = _out(args.out, f"scenes/{args.split}")
-    how = {"pairs": args.pairs, "many": args.many_words, "plain": args.plain, "shapes": args.shapes, "ask": args.ask}
+    how = {"pairs": args.pairs, "many": args.many_words, "plain": args.plain, "shapes": args.shapes}
     print(build(out, args.count, args.seed, args.split, **how))
     return None
 
@@ -151,9 +151,6 @@ def add_data(command: argparse.ArgumentParser) -> None:
     build.add_argument("--plain", action="store_true", help=text)
     text = "share of colored hearts, circles and squares among the things (default: 0.2)"
     build.add_argument("--shapes", type=share, default=0.2, help=text)
-    kinds = ("what", "how_many", "which_colour", "where", "is_there", "left_or_right")
-    text = "ask questions of this type only, about scenes that have one; may be repeated (default: all types)"
-    build.add_argument("--ask", action="append", choices=kinds, default=[], help=text)
 
     view = add_command(commands, "look", look, "write a labelled sheet of a dataset's samples")
     view.add_argument("path", metavar="PATH", help="a dataset folder such as scenes/train, or fixture")

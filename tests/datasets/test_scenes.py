@@ -371,14 +371,6 @@ def test_the_share_of_pairs_is_a_setting_and_the_others_keep_theirs(many: list[S
         Composer(CUTOUTS, "train", 0, pairs=1.5)
 
 
-def test_only_some_types_of_questions_may_be_asked() -> None:
-    composer = Composer(CUTOUTS, "train", 0, pairs=0.6, many=True, ask=["left_or_right", "where"])
-    scenes = [composer.scene(i) for i in range(60)]
-    kinds = Counter(asked.kind for scene in scenes for asked in scene.questions)
-    assert set(kinds) == {"left_or_right", "where"} and all(scene.questions for scene in scenes)
-    assert [scene.short for scene in scenes] == [composer.scene(i).short for i in range(60)]
-
-
 def test_the_share_of_colored_shapes_is_a_setting() -> None:
     composer = Composer(CUTOUTS, "train", 0, pairs=1.0, shapes=0.8)
     scenes = [composer.scene(i) for i in range(300)]

@@ -7,7 +7,7 @@ A scene is a function of (seed, split, index). Splits: ``train``; ``pairs``, mad
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -154,7 +154,6 @@ class Composer:
             (`varied_caption`).
         plain: for the first lesson: the default style on white only.
         shapes: share of colored shapes among the things drawn.
-        ask: ask questions of these types only, about scenes that have one; empty: of all types.
 
     Raises:
         ShardError: for an unknown split, a share that is none, or cut-outs without the styles it needs.
@@ -169,7 +168,6 @@ class Composer:
         many: bool = False,
         plain: bool = False,
         shapes: float = SHAPE_SHARE,
-        ask: Sequence[str] = (),
     ) -> None:
         if plain and split == "style":
             raise ShardError("plain scenes are of the default style, the split style has another: leave one out")
@@ -181,7 +179,6 @@ class Composer:
         self.many = many
         self.plain = plain
         self.shapes = _share("colored shapes", shapes)
-        self.ask = tuple(ask)
         self.layouts = LAYOUTS if pairs is None else _with_pairs(pairs)
         if not self._styles:
             raise ShardError(f"the cut-outs hold no style for the split {split!r}: build the artwork again")
@@ -196,12 +193,6 @@ class Composer:
     def scene(self, index: int) -> Sample:
         """The scene with this number."""
         rng = stream(self.seed, "scene", self.split, index)
-        sample = self._compose(index, rng)
-        while self.ask and not sample.questions:
-            sample = self._compose(index, rng)
-        return sample
-
-    def _compose(self, index: int, rng: np.random.Generator) -> Sample:
         layout = self._layout(rng)
         while self.plain and (layout.style != DEFAULT_STYLE or layout.background != "white"):
             layout = self._layout(rng)
@@ -220,16 +211,14 @@ class Composer:
         )
 
     def _questions(self, layout: Layout, rng: np.random.Generator) -> tuple[Question, ...]:
-        if self.many:
-            others: list[Thing] = []
-            while len(others) < len(layout.things):
-                other = self._other(layout, rng)
-                if other not in others:
-                    others.append(other)
-            asked = many_questions(layout, tuple(others), rng)
-        else:
-            asked = questions(layout, self._other(layout, rng), rng)
-        return tuple(one for one in asked if not self.ask or one.kind in self.ask)
+        if not self.many:
+            return questions(layout, self._other(layout, rng), rng)
+        others: list[Thing] = []
+        while len(others) < len(layout.things):
+            other = self._other(layout, rng)
+            if other not in others:
+                others.append(other)
+        return many_questions(layout, tuple(others), rng)
 
     @cached_property
     def _styles(self) -> list[str]:
@@ -411,7 +400,6 @@ def build(
     many: bool = False,
     plain: bool = False,
     shapes: float = SHAPE_SHARE,
-    ask: Sequence[str] = (),
 ) -> Path:
     """Compose scenes 0 to ``count`` of a split into shards (default: ``scenes/SPLIT`` in the data folder).
 
@@ -421,7 +409,7 @@ def build(
         ShardError: without cut-outs, or for an unknown split.
     """
     folder = Path(out) if out is not None else data_path(f"scenes/{split}")
-    composer = Composer(load_cutouts(cutouts), split, seed, pairs, many, plain, shapes, ask)
+    composer = Composer(load_cutouts(cutouts), split, seed, pairs, many, plain, shapes)
     with ShardWriter(folder, licences=composer.licences) as writer:
         for sample in _compose(composer, count, processes):
             writer.write(sample)
