@@ -200,7 +200,6 @@ class Generator:
         flat = [to_pil(picture) for picture in pixels.float().cpu().numpy()]
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
-    @torch.inference_mode()
     def pixels(
         self,
         batch: SequenceBatch,

@@ -92,6 +92,9 @@ class Embedded(NamedTuple):
 class GenCLIP(nn.Module):
     """A vision tower, a text tower, and what both losses need of them (`contrast`, `GenCLIP.reconstruct`)."""
 
+    runs_twice = True
+    """Its vision tower, in one step: for whole pictures and for visible patches. Activation checkpointing must know."""
+
     def __init__(
         self, vision: GenerationEncoder | UnderstandingEncoder, config: ContrastiveConfig, vocabulary: int
     ) -> None:

@@ -46,21 +46,23 @@ def checkpoint_activations(module: nn.Module, kind: str) -> None:
     """
     if kind == "none":
         return
+    # Only where a block runs twice: without the cache every micro-batch holds cast weights of its own.
+    twice = getattr(module, "runs_twice", False)
     contexts = {} if kind == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)}
     every = blocks(module)
     for block in every:
         inner = any(part is not block and part in block.modules() for part in every)
         if not inner and any(p.requires_grad for p in block.parameters()):
-            block.forward = partial(_recomputed, block.forward, contexts)
+            block.forward = partial(_recomputed, block.forward, contexts, twice)
 
 
-def _recomputed(forward: Any, contexts: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _recomputed(forward: Any, contexts: dict[str, Any], twice: bool, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     cached = torch.is_autocast_cache_enabled()
     # A block that runs twice in a step (gen-CLIP's two passes) would find its weights cast already the second time, and
     # not when it is recomputed: the operations would not be the same, and selective checkpointing counts them.
-    torch.set_autocast_cache_enabled(False)
+    torch.set_autocast_cache_enabled(cached and not twice)
     try:
         forward = partial(_as_in_the_step, forward)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
@@ -70,7 +72,9 @@ def _recomputed(forward: Any, contexts: dict[str, Any], *args: Any, **kwargs: An
 
 def _as_in_the_step(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """Autocast is restored when a block is recomputed, what `device.autocast` adds to it on a CPU is not."""
-    with Float32Attention() if torch.is_autocast_enabled("cpu") else nullcontext():
+    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    on_cpu = given is not None and given.device.type == "cpu"  # and not on the meta device, where plans are counted
+    with Float32Attention() if on_cpu and torch.is_autocast_enabled("cpu") else nullcontext():
         return forward(*args, **kwargs)
 
 

@@ -172,8 +172,9 @@ def test_probes_look_at_a_model_sharded_in_bfloat16(runs: Path, tmp_path: Path) 
     """What learns is bfloat16 then, and what is frozen float32: each must get what it takes."""
     short = ("train.steps=2", "train.probe_every=2", "train.precision=bf16")
     looked = [case(runs, name, name, *short, fault="probe") for name in ("gen_clip", "decoder", "stage1")]
-    for (code, text), (name, *_) in zip(launch(tmp_path, looked), looked, strict=True):
+    for code, text in launch(tmp_path, looked):
         assert code == 0, text[-3000:]
+    for name, *_ in looked:
         assert (tmp_path / name / "samples" / "step-2.png").is_file()
 
 
