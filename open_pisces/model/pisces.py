@@ -126,7 +126,7 @@ class Pisces(FloatBuffers):
         frozen = not any(p.requires_grad for p in self.understanding_encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             vectors_BNE = self.understanding_encoder(pixels_BCHW)
-        # Sharded in bfloat16, the projector is cast and a frozen encoder is not. Under autocast it is the other way round,
+        # Sharded in bfloat16, the projector is cast and a frozen encoder is not. Under autocast it is the other way,
         # and a float32 copy of all vectors would be kept for nothing.
         dtype = self.bridge.understanding_projector.first.weight.dtype
         if dtype.itemsize < vectors_BNE.dtype.itemsize:
