@@ -42,6 +42,19 @@ class Float32Attention(TorchFunctionMode):
     PyTorch's bfloat16 kernel for the CPU takes 2 to 13 times as long, both passes together (torch 2.13, AMX; LOG.md).
     """
 
+    entered = 0
+    """How often it is entered now; a block that is recomputed in the backward pass has to enter it again."""
+
+    def __enter__(self) -> Any:
+        """Enter it."""
+        Float32Attention.entered += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave it."""
+        Float32Attention.entered -= 1
+        super().__exit__(*error)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

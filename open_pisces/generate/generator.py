@@ -15,13 +15,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from open_pisces.batch import SequenceBatch
-from open_pisces.data.images import to_pil
 from open_pisces.data.order import stream
 from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
 from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
-from open_pisces.generate.painter import Painter
+from open_pisces.generate.painter import Painter, pictures
 from open_pisces.model.pisces import Pisces
 
 
@@ -101,16 +100,21 @@ class Generator:
         ``vectors`` ``(pictures, M, E)`` are those the model wrote for the pictures it drew, in order; without them
         such pictures are encoded again.
         """
-        stop = self.renderer.end_of_turn
-        rows: list[list[int]] = [[] for _ in conversations]
-        done = [False] * len(rows)
-        for column in self._tokens(conversations, images, max_new_tokens, temperature, seed, vectors):
+        columns = self._tokens(conversations, images, max_new_tokens, temperature, seed, vectors)
+        rows = self.rows(columns, len(conversations))
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+    def rows(self, columns: Iterator[list[int]], count: int) -> list[list[int]]:
+        """What each of ``count`` rows has written (`tokens`) before it ended its turn."""
+        rows: list[list[int]] = [[] for _ in range(count)]
+        done = [False] * count
+        for column in columns:
             for i, token in enumerate(column):
-                done[i] = done[i] or token == stop
+                done[i] = done[i] or token == self.renderer.end_of_turn
                 rows[i] += [] if done[i] else [token]
             if all(done):
                 break
-        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+        return rows
 
     def text_stream(self, images: list[Image], prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
         """One answer, piece by piece as it is written; the pieces joined are what `text` returns."""
@@ -197,7 +201,7 @@ class Generator:
         turns = [generation_turns(_said(prompt)) for prompt in prompts]
         batch = self.prompt(turns, [()] * len(turns), BEGIN_IMAGE)
         pixels = self.pixels(batch, n, steps, guidance_scale, seed, temperature)
-        flat = [to_pil(picture) for picture in pixels.float().cpu().numpy()]
+        flat = pictures(pixels)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
     def pixels(

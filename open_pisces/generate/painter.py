@@ -61,21 +61,7 @@ class Painter:
         null_ME = self.bridge.statistics.null_ME
         numbers = [0] * len(images)
         # True vectors have no error.
-        return self.paint(self.encode(images), null_ME, numbers, steps, guidance_scale, seed, level=0.0)
-
-    def paint(
-        self,
-        vectors_BME: Tensor,
-        null_ME: Tensor | None,
-        numbers: list[int],
-        steps: int | None,
-        guidance_scale: float | None,
-        seed: int,
-        level: float | None = None,
-    ) -> list[Image]:
-        """Pictures from vectors; arguments are those of `pixels`."""
-        pixels = self.pixels(vectors_BME, null_ME, numbers, steps, guidance_scale, seed, level)
-        return [to_pil(picture) for picture in pixels.float().cpu().numpy()]
+        return pictures(self.pixels(self.encode(images), null_ME, numbers, steps, guidance_scale, seed, level=0.0))
 
     @torch.inference_mode()
     def pixels(
@@ -122,3 +108,8 @@ class Painter:
             scheduler,
             on_step,
         )
+
+
+def pictures(pixels_BCHW: Tensor) -> list[Image]:
+    """Pictures of pixels in [0, 1]."""
+    return [to_pil(one) for one in pixels_BCHW.float().cpu().numpy()]

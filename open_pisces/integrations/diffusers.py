@@ -23,11 +23,11 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from open_pisces.data.images import to_pil
 from open_pisces.data.prompts import generation_turns
 from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
 from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator
+from open_pisces.generate.painter import pictures
 from open_pisces.integrations.transformers import local_folder
 from open_pisces.model.folder import read_config
 from open_pisces.model.pisces import Pisces
@@ -135,8 +135,7 @@ class PiscesPipeline(DiffusionPipeline):
 def _as(output_type: str, pixels_BCHW: Tensor) -> Any:
     if output_type == "pt":
         return pixels_BCHW
-    pixels = pixels_BCHW.float().cpu().numpy()
-    return pixels.transpose(0, 2, 3, 1) if output_type == "np" else [to_pil(one) for one in pixels]
+    return pictures(pixels_BCHW) if output_type == "pil" else pixels_BCHW.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 # diffusers looks a pipeline's class up among its own names.

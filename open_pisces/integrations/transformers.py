@@ -26,6 +26,7 @@ import torch
 from huggingface_hub import snapshot_download
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForMultimodalLM,
@@ -38,12 +39,12 @@ from transformers import (
 
 from open_pisces.batch import SequenceBatch
 from open_pisces.config import ModelConfig
-from open_pisces.data.images import to_pil
 from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator
 from open_pisces.generate.messages import as_image, read_messages
+from open_pisces.generate.painter import pictures
 from open_pisces.model.folder import read_config
 from open_pisces.model.parts import PARTS, build_part, siglip_config
 from open_pisces.model.pisces import Pisces
@@ -201,7 +202,7 @@ class PiscesProcessor(ProcessorMixin):
     ) -> list[Any]:
         """What `PiscesForConditionalGeneration.generate` returned, as strings or as pictures."""
         if generation_mode == "image":
-            return [to_pil(pixels) for pixels in generated_outputs.float().cpu().numpy()]
+            return pictures(generated_outputs)
         return [
             self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in generated_outputs.tolist()
         ]
@@ -318,8 +319,8 @@ class PiscesForConditionalGeneration(PreTrainedModel):
             **more: what transformers passes to any model.
 
         Returns:
-            ``text``: prompts and answers, ``(B * n, S + new)``, padded on the right. ``image``: pixels in [0, 1],
-            ``(B * n, 3, H, W)``.
+            ``text``: prompts and answers without their ends of turn, ``(B * n, S + new)``, padded on the right.
+            ``image``: pixels in [0, 1], ``(B * n, 3, H, W)``.
 
         Raises:
             ModeError: for another mode, or several sequences of one that has no chance in it.
@@ -338,30 +339,12 @@ class PiscesForConditionalGeneration(PreTrainedModel):
         if n > 1 and not do_sample:
             raise ModeError(f"num_return_sequences={n} without do_sample=True: all answers would be the same")
         batch = self._batch(generator, input_ids, pixel_values)
-        rows = [
-            self._answers(generator, batch, max_new_tokens, temperature if do_sample else 0.0, seed + j)
-            for j in range(n)
-        ]
+        asked = (max_new_tokens, temperature if do_sample else 0.0)
+        rows = [generator.rows(generator.tokens(batch, *asked, seed + j), len(input_ids)) for j in range(n)]
         answers = [rows[j][i] for i in range(len(input_ids)) for j in range(n)]
-        longest = max(map(len, answers))
-        pad = generator.renderer.pad
-        written = torch.tensor([row + [pad] * (longest - len(row)) for row in answers], device=input_ids.device)
-        return torch.cat([input_ids.repeat_interleave(n, 0), written], 1)
-
-    @staticmethod
-    def _answers(
-        generator: Generator, batch: SequenceBatch, max_new_tokens: int, temperature: float, seed: int
-    ) -> list[list[int]]:
-        """The tokens of each row's answer, its end of turn among them."""
-        stop = generator.renderer.end_of_turn
-        rows: list[list[int]] = [[] for _ in range(len(batch.ids_BS))]
-        for column in generator.tokens(batch, max_new_tokens, temperature, seed):
-            for row, token in zip(rows, column, strict=True):
-                if row[-1:] != [stop]:
-                    row.append(token)
-            if all(row[-1:] == [stop] for row in rows):
-                break
-        return rows
+        written = [torch.tensor(row, dtype=input_ids.dtype, device=input_ids.device) for row in answers]
+        padded = pad_sequence(written, batch_first=True, padding_value=generator.renderer.pad)
+        return torch.cat([input_ids.repeat_interleave(n, 0), padded], 1)
 
     def _batch(self, generator: Generator, input_ids: Tensor, pixel_values: Tensor | None) -> SequenceBatch:
         """Tokens and pictures as our batch: every placeholder in a prompt is a place of a picture that is seen."""

@@ -6,7 +6,7 @@ The model knows nothing of this. One rank runs the same code, with nothing shard
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -64,17 +64,16 @@ def _recomputed(forward: Any, contexts: dict[str, Any], twice: bool, *args: Any,
     # not when it is recomputed: the operations would not be the same, and selective checkpointing counts them.
     torch.set_autocast_cache_enabled(cached and not twice)
     try:
-        forward = partial(_as_in_the_step, forward)
+        # Autocast is restored when a block is recomputed, what `device.autocast` adds to it on a CPU is not.
+        if Float32Attention.entered:
+            forward = partial(_in_float32_attention, forward)
         return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **contexts, **kwargs)
     finally:
         torch.set_autocast_cache_enabled(cached)
 
 
-def _as_in_the_step(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """Autocast is restored when a block is recomputed, what `device.autocast` adds to it on a CPU is not."""
-    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    on_cpu = given is not None and given.device.type == "cpu"  # and not on the meta device, where plans are counted
-    with Float32Attention() if on_cpu and torch.is_autocast_enabled("cpu") else nullcontext():
+def _in_float32_attention(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with Float32Attention():
         return forward(*args, **kwargs)
 
 

@@ -14,34 +14,25 @@ from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.integrations.diffusers import PipelineError, PiscesPipeline
 from open_pisces.model.folder import read_card, verify
-from open_pisces.model.pisces import Pisces
 
 CAPTIONS = ["a red ball", "two small blue hearts on green"]
 
 
-@pytest.fixture(scope="module")
-def folder(nano_pisces: Pisces, nano_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder."""
-    place = tmp_path_factory.mktemp("pipeline") / "model"
-    nano_pisces.save_pretrained(place, nano_tokenizer)
-    return place
-
-
 @pytest.fixture
-def pipe(folder: Path) -> Any:
-    return DiffusionPipeline.from_pretrained(folder)
+def pipe(nano_folder: Path) -> Any:
+    return DiffusionPipeline.from_pretrained(nano_folder)
 
 
 def same(one: Any, other: Any) -> bool:
     return bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 
-def test_it_draws_what_the_generator_draws(pipe: Any, folder: Path) -> None:
+def test_it_draws_what_the_generator_draws(pipe: Any, nano_folder: Path) -> None:
     assert isinstance(pipe, PiscesPipeline)
-    expected = Generator.from_pretrained(folder, "cpu").image(CAPTIONS, n=2, steps=2, guidance_scale=1.5, seed=3)
+    expected = Generator.from_pretrained(nano_folder, "cpu").image(CAPTIONS, n=2, steps=2, guidance_scale=1.5, seed=3)
     drawn = pipe(CAPTIONS, num_inference_steps=2, guidance_scale=1.5, num_images_per_prompt=2, seed=3).images
     assert all(same(a, b) for a, b in zip(drawn, [one for row in expected for one in row], strict=True))
-    default = Generator.from_pretrained(folder, "cpu").image(CAPTIONS[:1])[0][0]
+    default = Generator.from_pretrained(nano_folder, "cpu").image(CAPTIONS[:1])[0][0]
     assert same(pipe(CAPTIONS[0], return_dict=False)[0][0], default)
 
 
@@ -68,7 +59,7 @@ def test_callbacks_see_each_step_and_may_change_the_latents(pipe: Any) -> None:
     assert seen == [0, 1, 2] and torch.equal(drawn.images, torch.full_like(drawn.images, 0.5))
 
 
-def test_schedulers_of_its_kind_swap(pipe: Any, folder: Path, tmp_path: Path) -> None:
+def test_schedulers_of_its_kind_swap(pipe: Any, nano_folder: Path, tmp_path: Path) -> None:
     how = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "np"}
     euler = pipe(CAPTIONS[0], **how).images
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -84,9 +75,9 @@ def test_schedulers_of_its_kind_swap(pipe: Any, folder: Path, tmp_path: Path) ->
         pipe(CAPTIONS[0], **how)
 
 
-def test_a_saved_pipeline_is_the_model_folder(pipe: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_saved_pipeline_is_the_model_folder(pipe: Any, nano_folder: Path, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "again")
-    assert read_card(tmp_path / "again")["parts"] == read_card(folder)["parts"]
+    assert read_card(tmp_path / "again")["parts"] == read_card(nano_folder)["parts"]
     pipe.to(torch.bfloat16)
     assert {p.dtype for p in pipe.pisces.llm.parameters()} == {torch.bfloat16}
 

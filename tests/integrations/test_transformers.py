@@ -22,33 +22,24 @@ from open_pisces.integrations.transformers import (
     PiscesProcessor,
 )
 from open_pisces.model.folder import read_card, verify
-from open_pisces.model.pisces import Pisces
 
 QUESTIONS = ["What is it?", "How many balls are there in the picture?"]
 CAPTIONS = ["a red ball", "two small blue hearts on green"]
 
 
 @pytest.fixture(scope="module")
-def folder(nano_pisces: Pisces, nano_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder."""
-    place = tmp_path_factory.mktemp("native") / "model"
-    nano_pisces.save_pretrained(place, nano_tokenizer)
-    return place
+def model(nano_folder: Path) -> Any:
+    return AutoModelForMultimodalLM.from_pretrained(nano_folder)
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return AutoModelForMultimodalLM.from_pretrained(folder)
+def processor(nano_folder: Path) -> Any:
+    return AutoProcessor.from_pretrained(nano_folder)
 
 
 @pytest.fixture(scope="module")
-def processor(folder: Path) -> Any:
-    return AutoProcessor.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def generator(folder: Path) -> Generator:
-    return Generator.from_pretrained(folder, "cpu")
+def generator(nano_folder: Path) -> Generator:
+    return Generator.from_pretrained(nano_folder, "cpu")
 
 
 def picture(seed: int) -> Image.Image:
@@ -59,11 +50,11 @@ def chat(question: str, image: Image.Image) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 
-def test_the_auto_classes_find_ours(folder: Path, model: Any, processor: Any) -> None:
-    assert isinstance(AutoConfig.from_pretrained(folder), PiscesConfig)
+def test_the_auto_classes_find_ours(nano_folder: Path, model: Any, processor: Any) -> None:
+    assert isinstance(AutoConfig.from_pretrained(nano_folder), PiscesConfig)
     assert isinstance(model, PiscesForConditionalGeneration) and isinstance(processor, PiscesProcessor)
-    assert read_card(folder)["model_type"] == "pisces"
-    half = AutoModelForMultimodalLM.from_pretrained(folder, dtype="bfloat16")
+    assert read_card(nano_folder)["model_type"] == "pisces"
+    half = AutoModelForMultimodalLM.from_pretrained(nano_folder, dtype="bfloat16")
     assert {p.dtype for p in half.pisces.llm.parameters()} == {torch.bfloat16} and half.dtype == torch.bfloat16
 
 
@@ -125,11 +116,13 @@ def test_logits_are_those_that_answers_are_taken_from(model: Any, processor: Any
     assert logits.argmax() == first
 
 
-def test_a_folder_saved_by_them_is_a_model_folder(model: Any, processor: Any, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_saved_by_them_is_a_model_folder(
+    model: Any, processor: Any, nano_folder: Path, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path / "again")
     processor.save_pretrained(tmp_path / "again")
     assert verify(tmp_path / "again") > 10
-    assert read_card(tmp_path / "again")["parts"] == read_card(folder)["parts"]
+    assert read_card(tmp_path / "again")["parts"] == read_card(nano_folder)["parts"]
     again = AutoModelForMultimodalLM.from_pretrained(tmp_path / "again")
     inputs = AutoProcessor.from_pretrained(tmp_path / "again")(text=CAPTIONS[:1], generation_mode="image")
     how = {"generation_mode": "image", "num_inference_steps": 1}

@@ -264,11 +264,12 @@ def test_one_set_of_files_is_read(clip: CLIPVisionModel, tmp_path: Path) -> None
     half = {key: value.half() for key, value in clip.state_dict().items()}
     save_file(half, tmp_path / "whole" / "model.fp16.safetensors")
     assert read_tower(tmp_path / "whole")["positions"].dtype == torch.float32
-    assert read_tower(tmp_path / "whole", "fp16")["positions"].dtype == torch.float16
-    with pytest.raises(ImportSourceError, match="no weights of variant ema: there are fp16, the plain one"):
-        read_tower(tmp_path / "whole", "ema")
+    assert read_tower(tmp_path / "whole" / "model.fp16.safetensors")["positions"].dtype == torch.float16
     (tmp_path / "whole" / "model.safetensors").unlink()
     assert read_tower(tmp_path / "whole")["positions"].dtype == torch.float16
+    save_file(half, tmp_path / "whole" / "model.ema.safetensors")
+    with pytest.raises(ImportSourceError, match="holds the variants ema, fp16: name the file of one"):
+        read_tower(tmp_path / "whole")
     gone = sorted((tmp_path / "shards").glob("*.safetensors"))[0]
     gone.unlink()
     with pytest.raises(ImportSourceError, match=f"{gone.name}, which is missing"):

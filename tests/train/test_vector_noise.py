@@ -102,8 +102,8 @@ def test_drawings_are_told_the_models_level_and_reconstructions_none(
     monkeypatch.setattr(painter.decoder, "sample", watched)
     picture = to_pil(torch.rand(3, 32, 32).numpy())
     painter.reconstruct([picture], steps=1)
-    painter.paint(painter.encode([picture]), None, [0], 1, 1.0, 0)
-    painter.paint(painter.encode([picture]), None, [0], 1, 1.0, 0, level=0.1)
+    painter.pixels(painter.encode([picture]), None, [0], 1, 1.0, 0)
+    painter.pixels(painter.encode([picture]), None, [0], 1, 1.0, 0, level=0.1)
     assert told == [0.0, 0.35, 0.1]
 
 

@@ -51,6 +51,7 @@ from open_pisces.eval.scenes.diagnose_vectors import (
 )
 from open_pisces.eval.scenes.drawing import frozen_prompts, measured
 from open_pisces.eval.scenes.frozen import FrozenScene
+from open_pisces.generate.painter import pictures
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -202,7 +203,7 @@ def _drawn(
     null_ME = painter.bridge.statistics.null_ME if kind in ("decoder", "noise") else generator.null_condition
     number = int(value) if kind == "seed" else 0
     scale = float(value) if kind == "guidance" else None
-    return painter.paint(source[list(places)], null_ME, [number] * len(places), None, scale, 0)
+    return pictures(painter.pixels(source[list(places)], null_ME, [number] * len(places), None, scale, 0))
 
 
 # ------------------------------------------------------------------------------------------------------- the figures

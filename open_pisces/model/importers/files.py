@@ -46,14 +46,14 @@ def located(source: str | Path) -> Path:
         ) from None
 
 
-def weight_files(source: str | Path, variant: str | None = None) -> list[Path]:
+def weight_files(source: str | Path) -> list[Path]:
     """The files that hold a model's weights, each tensor once.
 
-    A folder may hold the same weights several times: whole and as ``.fp16`` variant (diffusers). One set is taken.
+    A folder may hold the same weights several times: whole and as ``.fp16`` variant (diffusers). The plain ones are
+    taken, or else the only variant there is.
 
     Args:
         source: a ``.safetensors`` file, or a folder with one, or with shards and their index.
-        variant: such as ``fp16``; None takes the plain weights, or else the only variant there is.
 
     Raises:
         ImportSourceError: if there is no such set, shards are missing, or the choice is not clear. ``.bin`` and
@@ -67,13 +67,11 @@ def weight_files(source: str | Path, variant: str | None = None) -> list[Path]:
     sets = _sets(path)
     if not sets:
         raise ImportSourceError(f"{path}: no .safetensors file there (convert .bin or .pt first)")
-    wanted = variant or ("" if "" in sets else None)
-    if wanted is None and len(sets) == 1:
-        wanted = next(iter(sets))
-    if wanted not in sets:
-        named = ", ".join(sorted(name or "the plain one" for name in sets))
-        raise ImportSourceError(f"{path}: no weights of variant {variant}: there are {named}; name one with --variant")
-    return sets[wanted]
+    if "" not in sets and len(sets) > 1:
+        raise ImportSourceError(
+            f"{path}: holds the variants {', '.join(sorted(sets))}: name the file of one as the source"
+        )
+    return sets[""] if "" in sets else next(iter(sets.values()))
 
 
 def _sets(folder: Path) -> dict[str, list[Path]]:
@@ -100,14 +98,14 @@ def _sets(folder: Path) -> dict[str, list[Path]]:
     return found or ({"": loose} if loose else {})
 
 
-def read_weights(source: str | Path, variant: str | None = None) -> dict[str, Tensor]:
+def read_weights(source: str | Path) -> dict[str, Tensor]:
     """All tensors of a source by name, in the dtype they are stored in.
 
     Raises:
         ImportSourceError: as `weight_files`, and for a damaged file or a tensor that comes twice.
     """
     weights: dict[str, Tensor] = {}
-    for file in weight_files(source, variant):
+    for file in weight_files(source):
         try:
             held = load_file(file)
         except (SafetensorError, OSError) as error:

@@ -174,13 +174,13 @@ def fill_tower(encoder: torch.nn.Module, weights: dict[str, Tensor], source: str
     encoder.load_state_dict(weights)
 
 
-def read_tower(source: str | Path, variant: str | None = None) -> dict[str, Tensor]:
+def read_tower(source: str | Path) -> dict[str, Tensor]:
     """The weights of a local tower, renamed.
 
     Raises:
         ImportSourceError: as `read_weights` and `translate`, with the source's name.
     """
-    weights = read_weights(source, variant)
+    weights = read_weights(source)
     try:
         return translate(weights)
     except ImportSourceError as error:
