@@ -16,7 +16,7 @@ from torch import Tensor
 from open_pisces.config import LossConfig
 from open_pisces.data.prompts import Turn, collate, generation_turns
 from open_pisces.device import pick_device
-from open_pisces.generate.generator import Generator, PromptError
+from open_pisces.generate.generator import Generator, PromptError, _repeated
 from open_pisces.model.pisces import Pisces
 from open_pisces.settings import ConfigError
 
@@ -322,6 +322,17 @@ def test_a_drawn_picture_is_seen_again_through_the_understanding_encoder(exact: 
     batches = [replace(exact.prompt([AFTER_DRAWING], [(picture(i),)]), generation_vectors_BME=vectors) for i in (1, 2)]
     states = [exact._prefill(batch)[0] for batch in batches]
     assert (states[0] - states[1]).abs().max() > 1e-4
+
+
+def test_rows_are_repeated_with_their_own_pictures(exact: Generator) -> None:
+    """As a head that samples needs them: one row for each picture of a prompt, with what that prompt shows."""
+    turns = [(Turn("user", (0, "a")),), (Turn("user", ("b",)),), (Turn("user", (0, 1, "c")),)]
+    shown = [(picture(1),), (), (picture(2), picture(3))]
+    batch = exact.prompt(turns, shown)
+    repeated = _repeated(batch, 2, exact.renderer.N)
+    expected = exact.prompt([one for one in turns for _ in range(2)], [one for one in shown for _ in range(2)])
+    for name in ("ids_BS", "understanding_at_K", "understanding_pixels_BCHW"):
+        assert torch.equal(getattr(repeated, name), getattr(expected, name)), name
 
 
 # --------------------------------------------------------------------------------------------------------- folders
