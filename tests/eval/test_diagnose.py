@@ -200,7 +200,7 @@ def test_a_diagnosis_says_where_the_loss_is(
     def no(*_: Any, **__: Any) -> None:
         raise AssertionError("drawn again")
 
-    monkeypatch.setattr(generator.painter, "paint", no)
+    monkeypatch.setattr(generator.painter, "pixels", no)
     monkeypatch.setattr(generator, "vectors", no)
     generator.__dict__["null_vectors"] = generator.null_vectors
     again = d.Diagnosis(generator, [knows, blind], **how).run(nano_folder, tmp_path / "run")
