@@ -285,6 +285,9 @@ class LoraConfig(Settings):
     alpha: float = Field(default=32.0, gt=0)
     """The adapter counts ``alpha / rank`` times."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    bits: Literal[4, 16] = 16
+    """Of the frozen weights: 16 keeps them in bfloat16, 4 quantizes them as QLoRA does (arXiv 2305.14314): NF4, doubly
+    quantized, in the layers of the LLM alone. Needs ``pip install 'open-pisces[qlora]'``."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
     """Names of the layers that get one, such as ``[q_proj, v_proj]``; or all but the output layer (QLoRA's finding)."""
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,8 +24,13 @@ from open_pisces.config import LoraConfig
 from open_pisces.errors import PiscesError
 
 _INSTALL = "pip install 'open-pisces[lora]'"
+_INSTALL_4BIT = "pip install 'open-pisces[qlora]'"
 _BY_PATH = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "target_parameters")
 """Settings that name modules by their path: those of a whole Pisces do not hold for its LLM alone."""
+
+
+BASE_FILE = "base.json"
+"""In an adapter's folder: sha256 of the files of the LLM that it was trained on."""
 
 
 class AdapterError(PiscesError):
@@ -125,6 +133,8 @@ def attach_adapter(llm: Any, config: LoraConfig, new_tokens: Sequence[int] = ())
     Raises:
         AdapterError: if PEFT is not installed, the LLM's adapter is another one, or has no layer of a name.
     """
+    # PEFT imports bitsandbytes where it is, which says on a CPU that a faster kernel is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError:
@@ -242,7 +252,59 @@ def load_adapter(llm: Any, path: Path) -> None:
     if wrong:
         raise AdapterError(f"{path}: does not fit llm/, for example {wrong[0]}")
     for parameter in llm.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.is_floating_point():  # quantized weights are bytes
+            parameter.data = parameter.data.to(dtype)
+
+
+def check_base(path: Path, files: dict[str, str]) -> None:
+    """Refuse an adapter that was trained on another base. One that does not say on which is taken as it is.
+
+    Args:
+        path: the adapter's folder.
+        files: sha256 of each file of the LLM, as its model folder records them.
+
+    Raises:
+        AdapterError: naming the first file of weights that differs.
+    """
+    note = path / BASE_FILE
+    if not note.is_file():
+        return
+    for file, digest in json.loads(note.read_text()).items():
+        # Settings may be edited; weights that differ make another model.
+        if file.endswith(".safetensors") and files.get(file) != digest:
+            found = f"sha256 {files[file][:12]}" if file in files else "missing"
+            raise AdapterError(
+                f"{path}: an adapter of another base: its llm/{file} is sha256 {digest[:12]}, here it is {found}: put "
+                "the adapter beside the LLM that it was trained on"
+            )
+
+
+def nf4() -> Any:
+    """How transformers is to quantize the base of a QLoRA: 4-bit normal floats, their scales quantized too.
+
+    Raises:
+        AdapterError: if bitsandbytes is not installed.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise AdapterError(f"train.lora.bits = 4 needs bitsandbytes: {_INSTALL_4BIT}, or set 16")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def keep_trainable(llm: nn.Module) -> None:
+    """Stop quantized layers from laying out their weights anew when they compute without gradients on a CPU.
+
+    bitsandbytes 0.50 leaves them so, and no gradient comes through them afterwards: a probe would end the learning.
+    """
+    for layer in llm.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _is_tied(llm: nn.Module, key: str) -> bool:

@@ -71,11 +71,16 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def load_part(
-    folder: str | Path, name: str, config: ModelConfig | None = None, dtype: torch.dtype | None = torch.float32
+    folder: str | Path,
+    name: str,
+    config: ModelConfig | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    **how: Any,
 ) -> nn.Module:
     """One part of a model folder; its weights are read in ``dtype`` (None: as stored), without a copy in another one.
 
-    Checksums are not compared here, `verify` does that: it costs a second read of all weights.
+    Checksums are not compared here, `verify` does that: it costs a second read of all weights. ``how`` is the part's
+    own: ``quantization_config`` of the LLM.
 
     Raises:
         ModelFolderError: if the part is missing, damaged, or of another shape than the folder's settings.
@@ -87,8 +92,10 @@ def load_part(
     for file in read_card(folder)["parts"].get(name, {}):
         if not (part / file).is_file():
             raise ModelFolderError(f"{folder}: the part {name}/ lacks its file {file}: fetch the folder again")
+    if name == "llm" and (folder / "adapter").is_dir():
+        adapters.check_base(folder / "adapter", read_card(folder)["parts"].get("llm", {}))
     try:
-        return PARTS[name].load(part, config, dtype)
+        return PARTS[name].load(part, config, dtype, **how)
     except (ModelFolderError, adapters.AdapterError):
         raise
     except (OSError, RuntimeError, SafetensorError, ValueError, KeyError) as error:
@@ -219,6 +226,10 @@ def _fill(
     settings = without_sources(config).model_dump(mode="json")
     records = before["record"] + ([record] if record else [])
     known = {name: before["parts"].get(name) for name in taken_over}  # what was not touched is not read again
+    llm = known.get("llm") or _hashes(fresh / "llm")
+    if (fresh / "adapter").is_dir() and "adapter" not in taken_over:
+        (fresh / "adapter" / adapters.BASE_FILE).write_text(json.dumps(llm, indent=1) + "\n")
+    known["llm"] = llm
     hashes = {n: known.get(n) or _hashes(fresh / n) for n in FOLDERS if (fresh / n).is_dir()}
     card = {**NAMES, "format": FORMAT, "model": settings, "parts": hashes, "record": records}
     (fresh / "config.json").write_text(json.dumps(card, indent=1) + "\n")
@@ -305,14 +316,14 @@ def in_start(model: ModelConfig, name: str) -> bool:
 
 
 def get_part(
-    name: str, model: ModelConfig, vocabulary: int | None = None, dtype: torch.dtype | None = torch.float32
+    name: str, model: ModelConfig, vocabulary: int | None = None, dtype: torch.dtype | None = torch.float32, **how: Any
 ) -> Any:
-    """The part as the start folder has it, in ``dtype`` (None: as stored), or else a new one in float32."""
+    """The part as the start folder has it (`load_part`), or else a new one in float32."""
     if not in_start(model, name):
         return build_part(name, model, vocabulary)
     if name == "bridge":
         return _start_bridge(model, dtype)
-    return load_part(model.start or "", name, model, dtype)
+    return load_part(model.start or "", name, model, dtype, **how)
 
 
 def _start_bridge(model: ModelConfig, dtype: torch.dtype | None) -> Any:

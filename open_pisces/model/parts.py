@@ -50,8 +50,8 @@ class Part:
 
     build: Callable[[ModelConfig, int | None], nn.Module]
     """From the settings of the whole model, and the tokens of the tokenizer (None keeps the LLM's own embeddings)."""
-    load: Callable[[Path, ModelConfig, torch.dtype | None], nn.Module]
-    """From its folder, weights in a dtype; None keeps the one they are stored in."""
+    load: Callable[..., nn.Module]
+    """From its folder, the settings, and the dtype of its weights; None keeps the one they are stored in."""
     save: Callable[[Any, Path], None]
     """Into its folder."""
     source: Callable[[ModelConfig], str | None]
@@ -208,9 +208,12 @@ def _refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) ->
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def _load_llm(path: Path, config: ModelConfig, dtype: torch.dtype | None) -> nn.Module:
+def _load_llm(
+    path: Path, config: ModelConfig, dtype: torch.dtype | None, quantization_config: Any = None
+) -> nn.Module:
     dtype = dtype or _stored_dtype(path, path.parent / "adapter")
-    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    more = {"quantization_config": quantization_config} if quantization_config else {}
+    llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **more)
     _complete(path, info)
     if (path.parent / "adapter").is_dir():
         adapters.load_adapter(llm, path.parent / "adapter")

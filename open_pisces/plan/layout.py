@@ -6,11 +6,13 @@ by the constants below.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from open_pisces.config import RunConfig
@@ -19,7 +21,7 @@ from open_pisces.errors import PiscesError
 from open_pisces.plan.memory import Activations, measure_activations
 from open_pisces.train.flops import Counts
 from open_pisces.train.objectives import OBJECTIVES
-from open_pisces.train.objectives.base import Objective
+from open_pisces.train.objectives.base import Objective, kept_in_half
 from open_pisces.train.optim import muon_matrices
 from open_pisces.train.shapes import Shape
 from open_pisces.train.sharding import blocks, split_frozen
@@ -45,6 +47,8 @@ PACKED = 0.97
 """Assumed share of tokens that are no padding in packed rows."""
 PADDED = 0.8
 """The same in padded rows of samples of similar length."""
+NF4_BYTES = 0.516
+"""Of a weight in bitsandbytes' doubly quantized NF4: four bits, a byte of scale for each 64, and the scales' scales."""
 RESERVE = 4.0
 """GiB that no tensor shows: CUDA context, buffers of NCCL and cuBLAS, fragmentation. An allowance, not a count."""
 
@@ -275,9 +279,36 @@ class Layout:
         key = (settings.checkpointing, settings.accumulate > 1, self.largest_micro_batch, self.gpus > 1)
         if key not in self.measured:
             self.measured[key] = measure_activations(
-                self.module, self.objective.rehearsal, self.config, self.largest_micro_batch, self.gpus > 1
+                self._as_held, self.objective.rehearsal, self.config, self.largest_micro_batch, self.gpus > 1
             )
         return self.measured[key]
+
+    @property
+    def _as_held(self) -> nn.Module:
+        """The model with its frozen weights in the dtype that they are kept in; four bits compute as bfloat16."""
+        half = kept_in_half(self.config, self.gpus)
+        if not half:
+            return self.module
+        module = copy.deepcopy(self.module)
+        for name in half:
+            for parameter in getattr(module, name, nn.Module()).parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        return module
+
+    @property
+    def _saved_in_half(self) -> float:
+        """Bytes that frozen weights in bfloat16 or in four bits take less than in float32."""
+        saved = 0.0
+        quantized = self.config.train.lora is not None and self.config.train.lora.bits == 4
+        for name in kept_in_half(self.config, self.gpus):
+            part: Any = getattr(self.module, name, None)
+            if part is None:
+                continue
+            saved += 2 * (count_parameters(part) - count_parameters(part, learning=True))
+            if quantized and name == "llm":
+                saved += (2 - NF4_BYTES) * _quantized_parameters(part)
+        return saved
 
     @property
     def _moments(self) -> int:
@@ -303,7 +334,7 @@ class Layout:
         # Without `reduce_each` gradients are reduced after the last micro-batch, and unsharded until then.
         waits = self.most_micro_batches > 1 and not settings.reduce_each
         return Memory(
-            weights=itemsize * ((learning + frozen - unsharded) / shards + unsharded),
+            weights=itemsize * ((learning + frozen - unsharded) / shards + unsharded) - self._saved_in_half,
             gradients=itemsize * learning / (1 if waits else shards),
             optimizer=itemsize * self._moments / shards,
             averages=itemsize * learning / shards if settings.ema else 0,
@@ -334,6 +365,13 @@ class Layout:
         itemsize = 2 if self.config.train.precision == "bf16" else 4
         block = max(parts, default=0)
         return itemsize * (2 * block + rest) + itemsize * (block + rest) + 4 * block
+
+
+def _quantized_parameters(llm: Any) -> int:
+    """Weights that bitsandbytes quantizes: of all linear layers but the output layer, without their adapters."""
+    output = llm.get_output_embeddings()
+    linear = [part for name, part in llm.named_modules() if isinstance(part, nn.Linear) and "lora_" not in name]
+    return sum(part.weight.numel() for part in linear if part is not output)
 
 
 def group_sizes(module: nn.Module, most: int) -> list[int]:

@@ -26,7 +26,7 @@ from open_pisces.settings import ConfigError
 from open_pisces.train.checkpoint import Checkpoints, load_latest, own_folder, read_progress, state_of
 from open_pisces.train.flops import meta_copy
 from open_pisces.train.log import Log, describe_run
-from open_pisces.train.objectives import build_training, costs_of
+from open_pisces.train.objectives import build_training, costs_of, skeleton
 from open_pisces.train.objectives.base import Objective
 from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at
 from open_pisces.train.probes import Probe, probe
@@ -122,7 +122,9 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     if world.mesh is None:
         module.to(world.device)  # otherwise sharding takes it there block by block: a device never holds all of it
     copies = {name: meta_copy(part) for name, part in training.parts.items()}
-    costs = costs_of(module, config)
+    quantized = settings.lora is not None and settings.lora.bits == 4
+    # Quantized layers cannot be counted: those of the same shapes are.
+    costs = costs_of(skeleton(config) if quantized else module, config)
     checkpoint_activations(module, settings.checkpointing)
     if settings.compile and training.compiled is not None:
         # Padded lengths are few, each gets its own fast code; packed rows differ in number from step to step.
@@ -178,6 +180,8 @@ def run_until_done(run: Run, stop: Stop) -> bool:
     left_out = set(progress.left_out)
     steps = [step for step in range(progress.step, settings.steps) if step not in left_out]
     read_ahead = prefetch(run.training.load, steps, workers=run.config.data.workers)
+    if settings.lora and not progress.step:
+        run_probes(run)  # what it could before it was tuned
     for step, given in zip(steps, run.log.waiting(read_ahead), strict=True):
         row: dict[str, float] = {}
         batches, whole, ended = run.world.equalize_micro_batches(given, run.training.load, stop.asked)
@@ -354,8 +358,8 @@ def fill_weights(
     places: dict[str, Tensor] = copy.state_dict(keep_vars=True)
     done: dict[int, Tensor] = {}
     for name, value in part.state_dict(keep_vars=True).items():
-        if learning_only and isinstance(value, nn.Parameter) and not value.requires_grad:
-            continue
+        if learning_only and (name not in places or (isinstance(value, nn.Parameter) and not value.requires_grad)):
+            continue  # quantized weights have scales beside them that the copy has not
         if id(value) not in done:
             whole = gather_full(averages.get(id(value), value.detach()))
             if world.is_first and not places[name].is_meta:

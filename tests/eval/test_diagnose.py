@@ -229,6 +229,21 @@ def test_the_sentence_names_the_largest_loss(place: str, says: str) -> None:
     assert says in told and "40 points [30, 50]" in told and "costs 12 on true vectors" in told
 
 
+def test_only_true_vectors_are_told_to_be_true(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def pixels(vectors: Any, null: Any, numbers: Any, steps: Any, scale: Any, seed: Any, level: Any = None) -> Any:
+        told[name] = level
+        return torch.zeros(len(vectors), 3, 8, 8)
+
+    monkeypatch.setattr(generator.painter, "pixels", pixels)
+    vectors = dict.fromkeys(("true", "noise", "forced", "detailed", "free"), torch.zeros(1, 4, 8))
+    for name in d.picture_names(generator):
+        d._drawn(generator, name, [0], [Pillow.new("RGB", (8, 8))], vectors)
+    # None: the level of the LLM's vectors, `decoder.noise_level`.
+    assert told.pop("decoder") == 0.0 and set(told.values()) == {None}
+
+
 def test_noise_is_as_large_as_the_error_of_the_forced_vectors(generator: Generator, cutouts: Cutouts) -> None:
     scenes = list(frozen_scenes.load("drawing/train")[:60:2])
     images, _ = frozen_scenes.pictures(scenes, cutouts)

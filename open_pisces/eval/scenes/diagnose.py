@@ -203,7 +203,9 @@ def _drawn(
     null_ME = painter.bridge.statistics.null_ME if kind in ("decoder", "noise") else generator.null_condition
     number = int(value) if kind == "seed" else 0
     scale = float(value) if kind == "guidance" else None
-    return pictures(painter.pixels(source[list(places)], null_ME, [number] * len(places), None, scale, 0))
+    # The decoder is told how wrong its vectors are, and true ones are not (as `Painter.reconstruct`).
+    level = 0.0 if kind == "decoder" else None
+    return pictures(painter.pixels(source[list(places)], null_ME, [number] * len(places), None, scale, 0, level))
 
 
 # ------------------------------------------------------------------------------------------------------- the figures

@@ -24,6 +24,7 @@ from open_pisces.data.shards import DamagedSample, open_dataset
 from open_pisces.data.tokenizer import byte_tokenizer, load_tokenizer, special_tokens, train_tokenizer
 from open_pisces.errors import PiscesError
 from open_pisces.factory.encoders import fingerprints, store_keys
+from open_pisces.model.adapters import keep_trainable, nf4
 from open_pisces.model.folder import get_part, in_start
 from open_pisces.model.parts import llm_config
 from open_pisces.train.flops import Cost, Counts, structure_of
@@ -121,14 +122,27 @@ def get_parts(names: Iterable[str], config: RunConfig, world: World, vocabulary:
     parts: dict[str, Any] = {}
     if world.is_first:
         dtype = torch.float32 if world.ranks == 1 else None
-        dtypes = dict.fromkeys(names, dtype)
-        if config.train.lora and config.train.precision == "bf16" and world.ranks == 1:
-            dtypes["llm"] = torch.bfloat16  # what is frozen needs no more, and is most of the memory
-        parts = {name: get_part(name, config.model, vocabulary, kind) for name, kind in dtypes.items()}
+        half = kept_in_half(config, world.ranks)
+        for name in names:
+            quantized = name == "llm" and config.train.lora is not None and config.train.lora.bits == 4
+            how = {"quantization_config": nf4()} if quantized else {}
+            kind = torch.bfloat16 if name in half else dtype
+            parts[name] = get_part(name, config.model, vocabulary, kind, **how)
+            if quantized:
+                keep_trainable(parts[name])
     if world.ranks == 1:
         return parts
     structures = world.broadcast_object({name: structure_of(part) for name, part in parts.items()})
     return parts if world.is_first else structures
+
+
+def kept_in_half(config: RunConfig, ranks: int) -> tuple[str, ...]:
+    """Parts that LoRA on one GPU keeps in bfloat16: both are frozen, and most of the memory.
+
+    The encoders stay float32: their vectors are what is learnt.
+    """
+    alone = config.train.lora is not None and config.train.precision == "bf16" and ranks == 1
+    return ("llm", "decoder") if alone else ()
 
 
 def get_features(config: RunConfig, mixture: Mixture, world: World) -> list[FeatureStore]:
@@ -201,4 +215,6 @@ def vocabulary(config: RunConfig) -> int:
         return 256 + len(special)
     if config.model.tokenizer == "bpe":
         return config.model.vocab_size
+    if config.model.tokenizer == "folder" and "llm" not in config.model.fresh:
+        return llm_config(config.model).vocab_size  # of an LLM that is in a Pisces already
     return llm_config(config.model).vocab_size + 3  # a pretrained one has its template's tokens, not those of pictures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from open_pisces.train.objectives.base import Objective, draw, get_features, get
 from open_pisces.train.shapes import Shape, empty_sequences
 from open_pisces.train.world import World
 
+DRAWING = {"generate_short", "generate_detailed", "reconstruct"}
+"""Tasks that end in a picture."""
 TRAINED = ("llm", "understanding_encoder", "generation_encoder", "bridge")
 
 
@@ -50,6 +53,7 @@ class PiscesObjective(Objective):
         super().__init__(config, world)
         self.tokenizer = get_tokenizer(config)
         start = config.model
+        _check_adapter(config, world.ranks, world.is_first)
         names = (*TRAINED, "decoder") if in_start(start, "decoder") else TRAINED
         parts = get_parts(names, config, world, len(self.tokenizer))
         _set_up_adapter(parts["llm"], config, self.tokenizer)
@@ -213,6 +217,33 @@ def _freeze(pisces: Pisces, config: RunConfig) -> None:
     for name in config.train.freeze:
         if getattr(pisces, name, None) is not None:
             getattr(pisces, name).requires_grad_(False)
+
+
+def _check_adapter(config: RunConfig, ranks: int, is_first: bool) -> None:
+    """Refuse what LoRA cannot do before anything is read, and say when the other task may be forgotten.
+
+    Raises:
+        AdapterError: for four bits with settings that they do not go with, or with nothing to quantize.
+    """
+    if not config.train.lora:
+        return
+    if config.train.lora.bits == 4:
+        name = f"{config.name}: train.lora.bits = 4"
+        if ranks > 1:
+            raise AdapterError(f"{name} trains on one GPU, not on {ranks}: start one process, or set 16")
+        if config.train.precision != "bf16":
+            raise AdapterError(f"{name} computes in bfloat16: set train.precision=bf16")
+        if not in_start(config.model, "llm"):
+            raise AdapterError(f"{name} quantizes the LLM of a model folder, and model.start holds none: set 16")
+    tasks = {task for source in config.data.sources for task in source.tasks}
+    drawing = tasks & DRAWING
+    if is_first and (not drawing or drawing == tasks):
+        kept, lost = ("draw", "answer") if drawing else ("answer", "draw")
+        print(
+            f"pisces: {config.name}: all tasks teach it to {kept}, it will forget how to {lost}: add a source that "
+            "replays the other task",
+            file=sys.stderr,
+        )
 
 
 def _set_up_adapter(llm: Any, config: RunConfig, tokenizer: Any) -> None:
