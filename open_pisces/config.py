@@ -126,6 +126,8 @@ class BridgeConfig(Settings):
     """Mean of the logit-normal times; above 0 means noisier."""
     flow_steps: int = Field(default=4, ge=1)
     """Euler steps from noise to a vector."""
+    vector_guidance: float = Field(default=1.0, ge=0)
+    """Default scale of guidance on the LLM's hidden states, away from the empty caption's; 1: none (the paper)."""
 
     def same_head(self, other: BridgeConfig) -> bool:
         """Whether the weights of one's head fit the other's."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 after an expected error, 130 after Ctrl-C. Programming errors keep their traceback.
     """
     args = build_parser().parse_args(argv)
+    # diffusers imports it where it is installed, and on a CPU it says then that a faster kernel is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         result = args.run(args)
     except (PiscesError, OSError) as error:

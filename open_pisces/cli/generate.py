@@ -26,7 +26,7 @@ def generate(args: argparse.Namespace) -> Result:
     check_out(args.out)
     generator = load_generator(args)
     unknown = warn_of_unknown_words(generator, args.prompts)
-    how = args.steps, args.guidance_scale, args.seed, args.temperature
+    how = args.steps, args.guidance_scale, args.seed, args.temperature, args.vector_guidance
     if args.best_of == 1:
         drawn = generator.image(args.prompts, args.n, *how)
     else:
@@ -46,7 +46,7 @@ def generate(args: argparse.Namespace) -> Result:
         save_together({args.out: sheet})
     rows = [{"prompt": prompt, "file": str(file)} for prompt, file in zip(prompts, files, strict=True)]
     say(args, "\n".join(f"{row['prompt']}: {row['file']}" for row in rows))
-    names = ("n", "best_of", "steps", "guidance_scale", "seed", "temperature")
+    names = ("n", "best_of", "steps", "guidance_scale", "seed", "temperature", "vector_guidance")
     return {"pictures": rows, "unknown_words": unknown, **{name: getattr(args, name) for name in names}}
 
 
@@ -129,6 +129,8 @@ def add_generate(commands: Any) -> None:
     command.add_argument("--best-of", type=at_least(1), default=1, metavar="N", help=text)
     text = "variance of the noise that a sampling head starts from, 0 for none (default: 1); squared error has none"
     command.add_argument("--temperature", type=float, default=1.0, help=text)
+    text = "guidance on the LLM's hidden states, away from the empty caption; 1 turns it off (default: the model's)"
+    command.add_argument("--vector-guidance", type=float, help=text)
 
     command = add_command(commands, "ask", ask, "answer a question about images", model=True)
     command.add_argument("images", nargs="+", metavar="IMAGE")

@@ -86,6 +86,11 @@ class CaptionPredictor:
         pisces = self.generator.pisces
         return weights_digest(nn.ModuleDict({"llm": pisces.llm, "bridge": pisces.bridge}))
 
+    def guidance(self) -> dict[str, float]:
+        """The scale that its vectors are written with; nothing without, as in the first stores."""
+        scale = self.generator.pisces.settings.bridge.vector_guidance
+        return {} if scale == 1.0 else {"vector_guidance": scale}
+
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """Captions to vectors ``(B, M, E)`` in gen-CLIP's space; of a head that samples at temperature 0."""
         return self.generator.pisces.bridge.statistics.destandardize(self.generator.vectors(list(captions)))
@@ -168,7 +173,7 @@ def fingerprints(
     found: dict[Kind, Fingerprint] = {}
     for kind, encoder in encoders.items():
         if isinstance(encoder, CaptionPredictor):
-            found[kind] = Fingerprint(encoder.digest(), {"template": model.template})
+            found[kind] = Fingerprint(encoder.digest(), {"template": model.template, **encoder.guidance()})
             continue
         preprocessing: dict[str, Any] = {"size": encoder.image_size, "resample": "bicubic", "colors": "srgb"}
         preprocessing["architecture"] = encoder.architecture()

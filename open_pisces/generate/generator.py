@@ -177,6 +177,7 @@ class Generator:
         guidance_scale: float | None = None,
         seed: int = 0,
         temperature: float = 1.0,
+        vector_guidance: float | None = None,
     ) -> list[list[Image]]:
         """Draw ``n`` pictures of every prompt.
 
@@ -192,15 +193,15 @@ class Generator:
             seed: of all noise.
             temperature: variance of the noise that a sampling head starts from; 0: its vectors are a function of the
                 prompt too. Without effect on squared error.
+            vector_guidance: of the LLM's hidden states (`vectors_after`); None takes the model's own, 1 turns it off.
 
         Raises:
             PromptError: for an empty or over-long prompt, or a temperature below 0.
         """
         if temperature < 0:
             raise PromptError(f"temperature {temperature}: give 0 (always the same vectors) or more, 1 as trained")
-        turns = [generation_turns(_said(prompt)) for prompt in prompts]
-        batch = self.prompt(turns, [()] * len(turns), BEGIN_IMAGE)
-        pixels = self.pixels(batch, n, steps, guidance_scale, seed, temperature)
+        batch = self._drawing_prompt([_said(prompt) for prompt in prompts])
+        pixels = self.pixels(batch, n, steps, guidance_scale, seed, temperature, vector_guidance)
         flat = pictures(pixels)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -212,6 +213,7 @@ class Generator:
         guidance_scale: float | None,
         seed: int,
         temperature: float,
+        vector_guidance: float | None = None,
         **more: Any,
     ) -> Tensor:
         """Pixels of ``n`` pictures of every prompt of a batch that ends with ``[IMG]``.
@@ -224,9 +226,10 @@ class Generator:
         numbers = list(range(n)) * len(batch.ids_BS)
         if self.samples and temperature > 0:
             repeated = _repeated(batch, n, self.renderer.N)
-            vectors_BME = self.vectors_after(repeated, draws_BMR=self._head_draws(numbers, seed, temperature))
+            draws_BMR = self._head_draws(numbers, seed, temperature)
+            vectors_BME = self.vectors_after(repeated, draws_BMR=draws_BMR, vector_guidance=vector_guidance)
         else:
-            vectors_BME = self.vectors_after(batch).repeat_interleave(n, 0)
+            vectors_BME = self.vectors_after(batch, vector_guidance=vector_guidance).repeat_interleave(n, 0)
         scale = self.pisces.settings.decoder.guidance_scale if guidance_scale is None else guidance_scale
         null_ME = None if scale == 1.0 else self.null_condition
         return self.painter.pixels(vectors_BME, null_ME, numbers, steps, scale, seed, **more)
@@ -255,32 +258,53 @@ class Generator:
         """The true generation vectors of pictures, ``(B, M, E)``, in the LLM's space."""
         return self.painter.encode(images)
 
-    def vectors(self, captions: list[str], fed_BME: Tensor | None = None, draws_BMR: Tensor | None = None) -> Tensor:
+    def vectors(self, captions: list[str], fed_BME: Tensor | None = None, **how: Any) -> Tensor:
         """The M vectors the LLM writes for each caption, ``(B, M, E)``, in its own space; ``""`` is the null one.
 
-        Args:
-            captions: what to draw.
-            fed_BME: each vector is predicted from these, as in training, and not from its own (for diagnosis).
-            draws_BMR: numbers for a head that samples (`VectorHead.sample_draws`); None is its temperature 0.
+        ``fed_BME`` and ``how`` are the arguments of `vectors_after`.
         """
+        return self.vectors_after(self._drawing_prompt(captions), fed_BME, **how)
+
+    def _drawing_prompt(self, captions: list[str]) -> SequenceBatch:
         turns = [generation_turns(caption) for caption in captions]
-        return self.vectors_after(self.prompt(turns, [()] * len(turns), BEGIN_IMAGE), fed_BME, draws_BMR)
+        return self.prompt(turns, [()] * len(turns), BEGIN_IMAGE)
 
     @torch.inference_mode()
     def vectors_after(
-        self, batch: SequenceBatch, fed_BME: Tensor | None = None, draws_BMR: Tensor | None = None
+        self,
+        batch: SequenceBatch,
+        fed_BME: Tensor | None = None,
+        draws_BMR: Tensor | None = None,
+        vector_guidance: float | None = None,
     ) -> Tensor:
-        """The M vectors that follow a batch of prompts that end with ``[IMG]``; arguments are those of `vectors`."""
+        """The M vectors that follow a batch of prompts that end with ``[IMG]``, ``(B, M, E)``.
+
+        Args:
+            batch: the prompts.
+            fed_BME: each vector is predicted from these, as in training, and not from its own (for diagnosis).
+            draws_BMR: numbers for a head that samples (`VectorHead.sample_draws`); None is its temperature 0.
+            vector_guidance: scale s of guidance on the hidden state that the head reads, which becomes
+                ``empty + s * (hidden - empty)``, ``empty`` being that of the empty caption before the same vectors.
+                None takes the model's own (``bridge.vector_guidance``); 1 turns it off, otherwise the LLM runs twice.
+        """
+        scale = self.pisces.settings.bridge.vector_guidance if vector_guidance is None else vector_guidance
         hidden_BD, cache, mask_BS = self._prefill(batch)
+        empty_BD = None
+        if scale != 1.0:
+            empty_BD, empty_cache, empty_mask_BS = self._prefill(self._drawing_prompt([""] * len(mask_BS)))
         written = []
         for k in range(self.renderer.M):
             draws_BR = None if draws_BMR is None else draws_BMR[:, k]
-            vector_BE, embedded_BD = self.pisces.next_vector(hidden_BD, draws_BR)
+            guided_BD = hidden_BD if empty_BD is None else empty_BD + scale * (hidden_BD - empty_BD)
+            vector_BE, embedded_BD = self.pisces.next_vector(guided_BD, draws_BR)
             written.append(vector_BE.float())
             if fed_BME is not None:
                 embedded_BD = self.pisces.bridge.generation_projector(fed_BME[:, k].to(self._dtype))
             if k + 1 < self.renderer.M:
                 hidden_BD, mask_BS = self._step(embedded_BD, cache, mask_BS)
+                if empty_BD is not None:
+                    # The same vectors are fed: only the caption differs.
+                    empty_BD, empty_mask_BS = self._step(embedded_BD, empty_cache, empty_mask_BS)
         return torch.stack(written, 1)
 
     @cached_property

@@ -300,6 +300,7 @@ class PiscesForConditionalGeneration(PreTrainedModel):
         num_return_sequences: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        vector_guidance: float | None = None,
         seed: int = 0,
         **more: Any,
     ) -> Tensor:
@@ -315,6 +316,7 @@ class PiscesForConditionalGeneration(PreTrainedModel):
             num_return_sequences: pictures, or sampled answers, of each prompt.
             num_inference_steps: of the decoder; None takes the model's own.
             guidance_scale: likewise, of null-caption guidance.
+            vector_guidance: likewise, of guidance on the LLM's hidden states (`Generator.vectors_after`).
             seed: of all that is random: sequence j of a prompt depends on (seed, j) and on nothing else.
             **more: what transformers passes to any model.
 
@@ -335,7 +337,7 @@ class PiscesForConditionalGeneration(PreTrainedModel):
         if generation_mode == "image":
             begin = torch.full_like(input_ids[:, :1], generator.renderer.begin_image)
             batch = self._batch(generator, torch.cat([input_ids, begin], 1), pixel_values)
-            return generator.pixels(batch, n, num_inference_steps, guidance_scale, seed, temperature)
+            return generator.pixels(batch, n, num_inference_steps, guidance_scale, seed, temperature, vector_guidance)
         if n > 1 and not do_sample:
             raise ModeError(f"num_return_sequences={n} without do_sample=True: all answers would be the same")
         batch = self._batch(generator, input_ids, pixel_values)

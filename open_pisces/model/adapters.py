@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,8 +132,6 @@ def attach_adapter(llm: Any, config: LoraConfig, new_tokens: Sequence[int] = ())
     Raises:
         AdapterError: if PEFT is not installed, the LLM's adapter is another one, or has no layer of a name.
     """
-    # PEFT imports bitsandbytes where it is, which says on a CPU that a faster kernel is missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError:

@@ -104,6 +104,36 @@ def test_cached_vectors_equal_reading_the_whole_sequence_at_every_step(exact: Ge
     assert (so_far[0, 1:] - so_far[0, :-1]).abs().amax(-1).min() > 1e-3  # the four differ
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("scale", [0.0, 1.3])
+def test_vector_guidance_turns_the_hidden_state_away_from_the_empty_captions(exact: Generator, scale: float) -> None:
+    written = exact.vectors([PROMPTS[1]], vector_guidance=scale)
+    so_far = torch.zeros(1, 0, 32, dtype=torch.float64)
+    for _ in range(4):
+        hidden = state_after(exact, generation_turns(PROMPTS[1]), [], so_far)
+        empty = state_after(exact, generation_turns(""), [], so_far)  # before the same vectors
+        vector = exact.pisces.bridge.head(empty + scale * (hidden - empty))
+        so_far = torch.cat([so_far, vector.view(1, 1, -1)], 1)
+    torch.testing.assert_close(written, so_far.float(), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(written, exact.vectors([PROMPTS[1]]), atol=1e-3)
+    if scale == 0:
+        torch.testing.assert_close(written[0], exact.null_vectors)
+
+
+def test_vector_guidance_is_the_models_own_unless_it_is_said(generator: Generator, monkeypatch: Any) -> None:
+    plain = generator.vectors(PROMPTS)
+    assert torch.equal(generator.vectors(PROMPTS, vector_guidance=1.0), plain)
+    guided = generator.vectors(PROMPTS, vector_guidance=1.5)
+    settings = generator.pisces.settings
+    bridge = settings.bridge.model_copy(update={"vector_guidance": 1.5})
+    monkeypatch.setattr(generator.pisces, "settings", settings.model_copy(update={"bridge": bridge}))
+    assert torch.equal(generator.vectors(PROMPTS), guided) and not torch.equal(guided, plain)
+    (drawn,), (told,) = generator.image(PROMPTS[:1], seed=3), generator.image(PROMPTS[:1], seed=3, vector_guidance=1.0)
+    assert differ(drawn[0], told[0])
+    alone = torch.cat([generator.vectors([prompt]) for prompt in PROMPTS])  # neighbors change nothing with it either
+    torch.testing.assert_close(guided, alone, rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- padding, neighbours
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,6 +178,14 @@ def test_other_words_or_another_llm_make_it_another_store(runs: Path, predicting
     assert fingerprints(other)["predicted"].weights != found["predicted"].weights
     with pytest.raises(FeatureError, match="no predicted features"):
         build_training(other)
+    guided = shutil.copytree(config.model.start, tmp_path / "guided")
+    card = json.loads((guided / "config.json").read_text())
+    card["model"]["bridge"]["vector_guidance"] = 1.5
+    (guided / "config.json").write_text(json.dumps(card))
+    other = config.model_copy(update={"model": config.model.model_copy(update={"start": str(guided)})})
+    again = fingerprints(other)["predicted"]
+    assert again.weights == found["predicted"].weights
+    assert again.preprocessing == {**found["predicted"].preprocessing, "vector_guidance": 1.5}
 
 
 def test_without_an_llm_it_is_refused(runs: Path, predicting: Any) -> None:
