@@ -148,8 +148,9 @@ class ModelConfig(Settings):
     settings: Literal["recipe", "start"] = "recipe"
     """Where what the start folder says of its parts is taken from: the recipe repeats it, or it is read there (and the
     recipe's own keys win): for recipes that tune any model."""
-    fresh: list[Literal["llm"]] = []
-    """Parts that are built anew although the start folder holds them: ``llm``, with the MLPs around it."""
+    fresh: list[Literal["llm", "bridge"]] = []
+    """What is built anew although the start folder holds it: ``llm``, with the MLPs around it; or ``bridge``, these
+    MLPs alone, around an LLM that has never been in a Pisces. The targets' statistics stay."""
     llm: PartConfig = PartConfig()
     understanding: PartConfig = PartConfig()
     understanding_mean: list[float] = [0.5, 0.5, 0.5]

@@ -29,6 +29,14 @@ def scenes(args: argparse.Namespace) -> Result:
     return _scored(args, asked.run(model_folder(args), args.out))
 
 
+def language(args: argparse.Namespace) -> Result:
+    """Perplexity of the LLM on a text."""
+    from open_pisces.eval.language import LanguagePerplexity
+
+    asked = LanguagePerplexity(load_generator(args), args.text)
+    return _scored(args, asked.run(model_folder(args), args.out))
+
+
 def placement(args: argparse.Namespace) -> Result:
     """Score whether the decoder puts things where they belong, from true vectors."""
     from open_pisces.eval.scenes.placement import Placement

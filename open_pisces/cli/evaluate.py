@@ -110,7 +110,11 @@ def _add_distances(commands: Any) -> None:
 
 
 def _add_understanding(commands: Any) -> None:
-    """The understanding benchmarks."""
+    """The understanding benchmarks, and the language behind them."""
+    text = "perplexity of the LLM on a fixed text: does it keep its language while it learns pictures"
+    command = add_command(commands, "language", run.language, text, model=True)
+    command.add_argument("--text", type=Path, metavar="FILE", help="another text, UTF-8 (default: a packaged one)")
+    command.add_argument("--out", type=Path, help=OUT)
     text = "the paper's understanding benchmarks"
     command = add_command(commands, "understanding", run.understanding, text, model=True)
     command.add_argument("benchmarks", nargs="*", metavar="NAME", help="such as gqa or pope (default: all)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,32 @@ def check_lengths(mixture: Mixture, renderer: Renderer, config: DataConfig, rank
             table = token_table(reader, renderer.tokenizer, chunk)
             for task in tasks:
                 bound = _token_bound(table, task, renderer, config.questions_per_image)
-                for index in chunk[bound > config.max_length].tolist():
-                    if mixture.holds(number, index):
-                        _check(reader, index, task, renderer, source, config)
+                doubtful = chunk[bound > config.max_length].tolist()
+                doubtful = [index for index in doubtful if mixture.holds(number, index)]
+                # Rendering a hundred thousand takes minutes: what has passed once passes at every start.
+                passed = data_path("lengths") / f"{_verdict(reader, doubtful, task, renderer, config)}.passed"
+                if passed.is_file():
+                    continue
+                for index in doubtful:
+                    _check(reader, index, task, renderer, source, config)
+                _note(passed)
+
+
+def _verdict(reader: ShardReader, samples: list[int], task: Task, renderer: Renderer, config: DataConfig) -> str:
+    """Changes with all that says how long samples are and may be."""
+    limits = [task, config.max_length, config.questions_per_image, config.system, renderer.N, renderer.M]
+    said = json.dumps([limits, renderer.frame, wordings()], sort_keys=True)
+    name = _name(reader, renderer.tokenizer, np.array(samples, np.int64))
+    return sha256_of(f"{name} {said}".encode())[:20]
+
+
+def _note(path: Path) -> None:
+    """Leave an empty file; without it the samples are rendered again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        pass
 
 
 def _byte_bound(reader: ShardReader, renderer: Renderer) -> np.ndarray:

@@ -203,6 +203,12 @@ class Rendered:
         self.generation += [place == "generation"] * len(ids)
 
 
+SHORT = 80
+"""Characters of a text whose tokens are remembered."""
+REMEMBERED = 50_000
+"""Texts whose tokens a renderer remembers, some 30 MB at most."""
+
+
 class Renderer:
     """Turns conversations into sequences for one tokenizer, template and pair of vector counts."""
 
@@ -212,6 +218,7 @@ class Renderer:
         self.N = understanding_vectors
         self.M = generation_vectors
         self._pieces: dict[str, list[int]] = {}  # the template's own few pieces, which come in every sample
+        self._texts: dict[str, list[int]] = {}
         self.begin_image, self.end_image, self.placeholder = (
             tokenizer.convert_tokens_to_ids(token) for token in (BEGIN_IMAGE, END_IMAGE, PLACEHOLDER)
         )
@@ -223,7 +230,13 @@ class Renderer:
 
     def text_ids(self, text: str) -> list[int]:
         """A user's text: a special token typed in it stays the characters it is made of."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        found = self._texts.get(text)
+        if found is None:
+            found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            # Questions and their short answers come again and again, and a call takes a quarter of a millisecond.
+            if len(text) <= SHORT and len(self._texts) < REMEMBERED:
+                self._texts[text] = found
+        return list(found)
 
     def frame_ids(self, piece: str) -> list[int]:
         """A piece of the template itself, the only text that may hold special tokens."""

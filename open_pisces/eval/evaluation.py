@@ -33,6 +33,7 @@ HOMES = {
     "fid": "open_pisces.eval.distances.fid",
     "decoder/reconstruction": "open_pisces.eval.distances.reconstruction",
     "understanding": "open_pisces.eval.understanding.evaluate",
+    "language": "open_pisces.eval.language",
 }
 """For each task, or the part of its name before the slash, the module whose ``score_run(run)`` scores its runs."""
 

@@ -33,7 +33,7 @@ from open_pisces.config import ModelConfig
 from open_pisces.files import sha256_of, whole_folder
 from open_pisces.model import adapters
 from open_pisces.model.heads import HEADS
-from open_pisces.model.parts import PARTS, ModelFolderError, build_part
+from open_pisces.model.parts import PARTS, ModelFolderError, build_part, llm_config
 from open_pisces.settings import validate
 
 FOLDERS = (*PARTS, "adapter", "tokenizer")
@@ -319,25 +319,31 @@ def get_part(
     name: str, model: ModelConfig, vocabulary: int | None = None, dtype: torch.dtype | None = torch.float32, **how: Any
 ) -> Any:
     """The part as the start folder has it (`load_part`), or else a new one in float32."""
+    if name == "bridge" and model.start and (Path(model.start) / name).is_dir():
+        return _start_bridge(model, dtype)
     if not in_start(model, name):
         return build_part(name, model, vocabulary)
-    if name == "bridge":
-        return _start_bridge(model, dtype)
     return load_part(model.start or "", name, model, dtype, **how)
 
 
 def _start_bridge(model: ModelConfig, dtype: torch.dtype | None) -> Any:
-    """The start folder's bridge; what no longer fits is new: the MLPs for a fresh LLM, or a head of another kind."""
+    """The start folder's bridge; what no longer fits is new: the MLPs for another LLM, or a head of another kind."""
     before = read_config(model.start or "")
     bridge = load_part(model.start or "", "bridge", before, dtype)
-    if "llm" in model.fresh:
+    if model.fresh:
         fresh = build_part("bridge", model)
         # The targets' scale belongs to gen-CLIP and the decoder, not to the LLM.
         fresh.statistics = bridge.statistics
         return fresh
+    head: Any = bridge.head
+    width = llm_config(model).hidden_size
+    if head.llm_width != width:
+        raise ModelFolderError(
+            f"{model.start}: its bridge/ is of an LLM {head.llm_width} wide, the LLM is {width} wide: set "
+            "model.fresh=[bridge] to train new MLPs around it"
+        )
     if before.bridge.same_head(model.bridge):
         return bridge
-    head: Any = bridge.head
     bridge.head = HEADS[model.bridge.head](head.llm_width, head.width, model.bridge)
     return bridge
 

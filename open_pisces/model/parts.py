@@ -208,9 +208,7 @@ def _refuse_unknown(values: dict[str, Any], known: Iterable[str], where: str) ->
 # ---------------------------------------------------------------------------------------------------- loading
 
 
-def _load_llm(
-    path: Path, config: ModelConfig, dtype: torch.dtype | None, quantization_config: Any = None
-) -> nn.Module:
+def _load_llm(path: Path, config: ModelConfig, dtype: torch.dtype | None, quantization_config: Any = None) -> nn.Module:
     dtype = dtype or _stored_dtype(path, path.parent / "adapter")
     more = {"quantization_config": quantization_config} if quantization_config else {}
     llm, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **more)

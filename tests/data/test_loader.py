@@ -20,6 +20,7 @@ from PIL import Image
 
 from open_pisces.batch import Question, Sample, SequenceBatch, Skip, StepBatches
 from open_pisces.config import DataConfig, ModelConfig, SourceConfig
+from open_pisces.data import lengths as data_lengths
 from open_pisces.data.lengths import COLUMNS, check_lengths, token_table
 from open_pisces.data.loader import (
     PackingError,
@@ -369,6 +370,36 @@ def test_lengths_are_what_rendering_gives(monkeypatch: pytest.MonkeyPatch, tmp_p
         longest = max(load(step).batches[0].ids_BS.shape[1] for step in range(8))
         assert limit - 12 <= longest <= limit
     assert list((tmp_path / "lengths").glob("*.npy"))
+
+
+def test_what_has_passed_once_is_not_rendered_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PISCES_DATA", str(tmp_path))
+    rendered: list[int] = []
+    check = data_lengths._check
+
+    def counting(reader: Any, index: int, *how: Any) -> None:
+        rendered.append(index)
+        check(reader, index, *how)
+
+    monkeypatch.setattr(data_lengths, "_check", counting)
+
+    def count(limit: int, renderer: Renderer = RENDERER) -> int:
+        source = SourceConfig(path="fixture/train", tasks={"question": 1.0})
+        config = DataConfig(sources=[source], max_length=limit, questions_per_image=3)
+        rendered.clear()
+        check_lengths(Mixture(config, 0), renderer, config)
+        return len(rendered)
+
+    limit = 400
+    with pytest.raises(LengthError):
+        while True:  # the least limit that passes
+            count(limit)
+            limit -= 1
+    assert rendered and count(limit + 1) == 0
+    assert count(limit + 1, Renderer(RENDERER.tokenizer, "tiny", RENDERER.N - 1, RENDERER.M)) > 0
+    for _ in range(2):  # a refusal is no pass, however often it is asked for
+        with pytest.raises(LengthError):
+            count(limit)
 
 
 def test_short_samples_are_passed_by_their_bytes_alone(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,9 +168,7 @@ def test_qlora_goes_on_where_it_stopped_to_the_bit(start: Path, four_bits: Path,
     assert once.keys() == again.keys() and all(torch.equal(once[key], again[key]) for key in once)
 
 
-def test_what_four_bits_do_not_go_with_is_refused(
-    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_four_bits_do_not_go_with_is_refused(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = [*CUT, "train.lora.bits=4", f"model.start={start}", f"out={tmp_path}"]
     with pytest.raises(AdapterError, match=r"bits = 4 computes in bfloat16: set train\.precision=bf16"):
         train(load_config("finetune/lora", own))
@@ -198,7 +196,9 @@ def test_a_task_that_nothing_replays_is_said(
     own = [*CUT, f"model.start={start}", f"out={tmp_path}"]
     build_training(load_config("finetune/lora", own))
     assert "forget" not in capsys.readouterr().err
-    build_training(load_config("finetune/lora", [*own, f"data.sources=[{{path: fixture/train, tasks: {{{task}: 1}}}}]"]))
+    build_training(
+        load_config("finetune/lora", [*own, f"data.sources=[{{path: fixture/train, tasks: {{{task}: 1}}}}]"])
+    )
     assert f"it will forget how to {lost}: add a source that replays" in capsys.readouterr().err
 
 

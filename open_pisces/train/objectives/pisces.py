@@ -260,10 +260,10 @@ def _set_up_adapter(llm: Any, config: RunConfig, tokenizer: Any) -> None:
                 "first with `pisces export MODEL OUT`, or set train.lora"
             )
         return
-    if not in_start(start, "bridge") and "llm" not in start.fresh:
+    if not in_start(start, "bridge") and not start.fresh:
         raise AdapterError(
             f"{config.name}: train.lora tunes a trained Pisces, and model.start = {start.start} has no bridge: train "
-            "its stages first, or set model.fresh=[llm] to start from an LLM alone"
+            "its stages first, or set model.fresh=[bridge] to start from an LLM that has been in none"
         )
     rows = llm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -271,7 +271,7 @@ def _set_up_adapter(llm: Any, config: RunConfig, tokenizer: Any) -> None:
             f"{config.name}: the tokenizer has {len(tokenizer)} tokens and the LLM {rows}: they do not belong together"
         )
     # An LLM that has never been in a Pisces does not know the places of pictures.
-    fresh = tokenizer.convert_tokens_to_ids([BEGIN_IMAGE, END_IMAGE, PLACEHOLDER]) if "llm" in start.fresh else []
+    fresh = tokenizer.convert_tokens_to_ids([BEGIN_IMAGE, END_IMAGE, PLACEHOLDER]) if start.fresh else []
     attach_adapter(llm, config.train.lora, fresh)
 
 
