@@ -51,7 +51,7 @@ def drawing(args: argparse.Namespace) -> Result:
     """Score drawings of the frozen captions by the two judges."""
     from open_pisces.eval.scenes.drawing import SceneDrawing
 
-    how = _given(args, "split", "per_category", "n", "detailed", *SAMPLER)
+    how = _given(args, "split", "per_category", "n", "detailed", "best_of", "vector_guidance", *SAMPLER)
     asked = SceneDrawing(load_generator(args), _judges(), **how)
     return _scored(args, asked.run(model_folder(args), args.out))
 

@@ -40,6 +40,10 @@ def _add_scenes(commands: Any) -> None:
     draw = add_command(commands, "drawing", run.drawing, text, model=True)
     add_drawing_options(draw, 1, 0)
     draw.add_argument("--detailed", action="store_true", help="the detailed captions instead of the short ones")
+    text = "draw N for each picture, the model's own answers choose (default: 1)"
+    draw.add_argument("--best-of", type=at_least(1), default=1, metavar="N", help=text)
+    text = "guidance on the LLM's hidden states; 1 turns it off (default: the model's)"
+    draw.add_argument("--vector-guidance", type=float, help=text)
     text = "where drawing loses its quality: encoder, decoder, the LLM's vectors, captions; a PNG and a JSON"
     find = add_command(commands, "diagnose", run.diagnose, text, model=True)
     for one in (draw, find):

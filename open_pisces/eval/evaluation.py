@@ -20,6 +20,7 @@ from rich.progress import track
 
 from open_pisces.eval.intervals import Interval
 from open_pisces.eval.run import Manifest, Row, RunError, RunFolder, model_hash
+from open_pisces.generate.choose import best_of
 
 if TYPE_CHECKING:
     from open_pisces.generate.generator import Generator
@@ -79,7 +80,8 @@ def draw(generator: Generator, run: RunFolder, batch: Sequence[Row], seed: int |
     """Draw and keep the pictures of a batch: those of every item's ``prompt``, by the settings of the manifest.
 
     Picture j of every prompt starts from noise of (seed, j), as GenEval's official sampler resets its seed before each
-    prompt. The settings are ``n`` (pictures of a prompt, 1 if it is not set), ``steps``, ``guidance_scale``, ``seed``.
+    prompt. The settings are ``n`` (pictures of a prompt, 1 if it is not set), ``steps``, ``guidance_scale``, ``seed``,
+    and where they are set ``vector_guidance``, and ``best_of``: of so many the model's own answers choose.
 
     Args:
         generator: anything with ``image(prompts, n, steps, guidance_scale, seed)``.
@@ -88,13 +90,14 @@ def draw(generator: Generator, run: RunFolder, batch: Sequence[Row], seed: int |
         seed: of this batch; None takes the manifest's. A protocol that wants other noise in every batch gives it here.
     """
     settings = run.manifest.settings
-    drawn = generator.image(
-        [item["prompt"] for item in batch],
-        n=settings.get("n", 1),
-        steps=settings["steps"],
-        guidance_scale=settings["guidance_scale"],
-        seed=settings["seed"] if seed is None else seed,
-    )
+    how = {name: settings[name] for name in ("steps", "guidance_scale", "seed")}
+    how |= {name: settings[name] for name in ("vector_guidance",) if name in settings}
+    how |= {} if seed is None else {"seed": seed}
+    prompts = [item["prompt"] for item in batch]
+    if "best_of" in settings:
+        drawn = best_of(generator, prompts, settings["best_of"], settings.get("n", 1), **how)
+    else:
+        drawn = generator.image(prompts, n=settings.get("n", 1), **how)
     run.save_images({item["key"]: images for item, images in zip(batch, drawn, strict=True)})
 
 

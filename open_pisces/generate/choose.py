@@ -86,18 +86,19 @@ def best_of(
     of: int,
     n: int = 1,
     *how: Any,
+    **more: Any,
 ) -> list[list[Image]]:
     """Draw ``of`` pictures for each one that is wanted, keep that which the model itself describes by the prompt best.
 
     Picture j of a prompt is the best of those numbered ``j * of`` to ``(j + 1) * of - 1``, so with ``of`` = 1 this is
-    `Generator.image`, whose further arguments, from ``steps`` on, are ``how``.
+    `Generator.image`, whose further arguments, from ``steps`` on, are ``how`` and ``more``.
 
     Raises:
         PromptError: for an empty or over-long prompt, or fewer than one picture to choose from.
     """
     if of < 1:
         raise PromptError(f"best of {of}: draw at least one picture")
-    rows = generator.image(prompts, n * of, *how)
+    rows = generator.image(prompts, n * of, *how, **more)
     if of == 1:
         return rows
     chosen = []

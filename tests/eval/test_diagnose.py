@@ -25,6 +25,7 @@ from open_pisces.eval.scenes import drawing
 from open_pisces.eval.scenes import frozen as frozen_scenes
 from open_pisces.eval.scenes.frozen import FrozenScene
 from open_pisces.eval.scenes.judge import COLORS, classes
+from open_pisces.generate.choose import best_of
 from open_pisces.generate.generator import Generator
 
 
@@ -102,6 +103,22 @@ def test_who_draws_what_captions_say_scores_one(
     assert drawing.score_run(run, ["blind", "knows"]).score == 0
     with pytest.raises(RunError, match="something else"):
         drawing.SceneDrawing(model, [knows], **{**how, "n": 1}).run(nano_folder, tmp_path / "run")  # type: ignore[arg-type, list-item]
+
+
+def test_drawings_may_be_chosen_by_the_models_own_answers(
+    generator: Generator, nano_folder: Path, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"per_category": 1, "steps": 2, "seed": 3}
+    plain = drawing.SceneDrawing(generator, [Knows("blind", [], [])], **how)  # type: ignore[list-item]
+    asked = drawing.SceneDrawing(generator, plain.detectors, **how, best_of=3, vector_guidance=1.5)
+    assert {**plain.settings, "best_of": 3, "vector_guidance": 1.5} == asked.settings  # the plain run stays the same run
+    run = asked.open(nano_folder, tmp_path / "run")
+    asked.complete(run)
+    prompts = [prompt.prompt for prompt in asked.prompts()]
+    expected = best_of(generator, prompts, 3, 1, 2, None, 3, vector_guidance=1.5)
+    unchosen = generator.image(prompts, 1, 2, None, 3, vector_guidance=1.5)
+    drawn = [run.images(item["key"])[0].tobytes() for item in run.items]
+    assert drawn == [row[0].tobytes() for row in expected] != [row[0].tobytes() for row in unchosen]
 
 
 def test_captions_that_are_not_there_are_named() -> None:

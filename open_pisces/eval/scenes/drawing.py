@@ -67,6 +67,8 @@ class SceneDrawing(JudgedDrawing):
         seed: of the noise.
         batch_size: captions at once.
         detailed: take the detailed captions, not the short ones.
+        best_of: draw so many for each picture, of which the model's own answers choose (`choose.best_of`).
+        vector_guidance: None is the model's own.
     """
 
     generator: Generator
@@ -79,13 +81,18 @@ class SceneDrawing(JudgedDrawing):
     seed: int = 0
     batch_size: int = 16
     detailed: bool = False
+    best_of: int = 1
+    vector_guidance: float | None = None
     task = "scenes/drawing"
 
     @property
     def settings(self) -> Row:
         """Those of the captions and of the sampler."""
         names = ("split", "per_category", "detailed", *self.sampler)
-        return {"scenes": frozen_scenes.VERSION, **{name: getattr(self, name) for name in names}}
+        found = {"scenes": frozen_scenes.VERSION, **{name: getattr(self, name) for name in names}}
+        # Only where they are set, so that runs from before there were such settings stay the same runs.
+        found |= {} if self.best_of == 1 else {"best_of": self.best_of}
+        return found | ({} if self.vector_guidance is None else {"vector_guidance": self.vector_guidance})
 
     def prompts(self) -> Sequence[Prompt]:
         """The frozen captions.
