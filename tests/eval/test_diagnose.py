@@ -111,7 +111,11 @@ def test_drawings_may_be_chosen_by_the_models_own_answers(
     how: dict[str, Any] = {"per_category": 1, "steps": 2, "seed": 3}
     plain = drawing.SceneDrawing(generator, [Knows("blind", [], [])], **how)  # type: ignore[list-item]
     asked = drawing.SceneDrawing(generator, plain.detectors, **how, best_of=3, vector_guidance=1.5)
-    assert {**plain.settings, "best_of": 3, "vector_guidance": 1.5} == asked.settings  # the plain run stays the same run
+    assert {
+        **plain.settings,
+        "best_of": 3,
+        "vector_guidance": 1.5,
+    } == asked.settings  # the plain run stays the same run
     run = asked.open(nano_folder, tmp_path / "run")
     asked.complete(run)
     prompts = [prompt.prompt for prompt in asked.prompts()]

@@ -111,7 +111,7 @@ def test_a_second_round_trip_changes_no_file(pisces: Pisces, nano_tokenizer: Any
     pisces.save_pretrained(tmp_path / "one", nano_tokenizer)
     Pisces.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
     one, two = (read_card(tmp_path / name)["parts"] for name in ("one", "two"))
-    assert one == two and set(one["adapter"]) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert one == two and set(one["adapter"]) == {"adapter_config.json", "adapter_model.safetensors", "base.json"}
     text = (tmp_path / "one" / "adapter" / "adapter_config.json").read_text()
     assert json.loads(text)["base_model_name_or_path"] is None and str(tmp_path) not in text
 
