@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from open_pisces.bench import compile, mixed_batch, pairs, stage_batches, stage_step, supervised_logits
+from open_pisces.bench import (
+    compile,
+    mixed_batch,
+    pairs,
+    stage_batches,
+    stage_step,
+    supervised_logits,
+    vector_loop,
+)
 from open_pisces.bench.pairs import compare, summarize
 from open_pisces.generate.generator import Generator
 
@@ -101,3 +109,17 @@ def test_ragged_batches_have_the_few_shapes_of_the_loader(monkeypatch: pytest.Mo
     assert found["ragged"]["shapes"] == [(2, 64), (2, 128), (2, 192), (2, 256)]
     assert found["ragged"]["recompiles"] == 0 == found["ragged"]["graphs_of_warm_up"]  # nothing is compiled here
     assert found["ways"][0].startswith("compiled") and found["ways"][1].startswith("eager")
+
+
+def test_a_vector_loop_without_a_cache_writes_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
+    monkeypatch.setattr(vector_loop, "SHAPE", {**vector_loop.SHAPE, **small, "num_key_value_heads": 1})
+    found = vector_loop.run(2)
+    assert (found["figures"]["prompt_tokens"], found["figures"]["vectors"]) == (50, 64) and found["ratio"] > 0
+    generator, batch = vector_loop._model()
+    one, two = generator.vectors_after(batch), vector_loop.recomputed(generator, batch)
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one[:, 1:], one[:, :-1], atol=1e-3)  # the vectors differ from place to place
+    monkeypatch.setattr(vector_loop, "recomputed", lambda *given: two + 1)
+    with pytest.raises(AssertionError, match="vectors with a cache and without one are"):
+        vector_loop.run(2)
