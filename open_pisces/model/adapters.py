@@ -301,7 +301,7 @@ def keep_trainable(llm: nn.Module) -> None:
     """
     for layer in llm.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            setattr(layer, "support_avx512bf16_for_cpu", False)
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _is_tied(llm: nn.Module, key: str) -> bool:
