@@ -277,6 +277,7 @@ def without_sources(config: ModelConfig) -> ModelConfig:
     return config.model_copy(
         update={
             "start": None,
+            "fresh": [],  # what was new is trained now: who starts from here keeps it
             "tokenizer": "folder",
             "llm": config.llm.model_copy(update=none),
             "understanding": config.understanding.model_copy(update=none),

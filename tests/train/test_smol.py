@@ -49,6 +49,8 @@ def test_both_stages_train_an_adapter_and_leave_the_llm(parts: Path, runs: Path,
     for file, digest in read_card(parts)["parts"]["llm"].items():
         assert sha256_of(folder / "llm" / file) == digest
     assert read_card(folder)["model"]["template"] == "smollm2"
+    # Who tunes stage 1 takes its settings from the folder, and keeps the MLPs that are trained there.
+    assert load_config("finetune/lora", [f"model.start={first / 'model'}", both]).model.fresh == []
     generator = Generator.from_pretrained(folder, "cpu")
     (picture,) = generator.image(["a red heart"])[0]
     assert picture.size == (32, 32) and isinstance(generator.text([[picture]], ["What is it?"], 4)[0], str)
