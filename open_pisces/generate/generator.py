@@ -286,8 +286,13 @@ class Generator:
             vector_guidance: scale s of guidance on the hidden state that the head reads, which becomes
                 ``empty + s * (hidden - empty)``, ``empty`` being that of the empty caption before the same vectors.
                 None takes the model's own (``bridge.vector_guidance``); 1 turns it off, otherwise the LLM runs twice.
+
+        Raises:
+            PromptError: for a scale below 0.
         """
         scale = self.pisces.settings.bridge.vector_guidance if vector_guidance is None else vector_guidance
+        if scale < 0:
+            raise PromptError(f"vector_guidance {scale}: give 1 (none) or more, 0 for what the empty caption draws")
         hidden_BD, cache, mask_BS = self._prefill(batch)
         empty_BD = None
         if scale != 1.0:

@@ -120,6 +120,11 @@ def test_vector_guidance_turns_the_hidden_state_away_from_the_empty_captions(exa
         torch.testing.assert_close(written[0], exact.null_vectors)
 
 
+def test_vector_guidance_below_0_is_refused(generator: Generator) -> None:
+    with pytest.raises(PromptError, match="vector_guidance -1.0: give 1"):
+        generator.image(PROMPTS[:1], vector_guidance=-1.0)
+
+
 def test_vector_guidance_is_the_models_own_unless_it_is_said(generator: Generator, monkeypatch: Any) -> None:
     plain = generator.vectors(PROMPTS)
     assert torch.equal(generator.vectors(PROMPTS, vector_guidance=1.0), plain)
