@@ -200,7 +200,7 @@ class Generator:
         """
         if temperature < 0:
             raise PromptError(f"temperature {temperature}: give 0 (always the same vectors) or more, 1 as trained")
-        batch = self._drawing_prompt([_said(prompt) for prompt in prompts])
+        batch = self.drawing_prompt(prompts)
         pixels = self.pixels(batch, n, steps, guidance_scale, seed, temperature, vector_guidance)
         flat = pictures(pixels)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
@@ -263,9 +263,17 @@ class Generator:
 
         ``fed_BME`` and ``how`` are the arguments of `vectors_after`.
         """
-        return self.vectors_after(self._drawing_prompt(captions), fed_BME, **how)
+        return self.vectors_after(self._captions(captions), fed_BME, **how)
 
-    def _drawing_prompt(self, captions: list[str]) -> SequenceBatch:
+    def drawing_prompt(self, prompts: list[str]) -> SequenceBatch:
+        """The batch (`prompt`) after which pictures are drawn.
+
+        Raises:
+            PromptError: for an empty or over-long prompt.
+        """
+        return self._captions([_said(prompt) for prompt in prompts])
+
+    def _captions(self, captions: list[str]) -> SequenceBatch:
         turns = [generation_turns(caption) for caption in captions]
         return self.prompt(turns, [()] * len(turns), BEGIN_IMAGE)
 
@@ -296,7 +304,7 @@ class Generator:
         hidden_BD, cache, mask_BS = self._prefill(batch)
         empty_BD = None
         if scale != 1.0:
-            empty_BD, empty_cache, empty_mask_BS = self._prefill(self._drawing_prompt([""] * len(mask_BS)))
+            empty_BD, empty_cache, empty_mask_BS = self._prefill(self._captions([""] * len(mask_BS)))
         written = []
         for k in range(self.renderer.M):
             draws_BR = None if draws_BMR is None else draws_BMR[:, k]

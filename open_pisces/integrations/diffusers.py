@@ -23,8 +23,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from open_pisces.data.prompts import generation_turns
-from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
+from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator
 from open_pisces.generate.painter import pictures
@@ -107,8 +106,7 @@ class PiscesPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != count:
             raise PipelineError(f"{len(generator)} generators for {count} pictures: give one to each, or one for all")
         writer = Generator(self.pisces, self.tokenizer, str(self.pisces.device))
-        turns = [generation_turns(said.strip()) for said in prompts]
-        batch = writer.prompt(turns, [()] * len(turns), BEGIN_IMAGE)
+        batch = writer.drawing_prompt(prompts)
         noise = None
         if generator is not None:
             noise = randn_tensor((count, *self.pisces.decoder.latent_shape), generator=generator, device=writer.device)

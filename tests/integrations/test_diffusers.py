@@ -85,5 +85,7 @@ def test_a_saved_pipeline_is_the_model_folder(pipe: Any, nano_folder: Path, tmp_
 def test_what_it_does_not_serve_is_refused(pipe: Any) -> None:
     with pytest.raises(PipelineError, match="output_type='latent': choose pil, np or pt"):
         pipe(CAPTIONS[0], output_type="latent")
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        pipe("  ")
     with pytest.raises(PromptError, match="takes"):
         pipe("word " * 2000)
