@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import DynamicCache
 
 from open_pisces.batch import SequenceBatch
 from open_pisces.data.order import stream
@@ -21,7 +20,12 @@ from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
 from open_pisces.generate.painter import Painter, pictures
+from open_pisces.generate.slots import Prefix, Slots, read, room
 from open_pisces.model.pisces import Pisces
+
+
+NEVER = float("-inf")
+"""Logit of a token that is not written."""
 
 
 class PromptError(PiscesError):
@@ -55,7 +59,7 @@ class Generator:
     @property
     def max_prompt_tokens(self) -> int:
         """Tokens a rendered prompt may take, pictures included, so that a picture still fits behind it."""
-        return self.pisces.llm.config.max_position_embeddings - self.renderer.M - 2
+        return room(self.pisces.llm.config) - self.renderer.M - 2
 
     # ------------------------------------------------------------------------------------------------ text
 
@@ -148,24 +152,28 @@ class Generator:
     @torch.inference_mode()
     def tokens(self, batch: SequenceBatch, max_new_tokens: int, temperature: float, seed: int) -> Iterator[list[int]]:
         """What follows a batch of prompts (`prompt`), one token of every row at a time."""
-        hidden_BD, cache, mask_BS = self._prefill(batch)
+        prefixes = self.read(batch)
+        slots = self._slots(prefixes, max_new_tokens)
+        hidden_BD = torch.stack([prefix.hidden_D for prefix in prefixes])
         # A stream for each row on the CPU: the same on every device, and independent of the other rows.
-        draws = [torch.Generator().manual_seed(seed) for _ in range(len(mask_BS))]
-        # Text holds none of the template's tokens but the one that ends it.
-        banned = [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]
+        draws = [torch.Generator().manual_seed(seed) for _ in prefixes]
         for _ in range(max_new_tokens):
-            logits_BV = self.pisces.llm.get_output_embeddings()(hidden_BD).float().cpu()
-            logits_BV[:, banned] = float("-inf")
-            if temperature > 0:
-                chances = (logits_BV / temperature).softmax(-1)
-                token_B = torch.stack(
-                    [torch.multinomial(c, 1, generator=g)[0] for c, g in zip(chances, draws, strict=True)]
-                )
-            else:
-                token_B = logits_BV.argmax(-1)
+            logits_BV = self.text_logits(hidden_BD)
+            token_B = torch.tensor(
+                [draw_token(logits_V, temperature, g) for logits_V, g in zip(logits_BV, draws, strict=True)]
+            )
             yield token_B.tolist()
             embedded = self.pisces.llm.get_input_embeddings()(token_B.to(self.device))
-            hidden_BD, mask_BS = self._step(embedded, cache, mask_BS)
+            hidden_BD = slots.step(embedded)
+
+    def text_logits(self, hidden_BD: Tensor) -> Tensor:
+        """Logits of the next token, ``(B, V)``, float32 on the CPU; what no text holds is -inf.
+
+        Text holds none of the template's tokens but the one that ends it.
+        """
+        logits_BV = self.pisces.llm.get_output_embeddings()(hidden_BD).float().cpu()
+        logits_BV[:, [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]] = NEVER
+        return logits_BV
 
     # --------------------------------------------------------------------------------------------- pictures
 
@@ -301,23 +309,22 @@ class Generator:
         scale = self.pisces.settings.bridge.vector_guidance if vector_guidance is None else vector_guidance
         if scale < 0:
             raise PromptError(f"vector_guidance {scale}: give 1 (none) or more, 0 for what the empty caption draws")
-        hidden_BD, cache, mask_BS = self._prefill(batch)
-        empty_BD = None
+        prefixes = self.read(batch)
+        B = len(prefixes)
         if scale != 1.0:
-            empty_BD, empty_cache, empty_mask_BS = self._prefill(self._captions([""] * len(mask_BS)))
+            prefixes += [self.empty_prefix] * B
+        slots = self._slots(prefixes, self.renderer.M)
+        hidden_RD = torch.stack([prefix.hidden_D for prefix in prefixes])
         written = []
         for k in range(self.renderer.M):
             draws_BR = None if draws_BMR is None else draws_BMR[:, k]
-            guided_BD = hidden_BD if empty_BD is None else empty_BD + scale * (hidden_BD - empty_BD)
-            vector_BE, embedded_BD = self.pisces.next_vector(guided_BD, draws_BR)
+            vector_BE, embedded_BD = self.pisces.next_vector(guided(hidden_RD, B, scale), draws_BR)
             written.append(vector_BE.float())
             if fed_BME is not None:
                 embedded_BD = self.pisces.bridge.generation_projector(fed_BME[:, k].to(self._dtype))
             if k + 1 < self.renderer.M:
-                hidden_BD, mask_BS = self._step(embedded_BD, cache, mask_BS)
-                if empty_BD is not None:
-                    # The same vectors are fed: only the caption differs.
-                    empty_BD, empty_mask_BS = self._step(embedded_BD, empty_cache, empty_mask_BS)
+                # The empty caption's rows are fed the same vectors: only the caption differs.
+                hidden_RD = slots.step(embedded_BD.repeat(len(prefixes) // B, 1))
         return torch.stack(written, 1)
 
     @cached_property
@@ -378,29 +385,41 @@ class Generator:
         # Padded on the left: the last place of every row is where the next token goes.
         return collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
 
-    def _prefill(self, batch: SequenceBatch) -> tuple[Tensor, DynamicCache, Tensor]:
-        """The last hidden state of every row, the cache, and the mask of real tokens."""
-        mask_BS = (batch.ids_BS != self.renderer.pad).long()
-        inputs_BSD, _ = self.pisces.embed(batch)
-        cache = DynamicCache(config=self.pisces.llm.config)
-        # Real tokens count from 0 in every row, so padding changes no rotary angle.
-        positions_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
-        hidden_BSD = self.pisces.hidden(
-            inputs_BSD, attention_mask=mask_BS, position_ids=positions_BS, past_key_values=cache, use_cache=True
-        )
-        return hidden_BSD[:, -1], cache, mask_BS
+    @torch.inference_mode()
+    def read(self, batch: SequenceBatch) -> list[Prefix]:
+        """What the prompts of a batch leave in the LLM, one prefix a row."""
+        return read(self.pisces, batch, self.renderer.pad)
 
-    def _step(self, embedded_BD: Tensor, cache: DynamicCache, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed one embedding to every row."""
-        mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(mask_BS), 1)], 1)
-        hidden_BSD = self.pisces.hidden(
-            embedded_BD[:, None],
-            attention_mask=mask_BS,
-            position_ids=mask_BS.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return hidden_BSD[:, -1], mask_BS
+    @cached_property
+    def empty_prefix(self) -> Prefix:
+        """The prefix of the empty caption, after which the null vectors are written: read once a model."""
+        return self.read(self._captions([""]))[0]
+
+    def _slots(self, prefixes: list[Prefix], more: int) -> Slots:
+        """A row for each prefix, with room for ``more`` positions behind it."""
+        slots = Slots(self.pisces, len(prefixes), max(prefix.length for prefix in prefixes) + more)
+        for row, prefix in enumerate(prefixes):
+            slots.put(row, prefix)
+        return slots
+
+
+def guided(hidden_RD: Tensor, conditioned: int, scale: float) -> Tensor:
+    """Hidden states moved away from those of the empty caption, ``empty + scale * (hidden - empty)``.
+
+    The first ``conditioned`` rows are of captions, the others, if there are any, of the empty one.
+    """
+    hidden_BD = hidden_RD[:conditioned]
+    if len(hidden_RD) == conditioned:
+        return hidden_BD
+    empty_BD = hidden_RD[conditioned:]
+    return empty_BD + scale * (hidden_BD - empty_BD)
+
+
+def draw_token(logits_V: Tensor, temperature: float, draw: torch.Generator) -> int:
+    """The next token: the likeliest at temperature 0, otherwise drawn from a row's own stream."""
+    if temperature > 0:
+        return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=draw))
+    return int(logits_V.argmax())
 
 
 def _repeated(batch: SequenceBatch, n: int, N: int) -> SequenceBatch:

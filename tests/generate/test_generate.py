@@ -355,7 +355,7 @@ def test_without_its_vectors_a_drawn_picture_is_encoded_again(exact: Generator) 
 def test_a_drawn_picture_is_seen_again_through_the_understanding_encoder(exact: Generator) -> None:
     vectors = exact.vectors(["a ball"])
     batches = [replace(exact.prompt([AFTER_DRAWING], [(picture(i),)]), generation_vectors_BME=vectors) for i in (1, 2)]
-    states = [exact._prefill(batch)[0] for batch in batches]
+    states = [torch.stack([p.hidden_D for p in exact.read(batch)]) for batch in batches]
     assert (states[0] - states[1]).abs().max() > 1e-4
 
 
