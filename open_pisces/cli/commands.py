@@ -1,4 +1,4 @@
-"""The command line: ``pisces train | plan | generate | ask | reconstruct | info | weights | data | eval | ...``.
+"""The command line: ``pisces train | plan | generate | ask | reconstruct | serve | info | data | eval | ...``.
 
 Only argparse is imported here; PyTorch and the rest load inside the command that needs them, so that ``--help``
 answers at once. With ``--json`` a command's result is one JSON object on the last line of standard output. An
@@ -19,6 +19,7 @@ from open_pisces.cli.evaluate import add_eval
 from open_pisces.cli.generate import add_demo, add_generate
 from open_pisces.cli.model import add_model
 from open_pisces.cli.options import Parser, add_command
+from open_pisces.cli.serve import add_serve
 from open_pisces.cli.train import add_train
 from open_pisces.cli.weights import add_weights
 from open_pisces.errors import PiscesError
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_train(commands)
     add_generate(commands)
+    add_serve(commands)
     add_model(commands)
     add_weights(commands)
     add_data(add_command(commands, "data", None, "build datasets and look at them"))

@@ -20,9 +20,9 @@ from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
 from open_pisces.generate.painter import Painter, pictures
+from open_pisces.generate.sampling import TextPieces, draw_token, guided
 from open_pisces.generate.slots import Prefix, Slots, read, room
 from open_pisces.model.pisces import Pisces
-
 
 NEVER = float("-inf")
 """Logit of a token that is not written."""
@@ -122,19 +122,15 @@ class Generator:
 
     def text_stream(self, images: list[Image], prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
         """One answer, piece by piece as it is written; the pieces joined are what `text` returns."""
-        ids: list[int] = []
-        text = told = ""
+        pieces = TextPieces(self.tokenizer)
         turns = (Turn("user", (*range(len(images)), _said(prompt))),)
         for (token,) in self._tokens([turns], [tuple(images)], max_new_tokens, 0.0, 0, None):
             if token == self.renderer.end_of_turn:
                 break
-            ids.append(token)
-            text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            if not text.endswith("�"):  # half a character: wait for its other bytes
-                yield text[len(told) :]
-                told = text
-        if text != told:  # the answer ends in a character that is damaged, not unfinished
-            yield text[len(told) :]
+            if piece := pieces.add(token):
+                yield piece
+        if rest := pieces.rest():
+            yield rest
 
     def _tokens(
         self,
@@ -158,7 +154,7 @@ class Generator:
         # A stream for each row on the CPU: the same on every device, and independent of the other rows.
         draws = [torch.Generator().manual_seed(seed) for _ in prefixes]
         for _ in range(max_new_tokens):
-            logits_BV = self.text_logits(hidden_BD)
+            logits_BV = self.only_text(self.pisces.llm.get_output_embeddings()(hidden_BD).float().cpu())
             token_B = torch.tensor(
                 [draw_token(logits_V, temperature, g) for logits_V, g in zip(logits_BV, draws, strict=True)]
             )
@@ -166,12 +162,8 @@ class Generator:
             embedded = self.pisces.llm.get_input_embeddings()(token_B.to(self.device))
             hidden_BD = slots.step(embedded)
 
-    def text_logits(self, hidden_BD: Tensor) -> Tensor:
-        """Logits of the next token, ``(B, V)``, float32 on the CPU; what no text holds is -inf.
-
-        Text holds none of the template's tokens but the one that ends it.
-        """
-        logits_BV = self.pisces.llm.get_output_embeddings()(hidden_BD).float().cpu()
+    def only_text(self, logits_BV: Tensor) -> Tensor:
+        """Logits, changed in place: text holds none of the template's tokens but the one that ends it."""
         logits_BV[:, [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]] = NEVER
         return logits_BV
 
@@ -234,7 +226,7 @@ class Generator:
         numbers = list(range(n)) * len(batch.ids_BS)
         if self.samples and temperature > 0:
             repeated = _repeated(batch, n, self.renderer.N)
-            draws_BMR = self._head_draws(numbers, seed, temperature)
+            draws_BMR = self.head_draws(numbers, seed, temperature)
             vectors_BME = self.vectors_after(repeated, draws_BMR=draws_BMR, vector_guidance=vector_guidance)
         else:
             vectors_BME = self.vectors_after(batch, vector_guidance=vector_guidance).repeat_interleave(n, 0)
@@ -247,7 +239,7 @@ class Generator:
         """Whether the head samples, so that pictures of one prompt may differ in content."""
         return self.pisces.bridge.head.sample_draws > 0
 
-    def _head_draws(self, numbers: list[int], seed: int, temperature: float) -> Tensor:
+    def head_draws(self, numbers: list[int], seed: int, temperature: float) -> Tensor:
         """Normal numbers of variance ``temperature`` for each picture's vectors, ``(pictures, M, sample_draws)``.
 
         Drawn on the CPU from a stream of (seed, number), so the same on every device and in every batch.
@@ -401,25 +393,6 @@ class Generator:
         for row, prefix in enumerate(prefixes):
             slots.put(row, prefix)
         return slots
-
-
-def guided(hidden_RD: Tensor, conditioned: int, scale: float) -> Tensor:
-    """Hidden states moved away from those of the empty caption, ``empty + scale * (hidden - empty)``.
-
-    The first ``conditioned`` rows are of captions, the others, if there are any, of the empty one.
-    """
-    hidden_BD = hidden_RD[:conditioned]
-    if len(hidden_RD) == conditioned:
-        return hidden_BD
-    empty_BD = hidden_RD[conditioned:]
-    return empty_BD + scale * (hidden_BD - empty_BD)
-
-
-def draw_token(logits_V: Tensor, temperature: float, draw: torch.Generator) -> int:
-    """The next token: the likeliest at temperature 0, otherwise drawn from a row's own stream."""
-    if temperature > 0:
-        return int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=draw))
-    return int(logits_V.argmax())
 
 
 def _repeated(batch: SequenceBatch, n: int, N: int) -> SequenceBatch:

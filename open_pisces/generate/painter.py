@@ -94,10 +94,8 @@ class Painter:
         leave = self.bridge.statistics.destandardize
         scale = guidance_scale
         scale = self.settings.guidance_scale if scale is None else scale
-        # A prime stride keeps (seed, j) apart for neighboring seeds; drawn on the CPU, the same on every device.
         if noise_BCHW is None:
-            draws = [torch.Generator().manual_seed(seed * 100_003 + j) for j in numbers]
-            noise_BCHW = torch.stack([torch.randn(self.decoder.latent_shape, generator=draw) for draw in draws])
+            noise_BCHW = torch.stack([self.noise(seed, number) for number in numbers])
         return self.decoder.sample(
             leave(vectors_BME),
             None if null_ME is None or scale == 1.0 else leave(null_ME),
@@ -108,6 +106,12 @@ class Painter:
             scheduler,
             on_step,
         )
+
+    def noise(self, seed: int, number: int) -> Tensor:
+        """What picture ``number`` of a seed starts from, ``(C, H, W)``: drawn on the CPU, the same on every device."""
+        # A prime stride keeps (seed, number) apart for neighboring seeds.
+        draw = torch.Generator().manual_seed(seed * 100_003 + number)
+        return torch.randn(self.decoder.latent_shape, generator=draw)
 
 
 def pictures(pixels_BCHW: Tensor) -> list[Image]:

@@ -18,6 +18,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from open_pisces.batch import SequenceBatch
 from open_pisces.model.pisces import Pisces
 
+MULTIPLE = 64
+"""Attention looks at a multiple of this many positions: kernels for odd lengths round differently, and a compiled step
+meets few shapes."""
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -96,13 +100,13 @@ def read_after(pisces: Pisces, inputs_SD: Tensor, before: Prefix | None) -> Pref
 class Slots(Cache):
     """R rows of up to ``length`` positions.
 
-    The result of a row does not depend on the other rows: all rows are computed in every step, whatever they hold, and
-    what lies behind a row's position is hidden from it.
+    The result of a row does not depend on the other rows, to the bit in float32 on a CPU: all rows are computed in
+    step, whatever they hold, and what lies behind a row's position is hidden from it.
 
     Args:
         pisces: whose LLM reads.
         rows: R.
-        length: positions of each row.
+        length: positions of each row, rounded up to a multiple of `MULTIPLE`.
     """
 
     def __init__(self, pisces: Pisces, rows: int, length: int) -> None:
@@ -111,12 +115,12 @@ class Slots(Cache):
         self.pisces = pisces
         self.lengths = [0] * rows
         """Positions that each row has taken."""
-        self.length = length
+        self.length = -(-length // MULTIPLE) * MULTIPLE
         device = pisces.device
         self.rows_R = torch.arange(rows, device=device)
         self.at_R = torch.zeros(rows, dtype=torch.long, device=device)
-        self.columns_L = torch.arange(length, device=device)
-        self.used = 1
+        self.columns_L = torch.arange(self.length, device=device)
+        self.used = MULTIPLE
 
     def put(self, row: int, prefix: Prefix) -> None:
         """Let a row go on from a prefix; what it held is forgotten."""
@@ -139,7 +143,7 @@ class Slots(Cache):
         Rows that are not ``live`` are computed too, but do not go on; their embedding may be anything finite.
         """
         self.at_R.copy_(torch.tensor(self.lengths))
-        self.used = max(self.lengths) + 1
+        self.used = -(-(max(self.lengths) + 1) // MULTIPLE) * MULTIPLE
         mask_R11S = (self.columns_L[: self.used] <= self.at_R[:, None])[:, None, None]
         hidden_RSD = self.pisces.hidden(
             embedded_RD[:, None],

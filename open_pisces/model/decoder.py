@@ -212,13 +212,39 @@ class ImageDecoder(nn.Module):
     ) -> Tensor:
         """Draw pictures: ``(B, 3, H, W)`` in [0, 1].
 
-        Guidance acts here and nowhere else: ``null + scale * (conditioned - null)`` on the prediction, with
-        the empty caption's vectors as the null condition (paper: inference, after Emu2). A scale of 1 skips it and
-        needs no null condition. ``level`` is how wrong the vectors are (`denoise`); the null condition has no error.
-        Latents, times and noise levels stay float32 whatever the U-Net computes in.
+        Guidance (`predict`) acts here and nowhere else, with the empty caption's vectors as the null condition (paper:
+        inference, after Emu2). A scale of 1 skips it and needs no null condition. ``level`` is how wrong the vectors
+        are (`denoise`). Latents, times and noise levels stay float32 whatever the U-Net computes in.
 
         ``scheduler`` takes the place of the decoder's own, and must be of its kind: a flow, or a diffusion. ``on_step``
         gets the number of each step, its time and the latents after it, and returns those to go on with.
+        """
+        scheduler = self.start_scheduler(steps, scheduler)
+        guided = guidance_scale != 1.0
+        if guided and null_ME is None:
+            raise PiscesError(f"guidance_scale {guidance_scale} needs the null condition: pass null_ME or a scale of 1")
+        B = len(vectors_BME)
+        scales_B = vectors_BME.new_full((B,), guidance_scale) if guided else None
+        levels_B = vectors_BME.new_full((B,), level)
+        latents = noise_BCHW.float() * getattr(scheduler, "init_noise_sigma", 1.0)
+        for number, time in enumerate(scheduler.timesteps):
+            scaled = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
+            times = time.expand(B).to(latents.device)
+            predicted = self.predict(scaled, times, vectors_BME, levels_B, null_ME, scales_B)
+            latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
+            if on_step is not None:
+                latents = on_step(number, time, latents)
+        return self.decode(latents)
+
+    def start_scheduler(self, steps: int, scheduler: Any = None) -> Any:
+        """A scheduler for one sampling of ``steps``: it keeps that sampling's state, and others may run beside it.
+
+        Args:
+            steps: denoising steps.
+            scheduler: in place of the decoder's own.
+
+        Raises:
+            PiscesError: for a scheduler of the other kind, flow or diffusion.
         """
         chosen = self.scheduler if scheduler is None else scheduler
         if _is_flow(chosen) != self.is_flow:
@@ -226,35 +252,37 @@ class ImageDecoder(nn.Module):
             raise PiscesError(
                 f"{type(chosen).__name__}: this decoder was trained as a {kind}: take a scheduler of that"
             )
-        # A scheduler of its own for each call: it keeps the state of one sampling, and calls may run side by side.
-        scheduler = type(chosen).from_config(chosen.config)
-        scheduler.set_timesteps(steps, device=vectors_BME.device)
-        guided = guidance_scale != 1.0
-        levels_B = vectors_BME.new_full((len(vectors_BME),), level)
-        if guided:
-            if null_ME is None:
-                raise PiscesError(
-                    f"guidance_scale {guidance_scale} needs the null condition: pass null_ME or a scale of 1"
-                )
-            # Both halves in one batch: one U-Net call a step.
-            vectors_BME = torch.cat([vectors_BME, null_ME.expand_as(vectors_BME)])
-            levels_B = torch.cat([levels_B, torch.zeros_like(levels_B)])
-        latents = noise_BCHW.float() * getattr(scheduler, "init_noise_sigma", 1.0)
-        for number, time in enumerate(scheduler.timesteps):
-            scaled = scheduler.scale_model_input(latents, time) if hasattr(scheduler, "scale_model_input") else latents
-            times = time.expand(len(vectors_BME)).to(latents.device)
-            twice = scaled.repeat(2, 1, 1, 1) if guided else scaled
-            predicted = self.denoise(twice, times, vectors_BME, levels_B).float()
-            if guided:
-                conditioned, null = predicted.chunk(2)
-                predicted = null + guidance_scale * (conditioned - null)
-            if self.clean:
-                # latents = (1 - t) clean + t noise, so the velocity noise - clean is (latents - clean) / t.
-                predicted = (latents - predicted) / (time / 1000)
-            latents = scheduler.step(predicted, time, latents, return_dict=False)[0]
-            if on_step is not None:
-                latents = on_step(number, time, latents)
-        return self.decode(latents)
+        started = type(chosen).from_config(chosen.config)
+        started.set_timesteps(steps, device=self.condition.level_E.device)
+        return started
+
+    @torch.no_grad()
+    def predict(
+        self,
+        latents_BCHW: Tensor,
+        times_B: Tensor,
+        vectors_BME: Tensor,
+        levels_B: Tensor,
+        null_ME: Tensor | None = None,
+        scales_B: Tensor | None = None,
+    ) -> Tensor:
+        """What a scheduler's step takes: noise or velocity at ``times_B``, guided where ``scales_B`` is given.
+
+        Guidance is ``null + scale * (conditioned - null)``. The null condition has no error: its level is 0.
+        """
+        if scales_B is None or null_ME is None:
+            predicted = self.denoise(latents_BCHW, times_B, vectors_BME, levels_B).float()
+        else:
+            # Both halves in one batch: one call of the network a step.
+            conditions = torch.cat([vectors_BME, null_ME.expand_as(vectors_BME)])
+            levels = torch.cat([levels_B, torch.zeros_like(levels_B)])
+            both = self.denoise(latents_BCHW.repeat(2, 1, 1, 1), times_B.repeat(2), conditions, levels).float()
+            conditioned, null = both.chunk(2)
+            predicted = null + scales_B.view(-1, 1, 1, 1) * (conditioned - null)
+        if self.clean:
+            # latents = (1 - t) clean + t noise, so the velocity noise - clean is (latents - clean) / t.
+            predicted = (latents_BCHW - predicted) / (times_B.view(-1, 1, 1, 1) / 1000)
+        return predicted
 
 
 def _is_flow(scheduler: Any) -> bool:

@@ -215,7 +215,7 @@ def test_a_stage_with_a_flow_starts_from_one_without_and_is_loaded_again(runs: P
     one, two = generator.image(["a cat"], n=2, steps=1, seed=5)[0]
     other = generator.image(["a dog", "a cat"], n=1, steps=1, seed=5)[1][0]
     assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1  # picture 0, whatever is beside it
-    first, second = (generator.vectors(["a cat"], draws_BMR=generator._head_draws([j], 5, 1.0)) for j in (0, 1))
+    first, second = (generator.vectors(["a cat"], draws_BMR=generator.head_draws([j], 5, 1.0)) for j in (0, 1))
     assert not torch.allclose(first, second)
     torch.testing.assert_close(generator.vectors(["a cat"], draws_BMR=0 * first), generator.vectors(["a cat"]))
     again = train(nano(runs, "stage3", *settings, f"model.start={folder}", out=tmp_path / "more"), probes=())
