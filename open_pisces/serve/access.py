@@ -72,7 +72,29 @@ class Gate:
                 raise self._too_large()
         except ApiError as error:
             return await _answer(error, sending)
-        await self.app(scope, self._counting(receive), sending)
+        await self._within_size(scope, receive, sending)
+
+    async def _within_size(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; a body without a length that goes on too long ends as if the client had left."""
+        seen = 0
+
+        async def counted() -> dict[str, Any]:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            return message if seen <= self.max_body else {"type": "http.disconnect"}
+
+        async def sending(message: dict[str, Any]) -> None:
+            if seen <= self.max_body:
+                await send(message)
+
+        try:
+            await self.app(scope, counted, sending)
+        except Exception:
+            if seen <= self.max_body:
+                raise
+        if seen > self.max_body:
+            await _answer(self._too_large(), send)
 
     def _check_host(self, headers: Headers) -> None:
         found = headers.all(b"host")
@@ -102,20 +124,6 @@ class Gate:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the request is larger than {self.max_body:,} bytes", code="request_too_large")
-
-    def _counting(self, receive: Receive) -> Receive:
-        """Stops a body without a length that goes on too long."""
-        seen = 0
-
-        async def counted() -> dict[str, Any]:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.max_body:
-                raise self._too_large()
-            return message
-
-        return counted
 
 
 class Headers:

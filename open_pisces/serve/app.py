@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 from open_pisces.serve.access import Gate
 from open_pisces.serve.answers import ChatAnswer, image_event, images_usage, sse
 from open_pisces.serve.errors import ApiError
-from open_pisces.serve.schemas import ChatRequest, ImagesRequest
+from open_pisces.serve.schemas import ChatMessage, ChatRequest, ImagesRequest, ImageUrl, Part, StreamOptions
 from open_pisces.serve.service import Conversation, ServeSettings, Service, side_of, unless_gone
 from open_pisces.serve.supervisor import Told
 
@@ -84,18 +85,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        path = [str(part) for part in first["loc"] if part != "body"]
-        field = ".".join(path)
-        message = first["msg"].removeprefix("Value error, ")
-        code = None
-        if first["type"] == "extra_forbidden":
-            message = "unknown field; leave it out"
-            code = "unknown_parameter"
-        elif first["type"] == "json_invalid":
-            field = ""
-            message = "the body is not valid JSON"
-        return answer(ApiError(400, f"{field}: {message}" if field else message, field or None, code))
+        return answer(_explained(error))
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
@@ -106,6 +96,29 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
         return answer(ApiError(500, "a fault of the server; its log says more"))
+
+
+def _explained(error: RequestValidationError) -> ApiError:
+    """What is wrong with a body, at the place that goes deepest: a text that should be a list is less telling."""
+    first = max(error.errors(), key=lambda one: len(one["loc"]))
+    # Besides fields and indices pydantic names the types that it tried: list[Part], constrained-str, ImageUrl.
+    path = [str(part) for part in first["loc"] if isinstance(part, int) or part in _fields()]
+    field = ".".join(path)
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        unknown = str(first["loc"][-1])
+        field = ".".join(path if path[-1:] == [unknown] else [*path, unknown])
+        return ApiError(400, f"{field}: unknown field; leave it out", field, "unknown_parameter")
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON")
+    return ApiError(400, f"{field}: {message}" if field else message, field or None)
+
+
+@cache
+def _fields() -> set[str]:
+    """All names of fields in requests."""
+    known = (ChatRequest, ImagesRequest, ChatMessage, Part, ImageUrl, StreamOptions)
+    return {name for model in known for name in model.model_fields}
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

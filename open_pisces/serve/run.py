@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
+import signal
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +69,15 @@ def serve(settings: ServeSettings, host: str, port: int) -> int:
     return asyncio.run(_serve(replace(settings, hosts=tuple(dict.fromkeys(names))), host, port))
 
 
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends with our exit code and not by the signal that stopped it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to those who start it."""
+        yield
+
+
 async def _serve(settings: ServeSettings, host: str, port: int) -> int:
     listening = _listen(host, port)
     app = build_app(settings)
@@ -85,7 +97,9 @@ async def _serve(settings: ServeSettings, host: str, port: int) -> int:
         h11_max_incomplete_event_size=64 << 10,
         ws="none",
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, server.handle_exit, number, None)
     name = f"[{host}]" if ":" in host else host
     print(f"pisces: {settings.name} at http://{name}:{listening.getsockname()[1]}/v1", flush=True)
 
