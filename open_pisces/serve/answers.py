@@ -85,8 +85,8 @@ def images_usage(done: Message) -> Message:
 
 
 def image_event(kind: str, raw: bytes, size: int, how: str, **more: Any) -> str:
-    """A streamed picture of the images API: ``image_generation.partial_image`` or ``.completed``."""
-    body: Message = {"type": f"image_generation.{kind}", "b64_json": base64.b64encode(raw).decode()}
+    """A streamed picture of the images API: ``image_generation.partial_image``, ``image_edit.completed``, ..."""
+    body: Message = {"type": kind, "b64_json": base64.b64encode(raw).decode()}
     body |= {"created_at": int(time.time()), "size": f"{size}x{size}", "output_format": how}
     body |= {"quality": "auto", "background": "opaque", **more}
     return sse(body, body["type"])

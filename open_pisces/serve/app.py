@@ -8,23 +8,44 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from open_pisces.serve.access import Gate
 from open_pisces.serve.answers import ChatAnswer, image_event, images_usage, sse
 from open_pisces.serve.errors import ApiError
-from open_pisces.serve.schemas import ChatMessage, ChatRequest, ImagesRequest, ImageUrl, Part, StreamOptions
-from open_pisces.serve.service import Conversation, ServeSettings, Service, side_of, unless_gone
+from open_pisces.serve.responses import Conversations
+from open_pisces.serve.responses import Response as OneResponse
+from open_pisces.serve.schemas import (
+    MOST_PICTURES,
+    ChatMessage,
+    ChatRequest,
+    Drawing,
+    ImagesRequest,
+    ImageUrl,
+    InputMessage,
+    Part,
+    ResponsesRequest,
+    StreamOptions,
+    Tool,
+)
+from open_pisces.serve.service import Conversation, Picture, ServeSettings, Service, side_of, unless_gone
 from open_pisces.serve.supervisor import Told
 
 log = logging.getLogger("open_pisces.serve")
 Events = AsyncGenerator[Told]
+Asked = TypeVar("Asked", bound=BaseModel)
+NOT_TRAINED = (
+    "this model was not trained to draw from a picture (its mixtures hold no task `reconstruct`): ask "
+    "/v1/images/generations for a picture of what you describe"
+)
 
 
 def build_app(settings: ServeSettings) -> FastAPI:
@@ -46,6 +67,7 @@ def build_app(settings: ServeSettings) -> FastAPI:
     _add_state(app, service)
     _add_chat(app, service)
     _add_images(app, service)
+    _add_responses(app, service)
     app.add_middleware(Counting, service=service)
     app.add_middleware(
         Gate, keys=settings.keys, hosts=settings.hosts, origins=settings.origins, max_body=settings.max_body
@@ -117,8 +139,30 @@ def _explained(error: RequestValidationError) -> ApiError:
 @cache
 def _fields() -> set[str]:
     """All names of fields in requests."""
-    known = (ChatRequest, ImagesRequest, ChatMessage, Part, ImageUrl, StreamOptions)
+    bodies = (ChatRequest, ImagesRequest, ResponsesRequest)
+    known: tuple[type[BaseModel], ...] = (
+        *bodies,
+        ChatMessage,
+        InputMessage,
+        Part,
+        ImageUrl,
+        StreamOptions,
+        Drawing,
+        Tool,
+    )
     return {name for model in known for name in model.model_fields}
+
+
+def read_form(model: type[Asked], fields: dict[str, Any]) -> Asked:
+    """The request that a form's fields make.
+
+    Raises:
+        RequestValidationError: as for a body of JSON.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from None
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
@@ -163,7 +207,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
             "seed": asked.seed or 0,
         }
         settings |= {"max_new_tokens": limit} if limit else {}
-        written = side_of(asked.size, service.supervisor.about["image_size"]) if service.supervisor.about else {}
+        written = side_of(asked.size, service.about()["image_size"])
         events = service.ask(conversation, asked.mode, settings | asked.drawing(), written)
         answer = ChatAnswer(service.settings.name)
         if not asked.stream:
@@ -224,24 +268,46 @@ async def _stream(events: Events, pieces: Any) -> StreamingResponse:
 def _add_images(app: FastAPI, service: Service) -> None:
     """``POST /v1/images/generations``."""
 
-    @app.post("/v1/images/generations")
-    async def generations(asked: ImagesRequest, request: Request) -> Response:
+    async def draw(asked: ImagesRequest, request: Request, pictures: list[Picture]) -> Response:
         service.check_model(asked.model)
         if not asked.prompt.strip():
             raise ApiError(400, "the prompt is empty: say in words what to draw", "prompt")
-        if not service.supervisor.about:
-            raise ApiError(503, "the model is being loaded: try again in a moment", headers={"retry-after": "2"})
-        native: int = service.supervisor.about["image_size"]
+        native: int = service.about()["image_size"]
         side = side_of(asked.size, native)
-        conversation = Conversation([("user", [asked.prompt.strip()])])
+        conversation = Conversation([("user", [*range(len(pictures)), asked.prompt.strip()])], pictures)
         previews = asked.partial_images or 0 if asked.stream else 0
         settings = {"n": asked.n, "seed": asked.seed or 0, "variety": asked.temperature, "previews": previews}
         written = {"kind": asked.output_format, "quality": asked.output_compression, **side}
         events = service.ask(conversation, "image", settings | asked.drawing(), written)
         size: int = side.get("side") or native
         if asked.stream:
-            return await _stream(events, lambda told: _image_pieces(told, size, asked.output_format))
+            name = "image_edit" if pictures else "image_generation"
+            return await _stream(events, lambda told: _image_pieces(told, name, size, asked.output_format))
         return JSONResponse(await unless_gone(request, _whole_images(events, size, asked)))
+
+    @app.post("/v1/images/generations")
+    async def generations(asked: ImagesRequest, request: Request) -> Response:
+        return await draw(asked, request, [])
+
+    @app.post("/v1/images/edits")
+    async def edits(request: Request) -> Response:
+        async with request.form(max_files=MOST_PICTURES, max_part_size=service.settings.max_picture) as form:
+            fields: dict[str, Any] = {}
+            files: list[UploadFile] = []
+            for name, value in form.multi_items():
+                if not isinstance(value, UploadFile):
+                    fields[name] = value
+                elif name in ("image", "image[]"):
+                    files.append(value)
+                else:
+                    raise ApiError(400, f"{name}: only pictures to draw again are taken, as image or image[]", name)
+            asked = read_form(ImagesRequest, fields)
+            if not files:
+                raise ApiError(400, "a picture to draw again is missing: send it as the file image", "image")
+            if not service.about()["redraws"]:
+                raise ApiError(400, NOT_TRAINED, "image", "not_trained")
+            pictures = [await service.read_picture(await file.read(), "image") for file in files]
+        return await draw(asked, request, pictures)
 
 
 async def _whole_images(events: Events, size: int, asked: ImagesRequest) -> dict[str, Any]:
@@ -255,16 +321,46 @@ async def _whole_images(events: Events, size: int, asked: ImagesRequest) -> dict
     return {**head, "size": f"{size}x{size}", "output_format": asked.output_format, "background": "opaque"}
 
 
-async def _image_pieces(events: Events, size: int, kind: str) -> AsyncIterator[str]:
+async def _image_pieces(events: Events, name: str, size: int, kind: str) -> AsyncIterator[str]:
     shown: dict[int, int] = {}
     finished: list[tuple[int, bytes]] = []
     async for message, blobs in events:
         if message["kind"] == "preview":
             index = message["index"]
             number = shown[index] = shown.get(index, -1) + 1
-            yield image_event("partial_image", blobs[0], size, kind, partial_image_index=number, image_index=index)
+            yield image_event(
+                f"{name}.partial_image", blobs[0], size, kind, partial_image_index=number, image_index=index
+            )
         elif message["kind"] == "picture":
             finished.append((message["index"], blobs[0]))
         elif message["kind"] == "done":
             for index, raw in sorted(finished):
-                yield image_event("completed", raw, size, kind, usage=images_usage(message), image_index=index)
+                yield image_event(f"{name}.completed", raw, size, kind, usage=images_usage(message), image_index=index)
+
+
+# ---------------------------------------------------------------------------------------------------- responses
+
+
+def _add_responses(app: FastAPI, service: Service) -> None:
+    """``POST /v1/responses``."""
+    kept = Conversations()
+
+    @app.post("/v1/responses")
+    async def responses(asked: ResponsesRequest, request: Request) -> Response:
+        service.check_model(asked.model)
+        messages = kept.messages(asked)
+        told = [ChatMessage(role="system", content=asked.instructions)] if asked.instructions else []
+        conversation = await service.conversation([*told, *messages])
+        named = {"temperature": asked.temperature, "top_p": asked.top_p, "max_new_tokens": asked.max_output_tokens}
+        settings = {name: value for name, value in named.items() if value is not None} | {"seed": asked.seed or 0}
+        written: dict[str, Any] = {}
+        if asked.tools:
+            tool = asked.tools[0]
+            settings["previews"] = tool.partial_images if asked.stream else 0
+            written = {"kind": tool.output_format, "quality": tool.output_compression}
+            written |= side_of(tool.size, service.about()["image_size"])
+        events = service.ask(conversation, asked.mode, settings, written)
+        response = OneResponse(service.settings.name, asked, messages, kept)
+        if asked.stream:
+            return await _stream(events, response.pieces)
+        return JSONResponse(await unless_gone(request, response.whole(events)))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from open_pisces.errors import PiscesError
 
-class ApiError(Exception):
+
+class ApiError(PiscesError):
     """An answer that is an error.
 
     Args:

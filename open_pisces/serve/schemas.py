@@ -187,3 +187,59 @@ class ImagesRequest(Body, Drawn):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     """Of a head that samples."""
+
+
+class Tool(Strict):
+    """A tool of the Responses API: pictures only."""
+
+    type: Literal["image_generation"]
+    model: str | None = None
+    size: Annotated[str, StringConstraints(pattern=r"^(auto|\d{1,5}x\d{1,5})$")] | None = None
+    quality: Literal["auto", "low", "medium", "high"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 95
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    action: Literal["auto", "generate"] | None = None
+
+
+class Drawing(Strict):
+    """A picture of an earlier answer, as the Responses API hands it back."""
+
+    type: Literal["image_generation_call"]
+    id: str | None = None
+    status: str | None = None
+    result: Annotated[str, StringConstraints(max_length=64 << 20)]
+
+
+class InputMessage(ChatMessage):
+    """A message of the Responses API."""
+
+    type: Literal["message"] = "message"
+    id: str | None = None
+    status: str | None = None
+
+
+class ResponsesRequest(Body):
+    """``POST /v1/responses``."""
+
+    input: Text | Annotated[list[InputMessage | Drawing], Field(max_length=1000)]
+    instructions: Text | None = None
+    previous_response_id: Annotated[str, StringConstraints(max_length=100)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    tools: Annotated[list[Tool], Field(max_length=1)] = []
+    tool_choice: Literal["auto", "none", "required"] | dict[str, str] = "auto"
+    """With the tool: the model decides, never, always; ``{"type": "image_generation"}`` is always."""
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: Seed | None = None
+
+    @property
+    def mode(self) -> str:
+        """Of the engine."""
+        if not self.tools or self.tool_choice == "none":
+            return "text"
+        return "auto" if self.tool_choice == "auto" else "image"

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 Picture = tuple[tuple[int, int], bytes]
 """Size and RGB pixels."""
 LARGEST_SIDE = 2048
+LOADING = "the model is being loaded: try again in a moment"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
@@ -96,6 +97,16 @@ class Service:
         """Whether a request would be served now."""
         return self.supervisor.ready and not self.draining
 
+    def about(self) -> dict[str, Any]:
+        """What the worker says about its model.
+
+        Raises:
+            ApiError: while no worker has been ready yet.
+        """
+        if not self.supervisor.about:
+            raise ApiError(503, LOADING, headers={"retry-after": "2"})
+        return self.supervisor.about
+
     def check_model(self, name: str | None) -> None:
         """Refuse another model's name."""
         if name not in (None, "", self.settings.name):
@@ -140,9 +151,7 @@ class Service:
                     self._count(event, time.monotonic() - began)
                     yield event
         except Unavailable:
-            raise ApiError(
-                503, "the model is being loaded: try again in a moment", headers={"retry-after": "2"}
-            ) from None
+            raise ApiError(503, LOADING, headers={"retry-after": "2"}) from None
         finally:
             self.pending -= 1
             self.counts.in_flight.set(self.pending)
@@ -226,8 +235,19 @@ class Service:
                 raw = read_data_url(url[5:], most)
             else:
                 raw = await asyncio.to_thread(fetch, url, self.settings.fetch, most)
+        except FetchError as error:
+            raise ApiError(400, str(error), param, "invalid_image") from None
+        return await self.read_picture(raw, param)
+
+    async def read_picture(self, raw: bytes, param: str) -> Picture:
+        """The pixels of a picture's file.
+
+        Raises:
+            ApiError: naming what is wrong with it.
+        """
+        try:
             return await self.reader.read(raw)
-        except (FetchError, PictureError) as error:
+        except PictureError as error:
             raise ApiError(400, str(error), param, "invalid_image") from None
 
 

@@ -22,6 +22,7 @@ from open_pisces.data.prompts import Turn, generation_turns
 from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator
 from open_pisces.generate.words import known_words
+from open_pisces.model.folder import read_card
 from open_pisces.serve.engine import Engine
 from open_pisces.serve.frames import Message, pack, read_frame
 from open_pisces.serve.requests import Event, Request, caption_of
@@ -81,6 +82,9 @@ class Worker:
             "vectors": self.generator.renderer.M,
             "device": str(self.generator.device),
             "threads": torch.get_num_threads(),
+            "redraws": any(
+                "reconstruct" in entry.get("tasks", ()) for entry in read_card(self.settings["model"])["record"]
+            ),
             "words": list(known_words(self.generator.tokenizer)),
         }
 

@@ -383,5 +383,6 @@ def training_record(run: Run) -> dict[str, Any]:
         "seconds": round(progress.seconds, 1),
         "device": f"{run.world.ranks} x {run.world.device.type}" if run.world.ranks > 1 else str(run.world.device),
         "data": [source.path for source in config.data.sources],
+        "tasks": sorted(set().union(*(source.tasks for source in config.data.sources))),
         "licences": run.licences,
     }

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -282,6 +283,56 @@ def test_special_tokens_in_a_users_text_are_characters(client: openai.OpenAI) ->
     assert found.choices[0].finish_reason in ("stop", "length")
 
 
+def test_a_response_in_words(client: openai.OpenAI, heart: str) -> None:
+    shown = [{"type": "input_image", "image_url": heart}, {"type": "input_text", "text": "What is in the picture?"}]
+    first = client.responses.create(model="pisces", input=[{"role": "user", "content": shown}])
+    assert first.output_text == "red heart" and first.status == "completed" and first.usage.output_tokens == 3
+    then = "What color is the background?"
+    second = client.responses.create(model="pisces", input=then, previous_response_id=first.id)
+    assert second.usage.input_tokens_details.cached_tokens > 64 and second.output_text
+    with pytest.raises(openai.NotFoundError, match="no response 'resp-x' is remembered"):
+        client.responses.create(model="pisces", input=then, previous_response_id="resp-x")
+    cut = client.responses.create(model="pisces", input=[{"role": "user", "content": shown}], max_output_tokens=1)
+    assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    with pytest.raises(openai.BadRequestError, match="tools.0.type"):
+        client.responses.create(model="pisces", input=then, tools=[{"type": "web_search"}])
+
+
+def test_a_response_in_words_is_streamed(client: openai.OpenAI, heart: str) -> None:
+    shown = [{"type": "input_image", "image_url": heart}, {"type": "input_text", "text": "What is in the picture?"}]
+    with client.responses.stream(model="pisces", input=[{"role": "user", "content": shown}]) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert final.output_text == "red heart" and kinds[0] == "response.created" and kinds[-1] == "response.completed"
+    assert kinds.count("response.output_text.delta") == 2 and "response.output_text.done" in kinds
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "image_generation"}])
+def test_the_image_generation_tool_draws(client: openai.OpenAI, choice: Any) -> None:
+    tool = {"type": "image_generation", "size": "128x128", "partial_images": 1}
+    asked = {"model": "pisces", "input": "Draw a red heart", "tools": [tool], "tool_choice": choice}
+    found = client.responses.create(**asked)
+    (call,) = found.output
+    assert call.type == "image_generation_call" and pixels(call.result).shape == (128, 128, 3)
+    then = client.responses.create(model="pisces", input="What is it?", previous_response_id=found.id)
+    assert "heart" in then.output_text
+    events = list(client.responses.create(**asked, stream=True))
+    kinds = [event.type.removeprefix("response.image_generation_call.") for event in events]
+    assert [kind for kind in kinds if "." not in kind] == ["in_progress", "generating", "partial_image", "completed"]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output[0].result == call.result
+    words = client.responses.create(**{**asked, "tool_choice": "none"})
+    assert words.output[0].type == "message"
+
+
+def test_a_model_that_was_not_trained_to_draw_again_says_so(client: openai.OpenAI, heart: str) -> None:
+    raw = base64.b64decode(heart.partition(",")[2])
+    with pytest.raises(openai.BadRequestError, match="not trained to draw from a picture"):
+        client.images.edit(model="pisces", image=("heart.png", raw), prompt="Draw the image again.")
+    with pytest.raises(openai.BadRequestError, match="mask: only pictures"):
+        client.images.edit(model="pisces", image=("heart.png", raw), mask=("mask.png", raw), prompt="a")
+
+
 # ------------------------------------------------------------------------------------------ Open WebUI, raw HTTP
 
 
@@ -459,6 +510,41 @@ def test_a_worker_whose_server_was_killed_ends() -> None:
         server.process.kill()
         server.process.wait()
         wait_until(lambda: not Path(f"/proc/{worker}").exists() or " Z " in Path(f"/proc/{worker}/stat").read_text())
+
+
+def test_a_model_that_was_trained_to_draws_again_from_a_picture(nano_folder: Path, tmp_path: Path, heart: str) -> None:
+    folder = Path(shutil.copytree(nano_folder, tmp_path / "model"))
+    card = json.loads((folder / "config.json").read_text())
+    card["record"].append({"name": "a", "tasks": ["generate_short", "reconstruct"]})
+    (folder / "config.json").write_text(json.dumps(card))
+    raw = base64.b64decode(heart.partition(",")[2])
+    with running("--model", str(folder), "--served-name", "nano") as server:
+        client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+        more = {"seed": 2, "steps": 2}
+        asked = {
+            "model": "nano",
+            "image": [("a.png", raw)],
+            "prompt": "Draw the image again.",
+            "n": 2,
+            "extra_body": more,
+        }
+        found = client.images.edit(**asked)
+        assert len(found.data) == 2 and pixels(found.data[0].b64_json).shape == (32, 32, 3)
+        other = client.images.edit(**{**asked, "image": ("a.png", rotated(raw))})
+        assert other.data[0].b64_json != found.data[0].b64_json
+        events = list(client.images.edit(**asked, stream=True, partial_images=1))
+        assert [event.type for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"] * 2
+        assert [event.b64_json for event in events[2:]] == [one.b64_json for one in found.data]
+        with pytest.raises(openai.BadRequestError, match="neither a PNG"):
+            client.images.edit(**{**asked, "image": ("a.png", b"GIF")})
+        with pytest.raises(openai.BadRequestError, match="n: "):
+            client.images.edit(**{**asked, "n": 0})
+
+
+def rotated(raw: bytes) -> bytes:
+    file = io.BytesIO()
+    Pillow.open(io.BytesIO(raw)).rotate(90).save(file, "PNG")
+    return file.getvalue()
 
 
 @pytest.mark.parametrize(
