@@ -64,9 +64,14 @@ class ChatAnswer:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return sse({**self.head, "object": "chat.completion.chunk", "choices": [choice], **more})
 
-    def picture(self, raw: bytes) -> str:
+    def picture(self, raw: bytes, index: int) -> str:
         """A streamed picture."""
-        return self.piece({"content": picture_parts([raw]), "images": picture_parts([raw])})
+        parts = [{**part, "index": index} for part in picture_parts([raw])]
+        return self.piece({"content": picture_parts([raw]), "images": parts})
+
+    def preview(self, raw: bytes, index: int) -> str:
+        """A streamed picture that is not finished; ours."""
+        return self.piece({"partial_image": {**picture_parts([raw])[0], "index": index}})
 
     def usage(self, done: Message) -> str:
         """The piece with token counts, which has no choice."""

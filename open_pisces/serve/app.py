@@ -8,11 +8,12 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
@@ -41,6 +42,13 @@ from open_pisces.serve.supervisor import Told
 
 log = logging.getLogger("open_pisces.serve")
 Events = AsyncGenerator[Told]
+STATIC = Path(__file__).parent / "static"
+FILES = ("page.css", "page.js")
+PAGE = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "cache-control": "no-cache",
+}
 Asked = TypeVar("Asked", bound=BaseModel)
 NOT_TRAINED = (
     "this model was not trained to draw from a picture (its mixtures hold no task `reconstruct`): ask "
@@ -65,6 +73,7 @@ def build_app(settings: ServeSettings) -> FastAPI:
     app.state.service = service
     _add_errors(app, service)
     _add_state(app, service)
+    _add_page(app)
     _add_chat(app, service)
     _add_images(app, service)
     _add_responses(app, service)
@@ -167,7 +176,11 @@ def read_form(model: type[Asked], fields: dict[str, Any]) -> Asked:
 
 def _add_state(app: FastAPI, service: Service) -> None:
     """What is here, and how it is."""
-    entry = {"id": service.settings.name, "object": "model", "created": service.created, "owned_by": "open_pisces"}
+
+    def entry() -> dict[str, Any]:
+        found = {"id": service.settings.name, "object": "model", "created": service.created, "owned_by": "open_pisces"}
+        # Ours: whether it was trained on conversations of several turns.
+        return {**found, "converses": bool(service.supervisor.about.get("converses"))}
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -175,18 +188,32 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [entry]}
+        return {"object": "list", "data": [entry()]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
-        return entry
+        return entry()
 
     @app.get("/metrics")
     async def metrics() -> Response:
         service.counts.worker_ready.set(service.supervisor.ready)
         service.counts.worker_restarts.set(service.supervisor.restarts)
         return PlainTextResponse(generate_latest(service.counts.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI) -> None:
+    """The playground: three files, which ask for nothing from elsewhere."""
+
+    @app.get("/")
+    async def index() -> Response:
+        return FileResponse(STATIC / "index.html", headers=PAGE)
+
+    @app.get("/static/{name}")
+    async def static(name: str) -> Response:
+        if name not in FILES:
+            raise ApiError(404, f"no file {name!r}")
+        return FileResponse(STATIC / name, headers=PAGE)
 
 
 # --------------------------------------------------------------------------------------------------------- chat
@@ -207,6 +234,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
             "seed": asked.seed or 0,
         }
         settings |= {"max_new_tokens": limit} if limit else {}
+        settings |= {"n": asked.n_images, "previews": asked.partial_images if asked.stream else 0}
         written = side_of(asked.size, service.about()["image_size"])
         events = service.ask(conversation, asked.mode, settings | asked.drawing(), written)
         answer = ChatAnswer(service.settings.name)
@@ -234,7 +262,9 @@ async def _chat_pieces(events: Events, answer: ChatAnswer, with_usage: bool) -> 
         if message["kind"] == "text":
             yield answer.piece({"content": message["text"]})
         elif message["kind"] == "picture":
-            yield answer.picture(blobs[0])
+            yield answer.picture(blobs[0], message["index"])
+        elif message["kind"] == "preview":
+            yield answer.preview(blobs[0], message["index"])
         elif message["kind"] == "done":
             yield answer.piece({}, message["finish_reason"])
             if with_usage:

@@ -160,6 +160,10 @@ class ChatRequest(Body, Drawn):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    n_images: Annotated[int, Field(ge=1, le=MOST_PICTURES)] = 1
+    """Pictures, if one is drawn; ours."""
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    """Unfinished states of each picture in a streamed answer, as ``delta.partial_image``; ours."""
 
     @property
     def mode(self) -> str:

@@ -75,6 +75,8 @@ class Worker:
     def _about(self) -> Message:
         """What the server wants to know of the model."""
         pisces = self.generator.pisces
+        record = read_card(self.settings["model"])["record"]
+        tasks = {task for training in record for task in training.get("tasks", ())}
         return {
             "context": self.engine.context,
             "draws": pisces.decoder is not None,
@@ -82,9 +84,8 @@ class Worker:
             "vectors": self.generator.renderer.M,
             "device": str(self.generator.device),
             "threads": torch.get_num_threads(),
-            "redraws": any(
-                "reconstruct" in entry.get("tasks", ()) for entry in read_card(self.settings["model"])["record"]
-            ),
+            "redraws": "reconstruct" in tasks,
+            "converses": "conversation" in tasks,
             "words": list(known_words(self.generator.tokenizer)),
         }
 
