@@ -81,6 +81,17 @@ class PatchTransformerConfig(Settings):
         return self
 
 
+class Preset(Settings):
+    """A trade of time for detail in drawing; what is None is the model's own."""
+
+    steps: int = Field(ge=1)
+    guidance_scale: float | None = Field(default=None, ge=0)
+    vector_guidance: float | None = Field(default=None, ge=0)
+
+
+PresetName = Literal["quality", "balanced", "fast"]
+
+
 class DecoderConfig(Settings):
     """The diffusion decoder: gen-CLIP vectors in, pixels out."""
 
@@ -109,6 +120,13 @@ class DecoderConfig(Settings):
     with in place of a dropped condition. Deviation from the paper, for ``tiny``."""
     noise_level: float = Field(default=0.0, ge=0)
     """How wrong the LLM's vectors are, as the decoder is told, in deviations of the targets; true vectors have 0."""
+    presets: dict[PresetName, Preset] = {}
+    """Those that are missing take all, three fifths and a quarter of ``steps``."""
+
+    def preset(self, name: PresetName) -> Preset:
+        """A preset by its name."""
+        shares = {"quality": 1.0, "balanced": 0.6, "fast": 0.25}
+        return self.presets.get(name) or Preset(steps=max(1, round(self.steps * shares[name])))
 
 
 class BridgeConfig(Settings):

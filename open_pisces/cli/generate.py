@@ -26,6 +26,7 @@ def generate(args: argparse.Namespace) -> Result:
     check_out(args.out)
     generator = load_generator(args)
     unknown = warn_of_unknown_words(generator, args.prompts)
+    use_preset(args, generator)
     how = args.steps, args.guidance_scale, args.seed, args.temperature, args.vector_guidance
     if args.best_of == 1:
         drawn = generator.image(args.prompts, args.n, *how)
@@ -48,6 +49,15 @@ def generate(args: argparse.Namespace) -> Result:
     say(args, "\n".join(f"{row['prompt']}: {row['file']}" for row in rows))
     names = ("n", "best_of", "steps", "guidance_scale", "seed", "temperature", "vector_guidance")
     return {"pictures": rows, "unknown_words": unknown, **{name: getattr(args, name) for name in names}}
+
+
+def use_preset(args: argparse.Namespace, generator: Generator) -> None:
+    """Fill in the settings of ``--preset`` that were not given themselves."""
+    if args.preset is None:
+        return
+    for name, value in generator.pisces.settings.decoder.preset(args.preset).model_dump().items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def warn_of_unknown_words(generator: Generator, prompts: list[str]) -> list[str]:
@@ -125,6 +135,8 @@ def add_generate(commands: Any) -> None:
     command.add_argument("prompts", nargs="+", metavar="PROMPT")
     _add_out(command)
     add_drawing_options(command, n=1)
+    text = "quality, balanced or fast: the model's own settings for each; other options go before it"
+    command.add_argument("--preset", choices=("quality", "balanced", "fast"), help=text)
     text = "draw N for each picture, keep the one that the model itself describes by the prompt best (default: 1)"
     command.add_argument("--best-of", type=at_least(1), default=1, metavar="N", help=text)
     text = "variance of the noise that a sampling head starts from, 0 for none (default: 1); squared error has none"

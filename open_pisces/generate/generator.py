@@ -153,19 +153,23 @@ class Generator:
         hidden_BD = torch.stack([prefix.hidden_D for prefix in prefixes])
         # A stream for each row on the CPU: the same on every device, and independent of the other rows.
         draws = [torch.Generator().manual_seed(seed) for _ in prefixes]
+        token_B: Tensor | None = None
         for _ in range(max_new_tokens):
+            if token_B is not None:
+                hidden_BD = slots.step(self.pisces.llm.get_input_embeddings()(token_B.to(self.device)))
             logits_BV = self.only_text(self.pisces.llm.get_output_embeddings()(hidden_BD).float().cpu())
             token_B = torch.tensor(
                 [draw_token(logits_V, temperature, g) for logits_V, g in zip(logits_BV, draws, strict=True)]
             )
             yield token_B.tolist()
-            embedded = self.pisces.llm.get_input_embeddings()(token_B.to(self.device))
-            hidden_BD = slots.step(embedded)
 
     def only_text(self, logits_BV: Tensor) -> Tensor:
         """Logits, changed in place: text holds none of the template's tokens but the one that ends it."""
-        logits_BV[:, [token for token in self.renderer.special_ids if token != self.renderer.end_of_turn]] = NEVER
-        return logits_BV
+        return logits_BV.index_fill_(1, self._banned, NEVER)
+
+    @cached_property
+    def _banned(self) -> Tensor:
+        return torch.tensor([token for token in self.renderer.special_ids if token != self.renderer.end_of_turn])
 
     # --------------------------------------------------------------------------------------------- pictures
 

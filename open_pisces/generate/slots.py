@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from open_pisces.batch import SequenceBatch
+from open_pisces.generate.steps import step_of
 from open_pisces.model.pisces import Pisces
 
 MULTIPLE = 64
@@ -121,6 +122,7 @@ class Slots(Cache):
         self.at_R = torch.zeros(rows, dtype=torch.long, device=device)
         self.columns_L = torch.arange(self.length, device=device)
         self.used = MULTIPLE
+        self.lean = step_of(pisces.llm, self.length)
 
     def put(self, row: int, prefix: Prefix) -> None:
         """Let a row go on from a prefix; what it held is forgotten."""
@@ -145,16 +147,18 @@ class Slots(Cache):
         self.at_R.copy_(torch.tensor(self.lengths))
         self.used = -(-(max(self.lengths) + 1) // MULTIPLE) * MULTIPLE
         mask_R11S = (self.columns_L[: self.used] <= self.at_R[:, None])[:, None, None]
-        hidden_RSD = self.pisces.hidden(
-            embedded_RD[:, None],
-            attention_mask=mask_R11S,
-            position_ids=self.at_R[:, None],
-            past_key_values=self,
-            use_cache=True,
-        )
+        if self.lean is not None:
+            hidden_RD = self.lean(embedded_RD, self.at_R, mask_R11S, self._cached)
+        else:
+            how = {"attention_mask": mask_R11S, "position_ids": self.at_R[:, None], "past_key_values": self}
+            hidden_RD = self.pisces.hidden(embedded_RD[:, None], use_cache=True, **how)[:, 0]
         for row in range(len(self.lengths)):
             self.lengths[row] += live is None or live[row]
-        return hidden_RSD[:, 0]
+        return hidden_RD
+
+    def _cached(self, number: int, key_RHC: Tensor, value_RHC: Tensor) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values; gives all that the rows may see."""
+        return self.layers[number].update(key_RHC[:, :, None], value_RHC[:, :, None])
 
 
 class _Layer(CacheLayerMixin):
@@ -179,8 +183,9 @@ class _Layer(CacheLayerMixin):
         owner = self.owner
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys[owner.rows_R, :, owner.at_R] = key_states[:, :, 0]
-        self.values[owner.rows_R, :, owner.at_R] = value_states[:, :, 0]
+        # Under autocast what comes is narrower than the prompt's.
+        self.keys[owner.rows_R, :, owner.at_R] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[owner.rows_R, :, owner.at_R] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys[:, :, : owner.used], self.values[:, :, : owner.used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from open_pisces.serve.schemas import (
     ResponsesRequest,
     StreamOptions,
     Tool,
+    preset_of,
 )
 from open_pisces.serve.service import Conversation, Picture, ServeSettings, Service, side_of, unless_gone
 from open_pisces.serve.supervisor import Told
@@ -382,11 +383,12 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         told = [ChatMessage(role="system", content=asked.instructions)] if asked.instructions else []
         conversation = await service.conversation([*told, *messages])
         named = {"temperature": asked.temperature, "top_p": asked.top_p, "max_new_tokens": asked.max_output_tokens}
-        settings = {name: value for name, value in named.items() if value is not None} | {"seed": asked.seed or 0}
+        settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        settings["seed"] = asked.seed or 0
         written: dict[str, Any] = {}
         if asked.tools:
             tool = asked.tools[0]
-            settings["previews"] = tool.partial_images if asked.stream else 0
+            settings |= {"previews": tool.partial_images if asked.stream else 0, **preset_of(tool.quality)}
             written = {"kind": tool.output_format, "quality": tool.output_compression}
             written |= side_of(tool.size, service.about()["image_size"])
         events = service.ask(conversation, asked.mode, settings, written)

@@ -123,6 +123,7 @@ class Engine:
             PromptError: for what cannot be done: too long, more rows than there are, settings out of range.
         """
         generator = self.generator
+        request = self._with_preset(request)
         drawing = request.mode == "image"
         turns = request.to_draw or request.turns if drawing else request.turns
         rendered = generator.renderer.render(turns, answer_next=True)
@@ -149,6 +150,14 @@ class Engine:
             undecided = request.mode == "auto" and generator.pisces.decoder is not None
             pieces = TextPieces(generator.tokenizer)
             self.waiting.append(_Sequence(id, request, rendered, part, drawing, undecided, pieces, draw))
+
+    def _with_preset(self, request: Request) -> Request:
+        """The request with the settings of its preset, where it has none of its own."""
+        if request.preset is None:
+            return request
+        found = self.generator.pisces.settings.decoder.preset(request.preset).model_dump()
+        lacking = {name: value for name, value in found.items() if getattr(request, name) is None}
+        return replace(request, preset=None, **lacking)
 
     def cancel(self, id: str) -> None:
         """Forget a request; its places are free in the next step."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
+from open_pisces.config import PresetName
 from open_pisces.data.prompts import Turn
 
 
@@ -29,6 +30,8 @@ class Request:
     seed: int = 0
     n: int = 1
     """Pictures."""
+    preset: PresetName | None = None
+    """Settings that are not given come from it."""
     steps: int | None = None
     guidance_scale: float | None = None
     vector_guidance: float | None = None

@@ -101,6 +101,12 @@ class ImageUrl(Strict):
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
+def preset_of(quality: str | None) -> dict[str, str]:
+    """OpenAI's ``quality`` as one of our presets; nothing for the model's own settings."""
+    named = {"low": "fast", "medium": "balanced", "high": "quality", "hd": "quality"}
+    return {"preset": named[quality]} if quality in named else {}
+
+
 class Part(Strict):
     """A piece of a message: text or a picture."""
 
@@ -191,6 +197,10 @@ class ImagesRequest(Body, Drawn):
     partial_images: Annotated[int, Field(ge=0, le=3)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
     """Of a head that samples."""
+
+    def drawing(self) -> dict[str, Any]:
+        """What the engine is asked for; ``quality`` is a preset, for settings that are not given."""
+        return super().drawing() | preset_of(self.quality)
 
 
 class Tool(Strict):

@@ -1,0 +1,33 @@
+"""Drawing with the preset ``fast`` against ``quality``, one picture at a time, the shipped model.
+
+What a preset costs in quality is measured by `pisces eval drawing` with its steps; docs/serving.md has the scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from open_pisces.bench.pairs import compare
+from open_pisces.config import PresetName
+from open_pisces.generate.generator import Generator
+from open_pisces.model.folder import WEIGHTS
+
+PROMPT = "a red heart on a blue background"
+
+
+def run(pairs: int = 15) -> dict[str, Any]:
+    """Seconds of a picture by ``quality`` over seconds by ``fast``; at least 3 is wanted."""
+    generator = Generator.from_pretrained(WEIGHTS, "cpu")
+
+    def draw(name: PresetName) -> None:
+        chosen = generator.pisces.settings.decoder.preset(name)
+        generator.image(
+            [PROMPT],
+            steps=chosen.steps,
+            guidance_scale=chosen.guidance_scale,
+            vector_guidance=chosen.vector_guidance,
+        )
+
+    found = compare("presets", lambda: draw("fast"), lambda: draw("quality"), pairs)
+    balanced = compare("presets", lambda: draw("balanced"), lambda: draw("quality"), pairs)
+    return {**found, "balanced": {key: balanced[key] for key in ("ratio", "low", "high", "n", "figures")}}
