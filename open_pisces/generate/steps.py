@@ -101,4 +101,5 @@ def _linear(x: Tensor, module: Any) -> Tensor:
 
 
 def _norm(x: Tensor, module: Any) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+    # Under autocast what comes is narrower than the weight.
+    return F.rms_norm(x.to(module.weight.dtype), x.shape[-1:], module.weight, module.variance_epsilon)

@@ -201,7 +201,7 @@ class Service:
             if not found.turns or found.turns[-1][0] != role:
                 found.turns.append((role, []))
             await self._add(message, number, role, found)
-        if found.turns[-1][0] != "user" or not found.turns[-1][1]:
+        if not found.turns or found.turns[-1][0] != "user" or not found.turns[-1][1]:
             raise ApiError(400, "the last message must be the user's, and say something", "messages")
         found.turns[:] = [turn for turn in found.turns if turn[1]]
         return found

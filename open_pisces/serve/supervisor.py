@@ -16,9 +16,8 @@ from open_pisces.serve.frames import Message
 
 log = logging.getLogger("open_pisces.serve")
 PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""Seconds before each new start after another death; as many starts in a row may fail."""
-LASTING = 30.0
-"""A worker that was ready for so many seconds is not counted as a failed start."""
+"""Seconds before each start after another one that failed; as many in a row may fail. A worker that was ready once did
+not fail to start, however soon it died."""
 Told = tuple[Message, list[bytes]]
 
 
@@ -113,6 +112,7 @@ class Supervisor:
                 watch = asyncio.create_task(self._watch(self.child))
                 refused = await self._listen(self.child)
             finally:
+                started = self.ready
                 self.ready = False
                 if watch is not None:
                     watch.cancel()
@@ -122,10 +122,10 @@ class Supervisor:
             self.reason = refused or f"the worker ended with code {code}"
             if refused:
                 break
-            lasted = time.monotonic() - began
-            failures = 1 if lasted > LASTING else failures + 1
+            failures = 0 if started else failures + 1
             self.restarts += 1
-            log.error("the worker ended with code %s after %.1f s; it is started again", code, lasted)
+            seconds = time.monotonic() - began
+            log.error("the worker ended with code %s after %.1f s; it is started again", code, seconds)
         self.failed.set()
 
     async def _listen(self, child: Child) -> str:

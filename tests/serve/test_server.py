@@ -23,7 +23,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image as Pillow
-from running import Server, running
+from servers import Server, running
 
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
@@ -231,6 +231,7 @@ PART = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     ("asked", "why"),
     [
         ({"messages": []}, "messages: "),
+        ({"messages": [{"role": "system", "content": "a"}]}, "last message must be the user's"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "last message must be the user's"),
         ({"messages": [{"role": "user", "content": ""}]}, "say something"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
@@ -294,6 +295,8 @@ def test_a_response_in_words(client: openai.OpenAI, heart: str) -> None:
         client.responses.create(model="pisces", input=then, previous_response_id="resp-x")
     cut = client.responses.create(model="pisces", input=[{"role": "user", "content": shown}], max_output_tokens=1)
     assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens"
+    with pytest.raises(openai.BadRequestError, match="last message must be the user's"):
+        client.responses.create(model="pisces", input=[])
     with pytest.raises(openai.BadRequestError, match="tools.0.type"):
         client.responses.create(model="pisces", input=then, tools=[{"type": "web_search"}])
 

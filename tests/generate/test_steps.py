@@ -1,0 +1,166 @@
+"""The lean step and its cache: what transformers computes, and transformers' own way where it takes that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from open_pisces.config import ModelConfig
+from open_pisces.data.prompts import Turn
+from open_pisces.generate.generator import Generator
+from open_pisces.generate.slots import MULTIPLE, Slots, read_after, room
+from open_pisces.generate.steps import step_of
+from open_pisces.model.pisces import Pisces
+
+SIZE = {
+    "vocab_size": 300,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+LEAN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama biased": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 6},
+    "llama3 positions": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 8},
+    "llama gelu": {"hidden_act": "gelu"},
+    "llama dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+}
+
+
+def llm_of(name: str, settings: dict[str, Any]) -> Any:
+    """A random LLM in float64, its norms and biases not what they start as."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name.split()[0].replace("llama3", "llama"), **{**SIZE, **settings})
+    llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return llm
+
+
+class Around:
+    """What `Slots` needs of a Pisces, around a bare LLM."""
+
+    hidden = Pisces.hidden
+    device = torch.device("cpu")
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+
+@torch.inference_mode()
+def stepped(llm: Any, prompts: list[Tensor], more: Tensor) -> tuple[Tensor, Slots]:
+    """Hidden states of further embeddings ``(R, K, D)``, one after another behind prompts of different lengths."""
+    around: Any = Around(llm)
+    slots = Slots(around, len(prompts), max(len(prompt) for prompt in prompts) + more.shape[1])
+    for row, prompt in enumerate(prompts):
+        slots.put(row, read_after(around, prompt, None))
+    return torch.stack([slots.step(more[:, k]) for k in range(more.shape[1])], 1), slots
+
+
+@pytest.mark.parametrize("name", [*LEAN, *OTHERS])
+def test_steps_of_rows_at_different_places_are_what_reading_the_whole_gives(name: str) -> None:
+    llm = llm_of(name, (LEAN | OTHERS)[name])
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(length, 48, generator=draw, dtype=torch.float64) for length in (3, 70, 20)]
+    more = torch.randn(3, 5, 48, generator=draw, dtype=torch.float64)
+    found, slots = stepped(llm, prompts, more)
+    assert (slots.lean is not None) == (name in LEAN)
+    assert slots.length % MULTIPLE == 0 and slots.lengths == [8, 75, 25]
+    for row, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            whole = llm.get_decoder()(inputs_embeds=torch.cat([prompt, more[row]])[None]).last_hidden_state[0]
+        # transformers' norms go through float32 even here; the lean ones do not.
+        near = 1e-5 if name in LEAN else 1e-9
+        torch.testing.assert_close(found[row], whole[len(prompt) :], rtol=near, atol=near)
+
+
+def test_an_adapter_and_a_sliding_window_take_transformers_way() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    llm = llm_of("llama", {})
+    assert step_of(llm, 64) is not None
+    assert step_of(get_peft_model(llm, LoraConfig(target_modules=["q_proj"])), 64) is None
+    windowed = llm_of("mistral", {"sliding_window": 32})
+    if "sliding_attention" in (getattr(windowed.config, "layer_types", None) or ()):
+        assert step_of(windowed, 64) is None and room(windowed.config) == 32
+    assert room(llm.config) == 256
+
+
+def test_a_row_that_is_not_live_stays_where_it_is() -> None:
+    llm = llm_of("llama", {})
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(4, 48, generator=draw, dtype=torch.float64) for _ in range(2)]
+    more = torch.randn(2, 3, 48, generator=draw, dtype=torch.float64)
+    expected, _ = stepped(llm, prompts, more)
+    around: Any = Around(llm)
+    with torch.inference_mode():
+        slots = Slots(around, 3, 60)
+        for row, prompt in enumerate(prompts):
+            slots.put(row, read_after(around, prompt, None))
+        empty = torch.zeros(1, 48, dtype=torch.float64)
+        slots.step(torch.cat([more[:, 0], empty]), [True, False, False])
+        slots.step(torch.cat([more[:1, 1], more[1:, 0], empty]), [True, True, False])
+        found = slots.step(torch.cat([more[:1, 2], more[1:, 1], empty]), [True, True, False])
+    assert slots.lengths == [7, 6, 0]
+    torch.testing.assert_close(found[0], expected[0, 2])
+    torch.testing.assert_close(found[1], expected[1, 1])
+    slots.free(0)
+    assert slots.lengths == [0, 6, 0]
+
+
+def test_weights_that_change_are_seen_by_the_next_step(nano_pisces: Pisces, nano_tokenizer: Any) -> None:
+    """In a training the generator stays while its weights move on."""
+    generator = Generator(nano_pisces, nano_tokenizer, "cpu")
+    asked = [(Turn("user", ("a",)),)]
+    slots = Slots(nano_pisces, 1, 64)
+    slots.put(0, generator.read(generator.prompt(asked, [()]))[0])
+    embedded = torch.ones(1, nano_pisces.llm.config.hidden_size)
+    before = slots.step(embedded, [False])
+    weight = nano_pisces.llm.get_decoder().layers[0].self_attn.o_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(3)
+    after = slots.step(embedded, [False])
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert not torch.allclose(before, after)
+    assert torch.equal(before, slots.step(embedded, [False]))
+
+
+def test_steps_run_under_autocast(nano_pisces: Pisces, nano_tokenizer: Any) -> None:
+    generator = Generator(nano_pisces, nano_tokenizer, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = generator.vectors(["a cat"])
+        said = generator.answer([(Turn("user", ("a",)),)], [()], max_new_tokens=3)
+    assert drawn.isfinite().all() and len(said) == 1
+
+
+def test_a_preset_is_the_models_own_or_a_share_of_its_steps(nano_config: ModelConfig) -> None:
+    decoder = nano_config.decoder.model_copy(update={"steps": 50})
+    assert [decoder.preset(name).steps for name in ("quality", "balanced", "fast")] == [50, 30, 12]
+    own = type(decoder).model_validate({"steps": 50, "presets": {"fast": {"steps": 4, "guidance_scale": 1.5}}})
+    assert (own.preset("fast").steps, own.preset("fast").guidance_scale) == (4, 1.5)
+    assert own.preset("quality").steps == 50 and own.preset("quality").guidance_scale is None
