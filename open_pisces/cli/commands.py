@@ -1,4 +1,4 @@
-"""The command line: ``pisces train | plan | generate | ask | reconstruct | serve | info | data | eval | ...``.
+"""The command line: ``pisces train | plan | generate | ask | reconstruct | chat | serve | info | data | ...``.
 
 Only argparse is imported here; PyTorch and the rest load inside the command that needs them, so that ``--help``
 answers at once. With ``--json`` a command's result is one JSON object on the last line of standard output. An
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from open_pisces.cli.bench import add_bench
+from open_pisces.cli.chat import add_chat
 from open_pisces.cli.data import add_data
 from open_pisces.cli.evaluate import add_eval
 from open_pisces.cli.generate import add_demo, add_generate
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_train(commands)
     add_generate(commands)
+    add_chat(commands)
     add_serve(commands)
     add_model(commands)
     add_weights(commands)

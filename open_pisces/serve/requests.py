@@ -9,7 +9,7 @@ from typing import Any, Literal
 from PIL.Image import Image
 
 from open_pisces.config import PresetName
-from open_pisces.data.prompts import Turn
+from open_pisces.data.prompts import Turn, generation_turns
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,12 @@ def caption_of(text: str) -> str:
     """What is to be drawn, without the words that ask for it."""
     rest = ASKS_TO_DRAW.sub("", text.strip(), count=1).strip()
     return rest or text.strip()
+
+
+def asked_to_draw(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """A conversation whose last words are put as the model learnt to be asked for a picture."""
+    *before, last = turns
+    if not all(isinstance(part, str) for part in last.content):
+        return turns
+    words = "\n".join(str(part) for part in last.content)
+    return (*before, *generation_turns(caption_of(words)))

@@ -18,14 +18,14 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 from transformers.utils.logging import disable_progress_bar
 
-from open_pisces.data.prompts import Turn, generation_turns
+from open_pisces.data.prompts import Turn
 from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator
 from open_pisces.generate.words import known_words
 from open_pisces.model.folder import read_card
 from open_pisces.serve.engine import Engine
 from open_pisces.serve.frames import Message, pack, read_frame
-from open_pisces.serve.requests import Event, Request, caption_of
+from open_pisces.serve.requests import Event, Request, asked_to_draw
 
 Frame = tuple[Message, list[bytes]]
 
@@ -141,16 +141,7 @@ def _request(message: Message, blobs: list[bytes], system_turns: bool) -> Reques
     images = [_picture(size, blob) for size, blob in zip(message["sizes"], blobs, strict=True)]
     settings = dict(message["settings"])
     settings["stop"] = tuple(settings.get("stop", ()))
-    return Request(tuple(turns), tuple(images), message["mode"], to_draw=to_draw(tuple(turns)), **settings)
-
-
-def to_draw(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """A conversation whose last words are put as the model learnt to be asked for a picture."""
-    *before, last = turns
-    if not all(isinstance(part, str) for part in last.content):
-        return turns
-    words = "\n".join(str(part) for part in last.content)
-    return (*before, *generation_turns(caption_of(words)))
+    return Request(tuple(turns), tuple(images), message["mode"], to_draw=asked_to_draw(tuple(turns)), **settings)
 
 
 def _picture(size: list[int], raw: bytes) -> Image:
