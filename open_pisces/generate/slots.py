@@ -93,9 +93,10 @@ def read_after(pisces: Pisces, inputs_SD: Tensor, before: Prefix | None) -> Pref
             cache.update(key[None], value[None], number)
     positions = torch.arange(start, start + len(inputs_SD), device=inputs_SD.device)[None]
     hidden_BSD = pisces.hidden(inputs_SD[None], position_ids=positions, past_key_values=cache, use_cache=True)
-    keys = tuple(layer.keys[0, :, start:] for layer in cache.layers)
-    values = tuple(layer.values[0, :, start:] for layer in cache.layers)
-    return Prefix(keys, values, hidden_BSD[0, -1])
+    # Copies: whoever keeps a slice of a tensor keeps all of it.
+    keys = tuple(layer.keys[0, :, start:].clone() for layer in cache.layers)
+    values = tuple(layer.values[0, :, start:].clone() for layer in cache.layers)
+    return Prefix(keys, values, hidden_BSD[0, -1].clone())
 
 
 class Slots(Cache):

@@ -13,6 +13,7 @@ from open_pisces.data.prompts import Turn, generation_turns
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.prefixes import PrefixStore, pieces_of
 from open_pisces.generate.sampling import draw_token
+from open_pisces.generate.slots import Prefix
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.serve.engine import Engine
 from open_pisces.serve.requests import Event, Request, caption_of
@@ -302,6 +303,9 @@ def test_the_store_keeps_within_its_memory(generator: Generator, heart: Image) -
         store.read(rendered, (heart,))
         assert store.nbytes <= 200_000
         assert store.nbytes == sum(size for _, size in store.kept.values())
+    prefixes = [kept for kept, _ in store.kept.values() if isinstance(kept, Prefix)]
+    tensors = [tensor for prefix in prefixes for tensor in (*prefix.keys, *prefix.values, prefix.hidden_D)]
+    assert tensors and all(one.untyped_storage().nbytes() == one.nbytes for one in tensors)  # no slices of larger ones
 
 
 def test_pieces_end_after_pictures_and_turns_and_join_to_the_prompt(generator: Generator, heart: Image) -> None:
