@@ -9,7 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_pisces.cli.options import Result, add_command, add_drawing_options, at_least, check_out, load_generator, say
+from open_pisces.cli.options import (
+    Result,
+    add_command,
+    add_drawing_options,
+    add_offload,
+    at_least,
+    check_out,
+    load_generator,
+    say,
+)
 from open_pisces.files import whole_file
 
 if TYPE_CHECKING:
@@ -133,6 +142,7 @@ def add_generate(commands: Any) -> None:
     """``pisces generate | ask | reconstruct``."""
     command = add_command(commands, "generate", generate, "draw pictures from prompts", model=True)
     command.add_argument("prompts", nargs="+", metavar="PROMPT")
+    add_offload(command)
     _add_out(command)
     add_drawing_options(command, n=1)
     text = "quality, balanced or fast: the model's own settings for each; other options go before it"
@@ -147,11 +157,13 @@ def add_generate(commands: Any) -> None:
     command = add_command(commands, "ask", ask, "answer a question about images", model=True)
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command.add_argument("question", metavar="QUESTION")
+    add_offload(command)
     command.add_argument("--max-new-tokens", type=at_least(1), default=64, help="length of the answer (default: 64)")
 
     text = "rebuild a picture from its true generation vectors: what the decoder can do at best"
     command = add_command(commands, "reconstruct", reconstruct, text, model=True)
     command.add_argument("picture", metavar="PICTURE")
+    add_offload(command)
     _add_out(command)
     add_drawing_options(command)
 

@@ -95,6 +95,12 @@ def add_drawing_options(command: argparse.ArgumentParser, n: int | None = None, 
     command.add_argument("--seed", type=at_least(0), default=seed, help=f"of the noise (default: {seed})")
 
 
+def add_offload(command: argparse.ArgumentParser) -> None:
+    """Add ``--offload``."""
+    text = "keep LLM and decoder in the host's memory in turns: for accelerators that hold one of them only"
+    command.add_argument("--offload", action="store_true", help=text)
+
+
 # --------------------------------------------------------------------------------------------- inside the commands
 
 
@@ -131,7 +137,7 @@ def load_generator(args: argparse.Namespace) -> Generator:
     from open_pisces.generate.generator import Generator
 
     quiet()
-    return Generator.from_pretrained(model_folder(args), device=args.device)
+    return Generator.from_pretrained(model_folder(args), args.device, getattr(args, "offload", False))
 
 
 def say(args: argparse.Namespace, text: str) -> None:

@@ -12,6 +12,7 @@ from open_pisces.data.prompts import IGNORED, Turn, collate, wordings
 from open_pisces.device import upcast
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.messages import Conversation
+from open_pisces.generate.offload import WRITES
 
 AT_ONCE = 32
 """Pictures that are looked at together."""
@@ -33,6 +34,7 @@ def log_likelihoods(
     Raises:
         PromptError: for a conversation that is too long with its continuation.
     """
+    generator.parts.use(WRITES)
     pisces = generator.pisces
     renderer = generator.renderer
     rendered = [renderer.render(conversation.turns, answer_next=True) for conversation in conversations]

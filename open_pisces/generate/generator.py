@@ -19,9 +19,11 @@ from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
 from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
+from open_pisces.generate.offload import WRITES, Parts
 from open_pisces.generate.painter import Painter, pictures
 from open_pisces.generate.sampling import TextPieces, draw_token, guided
 from open_pisces.generate.slots import Prefix, Slots, read, room
+from open_pisces.model.parts import PARTS
 from open_pisces.model.pisces import Pisces
 
 NEVER = float("-inf")
@@ -35,11 +37,14 @@ class PromptError(PiscesError):
 class Generator:
     """Text and pictures from a Pisces, in batches of different prompts, with a key-value cache."""
 
-    def __init__(self, pisces: Pisces, tokenizer: Any, device: str = "auto") -> None:
+    def __init__(self, pisces: Pisces, tokenizer: Any, device: str = "auto", offload: bool = False) -> None:
         self.device = pick_device(device)
         self.pisces = pisces.eval()
         self.tokenizer = tokenizer
-        if next(pisces.parameters()).device != self.device:  # being moved, a sharded model would let go of its parts
+        self.parts = Parts({name: getattr(pisces, name) for name in PARTS if name != "bridge"}, self.device, offload)
+        if offload:
+            pisces.bridge.to(self.device)
+        elif next(pisces.parameters()).device != self.device:  # being moved, a sharded model would let go of its parts
             pisces.to(self.device)
         self.renderer = Renderer(
             tokenizer,
@@ -50,11 +55,14 @@ class Generator:
         self.sizes = pisces.understanding_encoder.image_size, pisces.settings.generation.image_size
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "auto") -> Generator:
-        """Load a model folder; float32 on a CPU, bfloat16 on an accelerator."""
+    def from_pretrained(cls, folder: str | Path, device: str = "auto", offload: bool = False) -> Generator:
+        """Load a model folder; float32 on a CPU, bfloat16 on an accelerator.
+
+        With ``offload`` LLM and decoder take turns on the accelerator (`Parts`).
+        """
         where = pick_device(device)
         pisces = Pisces.from_pretrained(folder, torch.float32 if where.type == "cpu" else torch.bfloat16)
-        return cls(pisces, load_tokenizer(Path(folder) / "tokenizer", pisces.settings.template), str(where))
+        return cls(pisces, load_tokenizer(Path(folder) / "tokenizer", pisces.settings.template), str(where), offload)
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -329,7 +337,9 @@ class Generator:
         pisces = self.pisces
         if pisces.decoder is None:
             raise PromptError("this model has no decoder: train or load one with its decoder/ part")
-        return Painter(pisces.settings, pisces.generation_encoder, pisces.bridge, pisces.decoder, self.device)
+        return Painter(
+            pisces.settings, pisces.generation_encoder, pisces.bridge, pisces.decoder, self.device, self.parts
+        )
 
     @cached_property
     def null_vectors(self) -> Tensor:
@@ -384,6 +394,7 @@ class Generator:
     @torch.inference_mode()
     def read(self, batch: SequenceBatch) -> list[Prefix]:
         """What the prompts of a batch leave in the LLM, one prefix a row."""
+        self.parts.use(WRITES)
         return read(self.pisces, batch, self.renderer.pad)
 
     @cached_property

@@ -13,6 +13,7 @@ from torch import Tensor
 from open_pisces.config import ModelConfig
 from open_pisces.data.images import generation_bytes, to_pil
 from open_pisces.device import pick_device
+from open_pisces.generate.offload import ENCODES, PAINTS, Parts
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder
@@ -29,12 +30,17 @@ class Painter:
         bridge: Bridge,
         decoder: ImageDecoder,
         device: torch.device,
+        parts: Parts | None = None,
     ) -> None:
         self.settings = config.decoder
         self.device = device
-        self.encoder = encoder.eval().to(device)
+        self.parts = parts or Parts({}, device, offload=False)
+        self.encoder = encoder.eval()
         self.bridge = bridge.eval().to(device)
-        self.decoder = decoder.eval().to(device)
+        self.decoder = decoder.eval()
+        if not self.parts.offload:
+            self.encoder.to(device)
+            self.decoder.to(device)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "auto") -> Painter:
@@ -47,6 +53,7 @@ class Painter:
     @torch.inference_mode()
     def encode(self, images: list[Image]) -> Tensor:
         """The true generation vectors of pictures, ``(B, M, E)``, in the LLM's space."""
+        self.parts.use(ENCODES)
         size = self.encoder.image_size
         pixels = torch.stack([torch.from_numpy(generation_bytes(image, size)) for image in images])
         return self.bridge.targets(self.encoder.features(pixels.to(self.device)))
@@ -91,6 +98,7 @@ class Painter:
             scheduler: in place of the decoder's own.
             on_step: see `ImageDecoder.sample`.
         """
+        self.parts.use(PAINTS)
         leave = self.bridge.statistics.destandardize
         scale = guidance_scale
         scale = self.settings.guidance_scale if scale is None else scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -164,3 +165,40 @@ def test_a_preset_is_the_models_own_or_a_share_of_its_steps(nano_config: ModelCo
     own = type(decoder).model_validate({"steps": 50, "presets": {"fast": {"steps": 4, "guidance_scale": 1.5}}})
     assert (own.preset("fast").steps, own.preset("fast").guidance_scale) == (4, 1.5)
     assert own.preset("quality").steps == 50 and own.preset("quality").guidance_scale is None
+
+
+def test_parts_take_turns_on_a_small_device(
+    nano_pisces: Pisces, nano_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is "cpu" under another name here: what is recorded is who is sent where, and when."""
+    told: list[tuple[str, str]] = []
+    where = {name: "cpu" for name in ("llm", "understanding_encoder", "generation_encoder", "decoder")}
+    plain = Generator(nano_pisces, nano_tokenizer, "cpu")
+    picture = plain.image(["a red ball"], steps=1)[0][0]
+    expected = plain.text([[picture]], ["What is it?"], 4)[0]
+    generator = Generator(nano_pisces, nano_tokenizer, "cpu", offload=True)
+    generator.parts.device = torch.device("cpu:0")
+    for name, module in generator.parts.modules.items():
+
+        def moved(target: Any, name: str = name, module: Any = module) -> Any:
+            where[name] = "device" if str(target) == "cpu:0" else "cpu"
+            told.append((name, where[name]))
+            return module
+
+        monkeypatch.setattr(module, "to", moved)
+
+    def on_device() -> set[str]:
+        return {name for name, place in where.items() if place == "device"}
+
+    generator.vectors(["a"])
+    assert on_device() == {"llm", "understanding_encoder"}
+    assert np.array_equal(generator.image(["a red ball"], steps=1)[0][0], picture)
+    assert on_device() == {"decoder"}
+    assert generator.text([[picture]], ["What is it?"], 4)[0] == expected
+    assert on_device() == {"llm", "understanding_encoder"}
+    generator.reconstruct([picture], steps=1)
+    assert on_device() == {"decoder"} and ("generation_encoder", "device") in told
+    before = len(told)
+    generator.reconstruct([picture], steps=1)
+    generator.painter.pixels(generator.painter.bridge.statistics.null_ME[None], None, [0], 1, 1.0, 0)
+    assert len(told) == before + 2 * len(where)  # to the encoder and back; who is there stays
