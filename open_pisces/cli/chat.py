@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_pisces.cli.options import Result, add_command, at_least, load_generator
+from open_pisces.cli.options import Result, add_command, add_int8, at_least, load_generator
 from open_pisces.errors import PiscesError
 from open_pisces.files import whole_file
 
@@ -216,5 +216,6 @@ def add_chat(commands: Any) -> None:
     command.add_argument("--out", type=Path, default=Path("."), help="folder of the pictures (default: .)")
     command.add_argument("--n", type=at_least(1), default=1, help="pictures of each drawing (default: 1)")
     command.add_argument("--seed", type=at_least(0), default=0, help="of drawings (default: 0)")
+    add_int8(command)
     text = "send all that was said (default: of a model that was trained on conversations)"
     command.add_argument("--whole", action="store_true", help=text)

@@ -13,7 +13,7 @@ from open_pisces.cli.options import (
     Result,
     add_command,
     add_drawing_options,
-    add_offload,
+    add_memory_options,
     at_least,
     check_out,
     load_generator,
@@ -142,7 +142,7 @@ def add_generate(commands: Any) -> None:
     """``pisces generate | ask | reconstruct``."""
     command = add_command(commands, "generate", generate, "draw pictures from prompts", model=True)
     command.add_argument("prompts", nargs="+", metavar="PROMPT")
-    add_offload(command)
+    add_memory_options(command)
     _add_out(command)
     add_drawing_options(command, n=1)
     text = "quality, balanced or fast: the model's own settings for each; other options go before it"
@@ -157,13 +157,13 @@ def add_generate(commands: Any) -> None:
     command = add_command(commands, "ask", ask, "answer a question about images", model=True)
     command.add_argument("images", nargs="+", metavar="IMAGE")
     command.add_argument("question", metavar="QUESTION")
-    add_offload(command)
+    add_memory_options(command)
     command.add_argument("--max-new-tokens", type=at_least(1), default=64, help="length of the answer (default: 64)")
 
     text = "rebuild a picture from its true generation vectors: what the decoder can do at best"
     command = add_command(commands, "reconstruct", reconstruct, text, model=True)
     command.add_argument("picture", metavar="PICTURE")
-    add_offload(command)
+    add_memory_options(command)
     _add_out(command)
     add_drawing_options(command)
 

@@ -95,10 +95,17 @@ def add_drawing_options(command: argparse.ArgumentParser, n: int | None = None, 
     command.add_argument("--seed", type=at_least(0), default=seed, help=f"of the noise (default: {seed})")
 
 
-def add_offload(command: argparse.ArgumentParser) -> None:
-    """Add ``--offload``."""
+def add_memory_options(command: argparse.ArgumentParser) -> None:
+    """Add ``--offload`` and ``--int8``."""
+    add_int8(command)
     text = "keep LLM and decoder in the host's memory in turns: for accelerators that hold one of them only"
     command.add_argument("--offload", action="store_true", help=text)
+
+
+def add_int8(command: argparse.ArgumentParser) -> None:
+    """Add ``--int8``."""
+    text = "the LLM's matrices in eight bits, on a CPU: faster for LLMs of some 100 M parameters and more"
+    command.add_argument("--int8", action="store_true", help=text)
 
 
 # --------------------------------------------------------------------------------------------- inside the commands
@@ -137,7 +144,9 @@ def load_generator(args: argparse.Namespace) -> Generator:
     from open_pisces.generate.generator import Generator
 
     quiet()
-    return Generator.from_pretrained(model_folder(args), args.device, getattr(args, "offload", False))
+    return Generator.from_pretrained(
+        model_folder(args), args.device, getattr(args, "offload", False), getattr(args, "int8", False)
+    )
 
 
 def say(args: argparse.Namespace, text: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from open_pisces.cli.options import Result, add_command, at_least, model_folder, quiet
+from open_pisces.cli.options import Result, add_command, add_int8, at_least, model_folder, quiet
 from open_pisces.errors import PiscesError
 
 
@@ -29,6 +29,7 @@ def serve(args: argparse.Namespace) -> Result:
         threads=args.threads,
         slots=args.slots,
         context=args.context,
+        int8=args.int8,
         keys=run.read_keys(args.api_key_file),
         hosts=tuple(args.allow_host),
         origins=tuple(args.allow_origin),
@@ -62,6 +63,7 @@ def add_serve(commands: Any) -> None:
     command.add_argument("--context", type=at_least(64), help=text)
     text = "requests that are taken before further ones get 429 (default: 64)"
     command.add_argument("--max-queue", type=at_least(1), default=64, help=text)
+    add_int8(command)
     command.add_argument("--threads", type=at_least(1), help="CPU threads of the model (default: all cores)")
     text = "seconds of silence after which a working worker is replaced (default: 120)"
     command.add_argument("--patience", type=float, default=120.0, help=text)

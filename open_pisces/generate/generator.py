@@ -19,6 +19,7 @@ from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
 from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
+from open_pisces.generate.int8 import to_int8
 from open_pisces.generate.offload import WRITES, Parts
 from open_pisces.generate.painter import Painter, pictures
 from open_pisces.generate.sampling import TextPieces, draw_token, guided
@@ -55,13 +56,26 @@ class Generator:
         self.sizes = pisces.understanding_encoder.image_size, pisces.settings.generation.image_size
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "auto", offload: bool = False) -> Generator:
+    def from_pretrained(
+        cls, folder: str | Path, device: str = "auto", offload: bool = False, int8: bool = False
+    ) -> Generator:
         """Load a model folder; float32 on a CPU, bfloat16 on an accelerator.
 
-        With ``offload`` LLM and decoder take turns on the accelerator (`Parts`).
+        Args:
+            folder: the model folder.
+            device: ``auto`` is the best there is.
+            offload: LLM and decoder take turns on the accelerator (`Parts`).
+            int8: the LLM's matrices in eight bits, on a CPU (`to_int8`).
+
+        Raises:
+            PromptError: for ``int8`` on an accelerator.
         """
         where = pick_device(device)
+        if int8 and where.type != "cpu":
+            raise PromptError(f"int8 is for CPUs, and the device is {where}: leave it out, or pass device cpu")
         pisces = Pisces.from_pretrained(folder, torch.float32 if where.type == "cpu" else torch.bfloat16)
+        if int8:
+            to_int8(pisces.llm)
         return cls(pisces, load_tokenizer(Path(folder) / "tokenizer", pisces.settings.template), str(where), offload)
 
     @property

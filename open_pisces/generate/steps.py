@@ -2,17 +2,18 @@
 
 A step of a small model is spent on Python and on launching small operations, not on arithmetic: transformers' layers
 take some 55 operations and 13 module calls, these take 25 and none. The weights are the LLM's own tensors, read anew in
-every step, so nothing is copied and nothing goes stale. Other architectures, adapters and quantized or sharded weights
-take transformers' way (`Slots.step`).
+every step, so nothing is copied and nothing goes stale. Other architectures and sharded weights take transformers' way
+(`Slots.step`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -88,16 +89,18 @@ def step_of(llm: Any, length: int) -> LlamaStep | None:
     if getattr(decoder.rotary_emb, "rope_type", "") not in ROPES or config._attn_implementation != "sdpa":
         return None
     layer = decoder.layers[0]
-    linears: Sequence[Any] = (*layer.self_attn.children(), *layer.mlp.children())
-    plain = [one for one in linears if isinstance(one, nn.Linear)]
-    # Exactly nn.Linear over a plain tensor: adapters wrap it, quantization replaces it, sharding its weight.
-    exact = all(type(one) is nn.Linear and type(one.weight) is nn.Parameter for one in plain)
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    holders = layer.self_attn, layer.mlp
+    known = all(hasattr(holder, name) for holder, names in zip(holders, parts, strict=True) for name in names)
+    # Sharded weights are gathered by the layer's own call.
+    whole = not any(isinstance(parameter, DTensor) for parameter in decoder.parameters())
     silu = layer.mlp.act_fn.__class__.__name__ in ("SiLU", "SiLUActivation")
-    return LlamaStep(decoder, length) if exact and silu and len(plain) == 7 else None
+    return LlamaStep(decoder, length) if known and whole and silu else None
 
 
 def _linear(x: Tensor, module: Any) -> Tensor:
-    return F.linear(x, module.weight, module.bias)
+    # An adapter or a quantized layer is called, a plain one spared the call.
+    return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
 
 
 def _norm(x: Tensor, module: Any) -> Tensor:

@@ -35,7 +35,7 @@ class Worker:
 
     Args:
         connection: the socket.
-        settings: ``model`` (a folder), ``device``, ``threads`` and the arguments of `Engine`.
+        settings: ``model`` (a folder), ``device``, ``int8``, ``threads`` and the arguments of `Engine`.
     """
 
     def __init__(self, connection: socket.socket, settings: dict[str, Any]) -> None:
@@ -43,7 +43,8 @@ class Worker:
         self.settings = settings
         if settings.get("threads"):
             torch.set_num_threads(settings["threads"])
-        self.generator = Generator.from_pretrained(settings["model"], settings.get("device", "auto"))
+        device, int8 = settings.get("device", "auto"), settings.get("int8", False)
+        self.generator = Generator.from_pretrained(settings["model"], device, int8=int8)
         self.engine = self._engine()
         self.formats: dict[str, Message] = {}
         """Of each request: how its pictures are written."""

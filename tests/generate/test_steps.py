@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from open_pisces.config import ModelConfig
 from open_pisces.data.prompts import Turn
-from open_pisces.generate.generator import Generator
+from open_pisces.generate import generator as generator_module
+from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.slots import MULTIPLE, Slots, read_after, room
 from open_pisces.generate.steps import step_of
 from open_pisces.model.pisces import Pisces
@@ -98,16 +99,42 @@ def test_steps_of_rows_at_different_places_are_what_reading_the_whole_gives(name
         torch.testing.assert_close(found[row], whole[len(prompt) :], rtol=near, atol=near)
 
 
-def test_an_adapter_and_a_sliding_window_take_transformers_way() -> None:
+def test_an_adapter_takes_the_lean_step_too() -> None:
     from peft import LoraConfig, get_peft_model
 
     llm = llm_of("llama", {})
-    assert step_of(llm, 64) is not None
-    assert step_of(get_peft_model(llm, LoraConfig(target_modules=["q_proj"])), 64) is None
-    windowed = llm_of("mistral", {"sliding_window": 32})
-    if "sliding_attention" in (getattr(windowed.config, "layer_types", None) or ()):
-        assert step_of(windowed, 64) is None and room(windowed.config) == 32
-    assert room(llm.config) == 256
+    config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(llm, config).double().eval()
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(4, 48, generator=draw, dtype=torch.float64)]
+    more = torch.randn(1, 3, 48, generator=draw, dtype=torch.float64)
+    found, slots = stepped(adapted, prompts, more)
+    assert slots.lean is not None
+    with torch.inference_mode():
+        whole = adapted.get_decoder()(inputs_embeds=torch.cat([prompts[0], more[0]])[None]).last_hidden_state[0]
+        with adapted.disable_adapter():
+            bare = adapted.get_decoder()(inputs_embeds=torch.cat([prompts[0], more[0]])[None]).last_hidden_state[0]
+    torch.testing.assert_close(found[0], whole[4:], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(whole, bare, atol=1e-2)
+
+
+def test_a_sliding_window_takes_transformers_way_and_bounds_the_row() -> None:
+    windowed = llm_of("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1})
+    assert "sliding_attention" in windowed.config.layer_types
+    assert step_of(windowed, 64) is None and room(windowed.config) == 32
+    assert room(llm_of("llama", {}).config) == 256
+
+
+def test_eight_bits_answer_nearly_the_same(nano_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Generator.from_pretrained(nano_folder, "cpu")
+    small = Generator.from_pretrained(nano_folder, "cpu", int8=True)
+    assert "DynamicQuantizedLinear" in type(small.pisces.llm.get_output_embeddings()).__name__ + str(small.pisces.llm)
+    one, other = plain.vectors(["a cat"]), small.vectors(["a cat"])
+    assert 0 < float((one - other).abs().max()) < 0.2 * float(one.abs().max())
+    assert len(small.text([[]], ["a"], 4)) == 1
+    monkeypatch.setattr(generator_module, "pick_device", lambda name: torch.device("cuda"))
+    with pytest.raises(PromptError, match="int8 is for CPUs"):
+        Generator.from_pretrained(nano_folder, "cuda", int8=True)
 
 
 def test_a_row_that_is_not_live_stays_where_it_is() -> None:
