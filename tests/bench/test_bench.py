@@ -11,8 +11,11 @@ from torch import nn
 
 from open_pisces.bench import (
     compile,
+    decode_step,
     mixed_batch,
     pairs,
+    presets,
+    serving,
     stage_batches,
     stage_step,
     supervised_logits,
@@ -111,6 +114,29 @@ def test_ragged_batches_have_the_few_shapes_of_the_loader(monkeypatch: pytest.Mo
     assert found["ways"][0].startswith("compiled") and found["ways"][1].startswith("eager")
 
 
+def test_a_decode_step_writes_transformers_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
+    monkeypatch.setattr(vector_loop, "SHAPE", {**vector_loop.SHAPE, **small, "num_key_value_heads": 1})
+    found = decode_step.run(2)
+    assert found["ratio"] > 0 and found["figures"]["tokens_per_second"] > 0 and found["larger"]["n"] == 2
+    theirs = decode_step.theirs
+    monkeypatch.setattr(decode_step, "theirs", lambda *given: [1, *theirs(*given)[1:]])
+    with pytest.raises(AssertionError, match="other tokens"):
+        decode_step.run(2)
+
+
+def test_presets_are_compared_one_picture_at_a_time() -> None:
+    found = presets.run(2)
+    assert found["ratio"] > 1 and found["balanced"]["n"] == 2
+
+
+@pytest.mark.slow
+def test_a_server_is_measured_over_http() -> None:
+    found = serving.run(2)
+    assert found["ratio"] > 1 and found["questions"]["ratio"] > 1 and found["second_question"]["ratio"] > 1
+    assert found["http_ms"]["n"] == 2
+
+
 def test_a_vector_loop_without_a_cache_writes_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
     monkeypatch.setattr(vector_loop, "SHAPE", {**vector_loop.SHAPE, **small, "num_key_value_heads": 1})
@@ -121,6 +147,7 @@ def test_a_vector_loop_without_a_cache_writes_the_same_vectors(monkeypatch: pyte
     one, two = generator.vectors_after(batch), vector_loop.recomputed(generator, batch)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(one[:, 1:], one[:, :-1], atol=1e-3)  # the vectors differ from place to place
-    monkeypatch.setattr(vector_loop, "recomputed", lambda *given: two + 1)
+    honest = vector_loop.recomputed
+    monkeypatch.setattr(vector_loop, "recomputed", lambda *given: honest(*given) + 1)
     with pytest.raises(AssertionError, match="vectors with a cache and without one are"):
         vector_loop.run(2)
