@@ -66,11 +66,11 @@ def desktop(page: Page, url: str, out: Path) -> dict[str, float]:
     send(page, "What is in the picture?")
     assert page.locator(".assistant p").nth(2).inner_text() == "red heart"
     page.locator("summary").press("Enter")
-    page.get_by_label("Pictures", exact=True).fill("3")
+    page.get_by_label("Pictures", exact=True).fill("2")
     page.get_by_label("Seed").fill("4")
     page.locator("summary").press("Enter")
     send(page, "/draw two green frogs")
-    assert page.locator(".assistant").last.locator("figure").count() == 3
+    assert page.locator(".assistant").last.locator("figure").count() == 2
     page.screenshot(path=out)
     page.get_by_role("button", name="Again").last.press("Enter")
     page.locator("text=/Thinking/").wait_for()
@@ -132,7 +132,7 @@ def main() -> None:
             return page
 
         granted = ["clipboard-read", "clipboard-write"]
-        figures = desktop(page_of(viewport={"width": 1000, "height": 900}, permissions=granted), url, args.out)
+        figures = desktop(page_of(viewport={"width": 1000, "height": 1180}, permissions=granted), url, args.out)
         dropped(page_of(bypass_csp=True), url)
         small = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True, "color_scheme": "dark"}
         phone(page_of(device_scale_factor=2, **small), url, args.out.with_stem(args.out.stem + "-phone"))

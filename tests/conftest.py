@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from open_pisces.model.pisces import Pisces
 
 LONGEST = (
+    "serve/test_server.py",
     "train/test_distributed.py",
     "test_readme.py",
     "plan/test_plan.py",

@@ -242,7 +242,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         if not asked.stream:
             return JSONResponse(await unless_gone(request, _whole_chat(events, answer)))
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return await _stream(events, lambda told: _chat_pieces(told, answer, with_usage))
+        return await _stream(request, events, lambda told: _chat_pieces(told, answer, with_usage))
 
 
 async def _whole_chat(events: Events, answer: ChatAnswer) -> dict[str, Any]:
@@ -273,9 +273,9 @@ async def _chat_pieces(events: Events, answer: ChatAnswer, with_usage: bool) -> 
     yield "data: [DONE]\n\n"
 
 
-async def _stream(events: Events, pieces: Any) -> StreamingResponse:
+async def _stream(request: Request, events: Events, pieces: Any) -> StreamingResponse:
     """A streamed answer. Its first event is waited for, so that a request that fails at once has its own status."""
-    first = await anext(events)
+    first = await unless_gone(request, anext(events))
 
     async def joined() -> Events:
         yield first
@@ -313,7 +313,7 @@ def _add_images(app: FastAPI, service: Service) -> None:
         size: int = side.get("side") or native
         if asked.stream:
             name = "image_edit" if pictures else "image_generation"
-            return await _stream(events, lambda told: _image_pieces(told, name, size, asked.output_format))
+            return await _stream(request, events, lambda told: _image_pieces(told, name, size, asked.output_format))
         return JSONResponse(await unless_gone(request, _whole_images(events, size, asked)))
 
     @app.post("/v1/images/generations")
@@ -394,5 +394,5 @@ def _add_responses(app: FastAPI, service: Service) -> None:
         events = service.ask(conversation, asked.mode, settings, written)
         response = OneResponse(service.settings.name, asked, messages, kept)
         if asked.stream:
-            return await _stream(events, response.pieces)
+            return await _stream(request, events, response.pieces)
         return JSONResponse(await unless_gone(request, response.whole(events)))

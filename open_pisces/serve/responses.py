@@ -15,6 +15,8 @@ from open_pisces.serve.schemas import ChatMessage, Drawing, Part, ResponsesReque
 
 REMEMBERED = 200
 """Conversations that can be gone on with by ``previous_response_id``; the oldest is forgotten first."""
+MOST_BYTES = 256 << 20
+"""Of all that is remembered, pictures mostly."""
 
 
 class Conversations:
@@ -22,6 +24,7 @@ class Conversations:
 
     def __init__(self) -> None:
         self.kept: OrderedDict[str, list[ChatMessage]] = OrderedDict()
+        self.sizes: dict[str, int] = {}
 
     def messages(self, asked: ResponsesRequest) -> list[ChatMessage]:
         """The whole conversation that a request goes on with.
@@ -43,8 +46,10 @@ class Conversations:
         drawn = [_picture(data_url(raw)) for raw in files]
         content: Any = drawn or text
         self.kept[id] = [*messages, ChatMessage(role="assistant", content=content)]
-        while len(self.kept) > REMEMBERED:
-            self.kept.popitem(last=False)
+        self.sizes[id] = sum(len(message.model_dump_json()) for message in self.kept[id])
+        while len(self.kept) > REMEMBERED or sum(self.sizes.values()) > MOST_BYTES:
+            oldest, _ = self.kept.popitem(last=False)
+            del self.sizes[oldest]
 
 
 def _message(item: ChatMessage | Drawing) -> ChatMessage:
