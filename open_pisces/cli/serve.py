@@ -30,6 +30,7 @@ def serve(args: argparse.Namespace) -> Result:
         slots=args.slots,
         context=args.context,
         int8=args.int8,
+        prefix_bytes=args.prefix_mb << 20,
         keys=run.read_keys(args.api_key_file),
         hosts=tuple(args.allow_host),
         origins=tuple(args.allow_origin),
@@ -61,6 +62,8 @@ def add_serve(commands: Any) -> None:
     command.add_argument("--slots", type=at_least(2), default=8, help=text)
     text = "longest conversation in tokens, pictures included (default: the model's, at most 4096)"
     command.add_argument("--context", type=at_least(64), help=text)
+    text = "memory for prompts and pictures that were read, in MB (default: 256)"
+    command.add_argument("--prefix-mb", type=at_least(0), default=256, help=text)
     text = "requests that are taken before further ones get 429 (default: 64)"
     command.add_argument("--max-queue", type=at_least(1), default=64, help=text)
     add_int8(command)

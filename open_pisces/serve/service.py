@@ -38,6 +38,7 @@ class ServeSettings:
     slots: int = 8
     context: int | None = None
     int8: bool = False
+    prefix_bytes: int = 256 << 20
     keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
     origins: tuple[str, ...] = ()
@@ -62,7 +63,8 @@ class Service:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.settings = settings
-        engine = {"model": settings.model, "device": settings.device, "slots": settings.slots}
+        engine: dict[str, Any] = {"model": settings.model, "device": settings.device, "slots": settings.slots}
+        engine["prefix_bytes"] = settings.prefix_bytes
         more = {"context": settings.context, "threads": settings.threads, "int8": settings.int8}
         engine |= {name: value for name, value in more.items() if value}
         self.supervisor = Supervisor(engine, settings.patience)
