@@ -141,7 +141,7 @@ def test_a_vector_loop_without_a_cache_writes_the_same_vectors(monkeypatch: pyte
     small = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3}
     monkeypatch.setattr(vector_loop, "SHAPE", {**vector_loop.SHAPE, **small, "num_key_value_heads": 1})
     found = vector_loop.run(2)
-    assert (found["figures"]["prompt_tokens"], found["figures"]["vectors"]) == (50, 8 * 64) and found["ratio"] > 0
+    assert (found["figures"]["prompt_tokens"], found["figures"]["vectors"]) == (50, 4 * 64) and found["ratio"] > 0
     assert found["alone"]["figures"]["vectors"] == 64
     generator, batch = vector_loop.random_model(2)
     one, two = generator.vectors_after(batch), vector_loop.recomputed(generator, batch)
