@@ -319,7 +319,8 @@ class Generator:
             draws_BMR: numbers for a head that samples (`VectorHead.sample_draws`); None is its temperature 0.
             vector_guidance: scale s of guidance on the hidden state that the head reads, which becomes
                 ``empty + s * (hidden - empty)``, ``empty`` being that of the empty caption before the same vectors.
-                None takes the model's own (``bridge.vector_guidance``); 1 turns it off, otherwise the LLM runs twice.
+                None takes the model's own (``bridge.vector_guidance``); 1 turns it off, otherwise the LLM has twice the
+                rows.
 
         Raises:
             PromptError: for a scale below 0.

@@ -65,7 +65,7 @@ def _add(item: Mapping[str, Any], role: str, parts: list[str | int], images: lis
     """Append one item of a message's content."""
     kind = item["type"]
     if kind == "text":
-        _add_text(parts, item["value"] if "value" in item else item["text"])
+        add_text(parts, item["value"] if "value" in item else item["text"])
     elif kind == "image" and role == "user":
         parts.append(len(images))
         images.append(as_image(next(item[key] for key in _PICTURE if key in item)))
@@ -73,7 +73,7 @@ def _add(item: Mapping[str, Any], role: str, parts: list[str | int], images: lis
         raise HarnessError(f"a message of the {role} holds a {kind}: this model takes text, and pictures of the user")
 
 
-def _add_text(parts: list[str | int], text: str) -> None:
+def add_text(parts: list[str | int], text: str) -> None:
     """The words without the blanks around them: in training nothing stands between a picture and the words."""
     text = text.strip()
     if text and parts and isinstance(parts[-1], str):

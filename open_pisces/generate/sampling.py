@@ -31,7 +31,8 @@ def draw_token(logits_V: Tensor, temperature: float, draw: torch.Generator, top_
     """
     if temperature == 0:
         return int(logits_V.argmax())
-    chances = (logits_V / temperature).softmax(-1)
+    # The largest first becomes 0: divided by a tiny temperature the others are -inf, and none is NaN.
+    chances = ((logits_V - logits_V.max()) / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = chances.sort(descending=True)
         # A token stays if those before it hold less than the share: the likeliest always stays.

@@ -16,9 +16,9 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex[:24]}"
 
 
-def data_url(raw: bytes, kind: str = "png") -> str:
+def data_url(raw: bytes) -> str:
     """A picture's file as an address."""
-    return f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(raw).decode()}"
 
 
 def sse(body: Message, event: str | None = None) -> str:

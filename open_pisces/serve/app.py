@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -41,7 +40,6 @@ from open_pisces.serve.schemas import (
 from open_pisces.serve.service import Conversation, Picture, ServeSettings, Service, side_of, unless_gone
 from open_pisces.serve.supervisor import Told
 
-log = logging.getLogger("open_pisces.serve")
 Events = AsyncGenerator[Told]
 STATIC = Path(__file__).parent / "static"
 FILES = ("page.css", "page.js")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from open_pisces.generate.messages import add_text
 from open_pisces.serve.decoding import PictureError, PictureReader
 from open_pisces.serve.errors import ApiError
 from open_pisces.serve.fetching import FetchError, fetch, read_data_url
@@ -217,7 +218,7 @@ class Service:
             listed += message.images or []
         for part in listed:
             if part.text is not None and part.image_url is None:
-                _add_text(parts, part.text)
+                add_text(parts, part.text)
                 continue
             if role == "system":
                 raise ApiError(400, "a system message holds text only", f"messages[{number}].content")
@@ -252,15 +253,6 @@ class Service:
             return await self.reader.read(raw)
         except PictureError as error:
             raise ApiError(400, str(error), param, "invalid_image") from None
-
-
-def _add_text(parts: list[str | int], text: str) -> None:
-    """The words without the blanks around them: in training nothing stands between a picture and the words."""
-    text = text.strip()
-    if text and parts and isinstance(parts[-1], str):
-        parts[-1] += f"\n{text}"
-    elif text:
-        parts.append(text)
 
 
 def side_of(size: str | None, native: int) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from transformers.utils.logging import disable_progress_bar
 from open_pisces.data.prompts import Turn
 from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator
-from open_pisces.generate.words import known_words
 from open_pisces.model.folder import read_card
 from open_pisces.serve.engine import Engine
 from open_pisces.serve.frames import Message, pack, read_frame
@@ -50,7 +49,7 @@ class Worker:
         """Of each request: how its pictures are written."""
 
     def _engine(self) -> Engine:
-        names = ("slots", "context", "pictures", "prefix_bytes")
+        names = ("slots", "context", "prefix_bytes")
         return Engine(self.generator, **{name: self.settings[name] for name in names if name in self.settings})
 
     def run(self) -> None:
@@ -75,19 +74,12 @@ class Worker:
 
     def _about(self) -> Message:
         """What the server wants to know of the model."""
-        pisces = self.generator.pisces
         record = read_card(self.settings["model"])["record"]
         tasks = {task for training in record for task in training.get("tasks", ())}
         return {
-            "context": self.engine.context,
-            "draws": pisces.decoder is not None,
-            "image_size": pisces.settings.decoder.image_size,
-            "vectors": self.generator.renderer.M,
-            "device": str(self.generator.device),
-            "threads": torch.get_num_threads(),
+            "image_size": self.generator.pisces.settings.decoder.image_size,
             "redraws": "reconstruct" in tasks,
             "converses": "conversation" in tasks,
-            "words": list(known_words(self.generator.tokenizer)),
         }
 
     def _take(self, message: Message, blobs: list[bytes]) -> None:
