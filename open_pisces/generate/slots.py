@@ -119,8 +119,10 @@ class Slots(Cache):
         """Positions that each row has taken."""
         self.length = -(-length // MULTIPLE) * MULTIPLE
         device = pisces.device
-        self.rows_R = torch.arange(rows, device=device)
+        self.first_R = torch.arange(rows, device=device) * self.length
         self.at_R = torch.zeros(rows, dtype=torch.long, device=device)
+        self.place_R = self.first_R
+        """Where the step writes, counted over all positions of all rows."""
         self.columns_L = torch.arange(self.length, device=device)
         self.used = MULTIPLE
         self.lean = step_of(pisces.llm, self.length)
@@ -147,6 +149,7 @@ class Slots(Cache):
         """
         self.at_R.copy_(torch.tensor(self.lengths))
         self.used = -(-(max(self.lengths) + 1) // MULTIPLE) * MULTIPLE
+        self.place_R = self.first_R + self.at_R
         mask_R11S = (self.columns_L[: self.used] <= self.at_R[:, None])[:, None, None]
         if self.lean is not None:
             hidden_RD = self.lean(embedded_RD, self.at_R, mask_R11S, self._cached)
@@ -159,7 +162,7 @@ class Slots(Cache):
 
     def _cached(self, number: int, key_RHC: Tensor, value_RHC: Tensor) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys and values; gives all that the rows may see."""
-        return self.layers[number].update(key_RHC[:, :, None], value_RHC[:, :, None])
+        return self.layers[number].take(key_RHC, value_RHC)  # type: ignore[attr-defined]
 
 
 class _Layer(CacheLayerMixin):
@@ -173,20 +176,28 @@ class _Layer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate them, in the shapes and dtype that the LLM makes."""
-        shape = len(self.owner.lengths), key_states.shape[1], self.owner.length
+        # In memory a position holds all its heads: one index writes it.
         # Zeros and not what was there: a masked NaN would still poison the row.
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        places = len(self.owner.lengths), self.owner.length
+        H = key_states.shape[1]
+        self.keys = key_states.new_zeros(*places, H, key_states.shape[-1]).transpose(1, 2)
+        self.values = value_states.new_zeros(*places, H, value_states.shape[-1]).transpose(1, 2)
+        self.flat_keys = self.keys.transpose(1, 2).flatten(0, 1)
+        self.flat_values = self.values.transpose(1, 2).flatten(0, 1)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write each row's one new key and value at its position; returns all that any row may see."""
-        owner = self.owner
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        return self.take(key_states[:, :, 0], value_states[:, :, 0])
+
+    def take(self, key_RHC: Tensor, value_RHC: Tensor) -> tuple[Tensor, Tensor]:
+        """`update` without the dimension of one position."""
+        owner = self.owner
         # Under autocast what comes is narrower than the prompt's.
-        self.keys[owner.rows_R, :, owner.at_R] = key_states[:, :, 0].to(self.keys.dtype)
-        self.values[owner.rows_R, :, owner.at_R] = value_states[:, :, 0].to(self.values.dtype)
+        self.flat_keys.index_copy_(0, owner.place_R, key_RHC.to(self.keys.dtype))
+        self.flat_values.index_copy_(0, owner.place_R, value_RHC.to(self.values.dtype))
         return self.keys[:, :, : owner.used], self.values[:, :, : owner.used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -1,14 +1,14 @@
 """One step of a Llama-like LLM on one new position a row, without the calls that transformers makes around it.
 
 A step of a small model is spent on Python and on launching small operations, not on arithmetic: transformers' layers
-take some 55 operations and 13 module calls, these take 25 and none. The weights are the LLM's own tensors, read anew in
-every step, so nothing is copied and nothing goes stale. Other architectures and sharded weights take transformers' way
-(`Slots.step`).
+take some 55 operations and 13 module calls, these take 25 and none. The weights are the LLM's own tensors, so nothing
+is copied and nothing goes stale. Other architectures and sharded weights take transformers' way (`Slots.step`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,10 +23,49 @@ ROPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose frequencies do not depend on the length."""
 Cached = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of a layer: takes its new keys and values ``(R, H, d)``, gives all that the rows may see ``(R, H, S, d)``."""
+Operation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """What a step needs of a layer, looked up once: a module's attributes cost as much as a small operation."""
+
+    attention_norm: Operation
+    q: Operation
+    k: Operation
+    v: Operation
+    q_norm: Operation | None
+    k_norm: Operation | None
+    o: Operation
+    scale: float
+    mlp_norm: Operation
+    gate: Operation
+    up: Operation
+    down: Operation
+
+    @classmethod
+    def of(cls, layer: Any) -> _Layer:
+        """The layer of transformers."""
+        attention, mlp = layer.self_attn, layer.mlp
+        normed = hasattr(attention, "q_norm")
+        return cls(
+            attention_norm=_norm(layer.input_layernorm),
+            q=_linear(attention.q_proj),
+            k=_linear(attention.k_proj),
+            v=_linear(attention.v_proj),
+            q_norm=_norm(attention.q_norm) if normed else None,
+            k_norm=_norm(attention.k_norm) if normed else None,
+            o=_linear(attention.o_proj),
+            scale=attention.scaling,
+            mlp_norm=_norm(layer.post_attention_layernorm),
+            gate=_linear(mlp.gate_proj),
+            up=_linear(mlp.up_proj),
+            down=_linear(mlp.down_proj),
+        )
 
 
 class LlamaStep:
-    """The step of one LLM.
+    """The step of one LLM. Weights that are changed in place are seen, a module put in another's place is not.
 
     Args:
         decoder: the transformer inside it (`get_decoder`).
@@ -34,10 +73,11 @@ class LlamaStep:
     """
 
     def __init__(self, decoder: Any, length: int) -> None:
-        self.decoder = decoder
         config = decoder.config
         self.heads = config.num_attention_heads
-        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.key_heads = config.num_key_value_heads
+        self.layers = [_Layer.of(layer) for layer in decoder.layers]
+        self.norm = _norm(decoder.norm)
         device = next(decoder.parameters()).device
         with torch.no_grad():
             like = torch.zeros(1, 1, config.hidden_size, device=device, dtype=next(decoder.parameters()).dtype)
@@ -49,32 +89,34 @@ class LlamaStep:
         self.half = half
 
     def __call__(self, x_RD: Tensor, at_R: Tensor, mask_R11S: Tensor, cached: Cached) -> Tensor:
-        """The last hidden states ``(R, D)`` of new embeddings ``(R, D)`` at positions ``at_R``."""
+        """The last hidden states ``(R, D)`` of new embeddings ``(R, D)`` at positions ``at_R``.
+
+        ``mask_R11S`` is True where a row sees a position.
+        """
+        # Attention would turn booleans into numbers in every layer anew.
+        bias_R11S = x_RD.new_zeros(mask_R11S.shape).masked_fill_(~mask_R11S, float("-inf"))
         cos_R1C = self.cos_LC[at_R][:, None]
         sin_R1C = self.sin_LC[at_R][:, None]
         R = len(x_RD)
-        for number, layer in enumerate(self.decoder.layers):
-            attention = layer.self_attn
-            normed_RD = _norm(x_RD, layer.input_layernorm)
-            q_RHC = _linear(normed_RD, attention.q_proj).view(R, self.heads, -1)
-            k_RHC = _linear(normed_RD, attention.k_proj).view(R, self.heads // self.groups, -1)
-            v_RHC = _linear(normed_RD, attention.v_proj).view_as(k_RHC)
-            if hasattr(attention, "q_norm"):
-                q_RHC = _norm(q_RHC, attention.q_norm)
-                k_RHC = _norm(k_RHC, attention.k_norm)
+        groups = self.heads // self.key_heads
+        for number, layer in enumerate(self.layers):
+            normed_RD = layer.attention_norm(x_RD)
+            q_RHC = layer.q(normed_RD).view(R, self.heads, -1)
+            k_RHC = layer.k(normed_RD).view(R, self.key_heads, -1)
+            v_RHC = layer.v(normed_RD).view(R, self.key_heads, -1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q_RHC = layer.q_norm(q_RHC)
+                k_RHC = layer.k_norm(k_RHC)
             keys_RHSC, values_RHSC = cached(number, self._rotated(k_RHC, cos_R1C, sin_R1C), v_RHC)
             # Heads that share keys stand in the place of queries, so that nothing is repeated.
-            q_RHGC = self._rotated(q_RHC, cos_R1C, sin_R1C).unflatten(1, (-1, self.groups))
+            q_RHGC = self._rotated(q_RHC, cos_R1C, sin_R1C).view(R, self.key_heads, groups, -1)
             seen_RHGC = F.scaled_dot_product_attention(
-                q_RHGC, keys_RHSC, values_RHSC, attn_mask=mask_R11S, scale=attention.scaling
+                q_RHGC, keys_RHSC, values_RHSC, attn_mask=bias_R11S, scale=layer.scale
             )
-            x_RD = x_RD + _linear(seen_RHGC.reshape(R, -1), attention.o_proj)
-            normed_RD = _norm(x_RD, layer.post_attention_layernorm)
-            mlp = layer.mlp
-            x_RD = x_RD + _linear(
-                F.silu(_linear(normed_RD, mlp.gate_proj)).mul_(_linear(normed_RD, mlp.up_proj)), mlp.down_proj
-            )
-        return _norm(x_RD, self.decoder.norm)
+            x_RD = x_RD + layer.o(seen_RHGC.reshape(R, -1))
+            normed_RD = layer.mlp_norm(x_RD)
+            x_RD = x_RD + layer.down(F.silu(layer.gate(normed_RD)).mul_(layer.up(normed_RD)))
+        return self.norm(x_RD)
 
     def _rotated(self, x_RHC: Tensor, cos_R1C: Tensor, sin_R1C: Tensor) -> Tensor:
         return torch.addcmul(x_RHC * cos_R1C, x_RHC.roll(self.half, -1), sin_R1C)
@@ -98,11 +140,15 @@ def step_of(llm: Any, length: int) -> LlamaStep | None:
     return LlamaStep(decoder, length) if known and whole and silu else None
 
 
-def _linear(x: Tensor, module: Any) -> Tensor:
+def _linear(module: Any) -> Operation:
     # An adapter or a quantized layer is called, a plain one spared the call.
-    return F.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+    if type(module) is not nn.Linear:
+        return module
+    weight, bias = module.weight, module.bias
+    return lambda x: F.linear(x, weight, bias)
 
 
-def _norm(x: Tensor, module: Any) -> Tensor:
+def _norm(module: Any) -> Operation:
+    weight, eps = module.weight, module.variance_epsilon
     # Under autocast what comes is narrower than the weight.
-    return F.rms_norm(x.to(module.weight.dtype), x.shape[-1:], module.weight, module.variance_epsilon)
+    return lambda x: torch.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
