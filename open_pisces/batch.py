@@ -98,6 +98,14 @@ def draw_caption(sample: Sample, draw: np.random.Generator) -> str:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One message; ``content`` mixes strings and indices of pictures."""
+
+    role: str
+    content: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
 class Question:
     """A question about a picture, its answer, and the kind of question it is (for balanced scores)."""
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from open_pisces.errors import PiscesError
 
+WEIGHTS = Path(__file__).parent / "weights" / "tiny"
+"""The model folder inside the package."""
+
 
 class LockHeldError(PiscesError):
     """Another process holds a lock.

@@ -57,6 +57,8 @@ DISTRIBUTIONS |= {
 }
 DISTRIBUTIONS |= {"lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client"}
 DISTRIBUTIONS |= {"cut_cross_entropy": "cut-cross-entropy", "liger_kernel": "liger-kernel"}
+HOSTS = {"comfy"}
+"""Programs that import us, and that no index has."""
 BANNED_NAMES = re.compile(r"(^|_)(utils?|helpers?|misc|common|legacy|v\d+|stuff)($|_)")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -156,7 +158,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     imported = {name.partition(".")[0] for tree in TREES.values() for name in imports_of(tree)}
-    foreign = imported - set(sys.stdlib_module_names) - {"open_pisces"}
+    foreign = imported - set(sys.stdlib_module_names) - {"open_pisces"} - HOSTS
     named = {DISTRIBUTIONS.get(name, name) for name in foreign}
     declared = requirements("\n".join(project["dependencies"]))
     optional = requirements("\n".join(line for lines in extras.values() for line in lines))

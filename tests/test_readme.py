@@ -49,10 +49,12 @@ def arguments_of(line: str) -> list[str]:
 @pytest.fixture
 def packaged_model(nano_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped weights; a source tree without them makes do with nano's."""
+    from open_pisces import files
     from open_pisces.model import folder
 
     if not (folder.WEIGHTS / "config.json").is_file():
         monkeypatch.setattr(folder, "WEIGHTS", nano_folder)
+        monkeypatch.setattr(files, "WEIGHTS", nano_folder)
 
 
 def test_every_line_is_known() -> None:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_pisces.batch import SequenceBatch
+from open_pisces.batch import SequenceBatch, Turn
 from open_pisces.bench.pairs import compare
 from open_pisces.bench.vector_loop import random_model
-from open_pisces.data.prompts import Turn
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 

@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL.Image import Image
 
+from open_pisces.batch import Turn
 from open_pisces.bench.pairs import compare
 from open_pisces.data.order import stream
-from open_pisces.data.prompts import Turn
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.serve.engine import Engine

@@ -17,7 +17,7 @@ from open_pisces.files import whole_file
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from open_pisces.data.prompts import Turn
+    from open_pisces.batch import Turn
     from open_pisces.serve.engine import Engine
 
 HELP = """\
@@ -107,7 +107,7 @@ class Chat:
         yield from self._write(self.last_mode)
 
     def _answer(self, words: str, mode: str) -> Iterator[str]:
-        from open_pisces.data.prompts import Turn
+        from open_pisces.batch import Turn
 
         if not words:
             raise CommandError("say something after it")
@@ -129,7 +129,7 @@ class Chat:
 
     def _write(self, mode: str) -> Iterator[str]:
         """The assistant's turn after the conversation so far."""
-        from open_pisces.data.prompts import Turn
+        from open_pisces.batch import Turn
         from open_pisces.serve.requests import Request, asked_to_draw
 
         self.last_mode = mode

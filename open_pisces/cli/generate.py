@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from open_pisces.generate.generator import Generator
+    from open_pisces.generate.painter import Progress
 
 
 def generate(args: argparse.Namespace) -> Result:
     """Draw pictures from prompts: a file each into a folder, or all on one sheet."""
-    from open_pisces.generate.choose import best_of
     from open_pisces.sheets import contact_sheet
 
     check_out(args.out)
@@ -37,10 +38,13 @@ def generate(args: argparse.Namespace) -> Result:
     unknown = warn_of_unknown_words(generator, args.prompts)
     use_preset(args, generator)
     how = args.steps, args.guidance_scale, args.seed, args.temperature, args.vector_guidance
-    if args.best_of == 1:
-        drawn = generator.image(args.prompts, args.n, *how)
-    else:
-        drawn = best_of(generator, args.prompts, args.best_of, args.n, *how)
+    with progress_bar() as progress:
+        if args.best_of == 1:
+            drawn = generator.image(args.prompts, args.n, *how, progress=progress)
+        else:
+            from open_pisces.generate.choose import best_of
+
+            drawn = best_of(generator, args.prompts, args.best_of, args.n, *how, progress=progress)
     pictures: list[Image] = []
     prompts: list[str] = []
     for prompt, row in zip(args.prompts, drawn, strict=True):
@@ -58,6 +62,24 @@ def generate(args: argparse.Namespace) -> Result:
     say(args, "\n".join(f"{row['prompt']}: {row['file']}" for row in rows))
     names = ("n", "best_of", "steps", "guidance_scale", "seed", "temperature", "vector_guidance")
     return {"pictures": rows, "unknown_words": unknown, **{name: getattr(args, name) for name in names}}
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on standard error for each stage of a drawing; nothing where nobody looks."""
+    import rich.progress
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, of: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=of)
+            bars.update(tasks[stage], completed=done)
+
+        yield show
 
 
 def use_preset(args: argparse.Namespace, generator: Generator) -> None:

@@ -134,7 +134,7 @@ def quiet() -> None:
 
 def model_folder(args: argparse.Namespace) -> Path:
     """The folder that ``--model`` names; by default the model in the package."""
-    from open_pisces.model.folder import WEIGHTS
+    from open_pisces.files import WEIGHTS
 
     return Path(args.model or WEIGHTS)
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from open_pisces.cli.options import Result, add_command, add_int8, at_least, model_folder, quiet
+from open_pisces.cli.options import Result, add_command, add_int8, at_least, model_folder
 from open_pisces.errors import PiscesError
 
 
@@ -21,7 +21,6 @@ def serve(args: argparse.Namespace) -> Result:
         from open_pisces.serve.service import ServeSettings
     except ModuleNotFoundError as error:
         raise StoppedError(f"{error.name} is missing: pip install 'open-pisces[serve]'") from None
-    quiet()
     settings = ServeSettings(
         model=str(model_folder(args)),
         name=args.served_name,

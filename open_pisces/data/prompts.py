@@ -23,7 +23,7 @@ import yaml
 from PIL.Image import Image
 from torch import Tensor
 
-from open_pisces.batch import Sample, SequenceBatch, draw_caption
+from open_pisces.batch import Sample, SequenceBatch, Turn, draw_caption
 from open_pisces.data.images import generation_bytes, understanding_bytes
 from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER, read_template, special_tokens
 from open_pisces.errors import PiscesError
@@ -169,14 +169,6 @@ class TurnsError(SampleError):
     """A conversation whose turns are not of the form of `Sample.conversation`."""
 
     cause = "turns"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message; ``content`` mixes strings and indices of pictures."""
-
-    role: str
-    content: tuple[str | int, ...]
 
 
 @dataclass
@@ -401,3 +393,18 @@ def _turn(message: Any, key: str) -> tuple[str, tuple[str | int, ...]]:
     if role not in ("system", "user", "assistant") or (role == "system" and any(is_picture)):
         raise TurnsError(f"sample {key!r}: a turn of {role!r} with {content}: import the dataset again")
     return role, content
+
+
+def repeated(batch: SequenceBatch, n: int, N: int) -> SequenceBatch:
+    """Every row of a batch of prompts ``n`` times, with its understanding pictures of ``N`` vectors each."""
+    seen_BS = torch.zeros_like(batch.ids_BS, dtype=torch.bool)
+    seen_BS.view(-1)[batch.understanding_at_K] = True
+    pictures = (seen_BS.sum(1) // N).tolist()
+    of_row = torch.arange(sum(pictures)).split(pictures)
+    order = [number for row in of_row for number in row.tolist() * n]
+    return replace(
+        batch,
+        ids_BS=batch.ids_BS.repeat_interleave(n, 0),
+        understanding_at_K=seen_BS.repeat_interleave(n, 0).flatten().nonzero()[:, 0],
+        understanding_pixels_BCHW=batch.understanding_pixels_BCHW[order],
+    )

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from open_pisces.data.prompts import IGNORED, Turn, collate, wordings
+from open_pisces.batch import Turn
+from open_pisces.data.prompts import IGNORED, collate, wordings
 from open_pisces.device import upcast
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.messages import Conversation

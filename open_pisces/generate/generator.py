@@ -13,15 +13,15 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from open_pisces.batch import SequenceBatch
+from open_pisces.batch import SequenceBatch, Turn
 from open_pisces.data.order import stream
-from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
+from open_pisces.data.prompts import Renderer, collate, generation_turns, repeated
 from open_pisces.data.tokenizer import BEGIN_IMAGE, load_tokenizer
 from open_pisces.device import pick_device
 from open_pisces.errors import PiscesError
 from open_pisces.generate.int8 import to_int8
 from open_pisces.generate.offload import WRITES, Parts
-from open_pisces.generate.painter import Painter, pictures
+from open_pisces.generate.painter import Painter, Progress, pictures
 from open_pisces.generate.sampling import TextPieces, draw_token, guided
 from open_pisces.generate.slots import Prefix, Slots, read, room
 from open_pisces.model.parts import PARTS
@@ -204,6 +204,7 @@ class Generator:
         seed: int = 0,
         temperature: float = 1.0,
         vector_guidance: float | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Image]]:
         """Draw ``n`` pictures of every prompt.
 
@@ -220,6 +221,7 @@ class Generator:
             temperature: variance of the noise that a sampling head starts from; 0: its vectors are a function of the
                 prompt too. Without effect on squared error.
             vector_guidance: of the LLM's hidden states (`vectors_after`); None takes the model's own, 1 turns it off.
+            progress: called after every vector and every step of the decoder.
 
         Raises:
             PromptError: for an empty or over-long prompt, or a temperature below 0.
@@ -227,7 +229,7 @@ class Generator:
         if temperature < 0:
             raise PromptError(f"temperature {temperature}: give 0 (always the same vectors) or more, 1 as trained")
         batch = self.drawing_prompt(prompts)
-        pixels = self.pixels(batch, n, steps, guidance_scale, seed, temperature, vector_guidance)
+        pixels = self.pixels(batch, n, steps, guidance_scale, seed, temperature, vector_guidance, progress)
         flat = pictures(pixels)
         return [flat[i * n : (i + 1) * n] for i in range(len(prompts))]
 
@@ -240,6 +242,7 @@ class Generator:
         seed: int,
         temperature: float,
         vector_guidance: float | None = None,
+        progress: Progress | None = None,
         **more: Any,
     ) -> Tensor:
         """Pixels of ``n`` pictures of every prompt of a batch that ends with ``[IMG]``.
@@ -251,14 +254,14 @@ class Generator:
         """
         numbers = list(range(n)) * len(batch.ids_BS)
         if self.samples and temperature > 0:
-            repeated = _repeated(batch, n, self.renderer.N)
+            rows = repeated(batch, n, self.renderer.N)
             draws_BMR = self.head_draws(numbers, seed, temperature)
-            vectors_BME = self.vectors_after(repeated, draws_BMR=draws_BMR, vector_guidance=vector_guidance)
+            vectors_BME = self.vectors_after(rows, None, draws_BMR, vector_guidance, progress)
         else:
-            vectors_BME = self.vectors_after(batch, vector_guidance=vector_guidance).repeat_interleave(n, 0)
+            vectors_BME = self.vectors_after(batch, None, None, vector_guidance, progress).repeat_interleave(n, 0)
         scale = self.pisces.settings.decoder.guidance_scale if guidance_scale is None else guidance_scale
         null_ME = None if scale == 1.0 else self.null_condition
-        return self.painter.pixels(vectors_BME, null_ME, numbers, steps, scale, seed, **more)
+        return self.painter.pixels(vectors_BME, null_ME, numbers, steps, scale, seed, progress=progress, **more)
 
     @property
     def samples(self) -> bool:
@@ -310,6 +313,7 @@ class Generator:
         fed_BME: Tensor | None = None,
         draws_BMR: Tensor | None = None,
         vector_guidance: float | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """The M vectors that follow a batch of prompts that end with ``[IMG]``, ``(B, M, E)``.
 
@@ -321,6 +325,7 @@ class Generator:
                 ``empty + s * (hidden - empty)``, ``empty`` being that of the empty caption before the same vectors.
                 None takes the model's own (``bridge.vector_guidance``); 1 turns it off, otherwise the LLM has twice the
                 rows.
+            progress: called after every vector.
 
         Raises:
             PromptError: for a scale below 0.
@@ -339,6 +344,8 @@ class Generator:
             draws_BR = None if draws_BMR is None else draws_BMR[:, k]
             vector_BE, embedded_BD = self.pisces.next_vector(guided(hidden_RD, B, scale), draws_BR)
             written.append(vector_BE.float())
+            if progress is not None:
+                progress("vectors", k + 1, self.renderer.M)
             if fed_BME is not None:
                 embedded_BD = self.pisces.bridge.generation_projector(fed_BME[:, k].to(self._dtype))
             if k + 1 < self.renderer.M:
@@ -423,21 +430,6 @@ class Generator:
         for row, prefix in enumerate(prefixes):
             slots.put(row, prefix)
         return slots
-
-
-def _repeated(batch: SequenceBatch, n: int, N: int) -> SequenceBatch:
-    """Every row of a batch of prompts ``n`` times, with its understanding pictures of ``N`` vectors each."""
-    seen_BS = torch.zeros_like(batch.ids_BS, dtype=torch.bool)
-    seen_BS.view(-1)[batch.understanding_at_K] = True
-    pictures = (seen_BS.sum(1) // N).tolist()
-    of_row = torch.arange(sum(pictures)).split(pictures)
-    order = [number for row in of_row for number in row.tolist() * n]
-    return replace(
-        batch,
-        ids_BS=batch.ids_BS.repeat_interleave(n, 0),
-        understanding_at_K=seen_BS.repeat_interleave(n, 0).flatten().nonzero()[:, 0],
-        understanding_pixels_BCHW=batch.understanding_pixels_BCHW[order],
-    )
 
 
 def _said(prompt: str) -> str:

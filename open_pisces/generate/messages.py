@@ -10,8 +10,8 @@ from typing import Any
 
 from PIL.Image import Image
 
+from open_pisces.batch import Turn
 from open_pisces.data.images import open_image
-from open_pisces.data.prompts import Turn
 from open_pisces.errors import PiscesError
 
 _PICTURE = ("value", "image", "url", "path")

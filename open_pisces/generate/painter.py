@@ -19,6 +19,10 @@ from open_pisces.model.decoder import ImageDecoder
 from open_pisces.model.encoders import GenerationEncoder
 from open_pisces.model.folder import load_part, read_config
 
+Progress = Callable[[str, int, int], object]
+"""Gets the stage (``vectors`` of the LLM or ``steps`` of the decoder), how many are done, and of how many. What it
+raises ends the work and reaches the caller: so a drawing is cancelled."""
+
 
 class Painter:
     """gen-CLIP, the statistics of its vectors, and the decoder: all that a picture needs besides its vectors."""
@@ -83,6 +87,7 @@ class Painter:
         noise_BCHW: Tensor | None = None,
         scheduler: Any = None,
         on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """Pictures from vectors, ``(B, 3, H, W)`` in [0, 1].
 
@@ -97,6 +102,7 @@ class Painter:
             noise_BCHW: to start from, in place of the noise of ``seed`` and ``numbers``.
             scheduler: in place of the decoder's own.
             on_step: see `ImageDecoder.sample`.
+            progress: called after every step.
         """
         self.parts.use(PAINTS)
         leave = self.bridge.statistics.destandardize
@@ -104,15 +110,26 @@ class Painter:
         scale = self.settings.guidance_scale if scale is None else scale
         if noise_BCHW is None:
             noise_BCHW = torch.stack([self.noise(seed, number) for number in numbers])
+        steps = steps or self.settings.steps
+        # Some schedulers take more steps than they were asked for, such as Heun's.
+        total = 0 if progress is None else len(self.decoder.start_scheduler(steps, scheduler).timesteps)
+
+        def after(number: int, time: Tensor, latents: Tensor) -> Tensor:
+            if on_step is not None:
+                latents = on_step(number, time, latents)
+            if progress is not None:
+                progress("steps", number + 1, total)
+            return latents
+
         return self.decoder.sample(
             leave(vectors_BME),
             None if null_ME is None or scale == 1.0 else leave(null_ME),
             noise_BCHW.to(self.device),
-            steps or self.settings.steps,
+            steps,
             scale,
             self.settings.noise_level if level is None else level,
             scheduler,
-            on_step,
+            after,
         )
 
     def noise(self, seed: int, number: int) -> Tensor:

@@ -162,7 +162,7 @@ class Slots(Cache):
 
     def _cached(self, number: int, key_RHC: Tensor, value_RHC: Tensor) -> tuple[Tensor, Tensor]:
         """Take a layer's new keys and values; gives all that the rows may see."""
-        return self.layers[number].take(key_RHC, value_RHC)  # type: ignore[attr-defined]
+        return self.layers[number].take(key_RHC, value_RHC)
 
 
 class _Layer(CacheLayerMixin):

@@ -16,6 +16,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from open_pisces.generate.generator import Generator
+from open_pisces.generate.painter import Progress
 from open_pisces.model.folder import WEIGHTS
 
 
@@ -74,8 +75,26 @@ class PiscesDraw:
         scale = None if guidance_scale < 0 else guidance_scale
         vector_scale = None if vector_guidance < 0 else vector_guidance
         batch = model.drawing_prompt([prompt])
-        pixels_BCHW = model.pixels(batch, count, steps or None, scale, seed, 1.0, vector_scale)
+        pixels_BCHW = model.pixels(batch, count, steps or None, scale, seed, 1.0, vector_scale, _progress())
         return (pixels_BCHW.float().cpu().permute(0, 2, 3, 1).contiguous(),)
+
+
+def _progress() -> Progress | None:
+    """ComfyUI's bar, and its button that interrupts; None outside ComfyUI."""
+    try:
+        from comfy.model_management import throw_exception_if_processing_interrupted
+        from comfy.utils import ProgressBar
+    except ImportError:
+        return None
+    bars: dict[str, Any] = {}
+
+    def show(stage: str, done: int, of: int) -> None:
+        throw_exception_if_processing_interrupted()
+        if stage not in bars:
+            bars[stage] = ProgressBar(of)
+        bars[stage].update_absolute(done, of)
+
+    return show
 
 
 class PiscesAsk:

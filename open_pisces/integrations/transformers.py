@@ -37,9 +37,9 @@ from transformers import (
     ProcessorMixin,
 )
 
-from open_pisces.batch import SequenceBatch
+from open_pisces.batch import SequenceBatch, Turn
 from open_pisces.config import ModelConfig
-from open_pisces.data.prompts import Renderer, Turn, collate, generation_turns
+from open_pisces.data.prompts import Renderer, collate, generation_turns
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator

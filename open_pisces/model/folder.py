@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from open_pisces.config import ModelConfig
+from open_pisces.files import WEIGHTS as WEIGHTS
 from open_pisces.files import sha256_of, whole_folder
 from open_pisces.model import adapters
 from open_pisces.model.heads import HEADS
@@ -37,7 +38,6 @@ from open_pisces.model.parts import PARTS, ModelFolderError, build_part, llm_con
 from open_pisces.settings import validate
 
 FOLDERS = (*PARTS, "adapter", "tokenizer")
-WEIGHTS = Path(__file__).parent.parent / "weights" / "tiny"
 FORMAT = 1
 NAMES = {"model_type": "pisces", "architectures": ["PiscesForConditionalGeneration"]}
 """What transformers' Auto classes look for (`integrations.transformers`)."""

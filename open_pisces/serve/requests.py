@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from PIL.Image import Image
 
+from open_pisces.batch import Turn
 from open_pisces.config import PresetName
-from open_pisces.data.prompts import Turn, generation_turns
+from open_pisces.data.prompts import generation_turns
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from PIL import Image as Pillow
 from PIL.Image import Image
 from transformers.utils.logging import disable_progress_bar
 
-from open_pisces.data.prompts import Turn
+from open_pisces.batch import Turn
 from open_pisces.errors import PiscesError
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import read_card

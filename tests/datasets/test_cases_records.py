@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from open_pisces.batch import CaptionError, Question, Sample, captions_of, draw_caption
+from open_pisces.batch import CaptionError, Question, Sample, Turn, captions_of, draw_caption
 from open_pisces.cli.commands import main
 from open_pisces.config import DataConfig, SourceConfig
 from open_pisces.data.lengths import check_lengths
 from open_pisces.data.loader import PairLoader, SequenceLoader
 from open_pisces.data.order import Draw, Mixture, stream
-from open_pisces.data.prompts import LengthError, Renderer, SystemTurnError, Turn, TurnsError, sample_turns
+from open_pisces.data.prompts import LengthError, Renderer, SystemTurnError, TurnsError, sample_turns
 from open_pisces.data.shards import DamagedSample, ShardError, ShardReader
 from open_pisces.data.tokenizer import byte_tokenizer
 from open_pisces.datasets import inline

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image as Pillow
 from PIL.Image import Image
 
-from open_pisces.data.prompts import Turn
+from open_pisces.batch import Turn
 from open_pisces.eval.evaluation import rescore
 from open_pisces.eval.intervals import EvaluationError
 from open_pisces.eval.run import RunError, RunFolder

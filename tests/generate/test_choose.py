@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL.Image import Image, fromarray
 
+from open_pisces.batch import Turn
 from open_pisces.cli import main
-from open_pisces.data.prompts import Turn
 from open_pisces.data.tokenizer import MOST_WORDS, byte_tokenizer, load_tokenizer, train_tokenizer
 from open_pisces.generate import choose
 from open_pisces.generate.choose import best_of, caption_scores, log_likelihoods

@@ -13,10 +13,11 @@ import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
+from open_pisces.batch import Turn
 from open_pisces.config import LossConfig
-from open_pisces.data.prompts import Turn, collate, generation_turns
+from open_pisces.data.prompts import collate, generation_turns, repeated
 from open_pisces.device import pick_device
-from open_pisces.generate.generator import Generator, PromptError, _repeated
+from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.model.pisces import Pisces
 from open_pisces.settings import ConfigError
 
@@ -172,6 +173,35 @@ def test_picture_j_depends_neither_on_n_nor_on_the_other_prompts(generator: Gene
     assert len(three) == 3 and [len(row) for row in two] == [2, 2]
     assert near(three[0], two[0][0]) and near(three[1], two[0][1])
     assert differ(three[0], three[1]) and differ(three[1], three[2])
+
+
+def test_a_drawing_tells_of_every_vector_and_every_step_in_their_order(generator: Generator) -> None:
+    told: list[tuple[str, int, int]] = []
+    generator.image(PROMPTS[:2], steps=3, guidance_scale=1.0, progress=lambda *now: told.append(now))
+    M = generator.renderer.M
+    vectors = [("vectors", k + 1, M) for k in range(M)]
+    assert told == [*vectors, ("steps", 1, 3), ("steps", 2, 3), ("steps", 3, 3)]
+
+
+@pytest.mark.parametrize("stage", ["vectors", "steps"])
+def test_what_progress_raises_ends_a_drawing_at_once_and_leaves_the_model_usable(
+    generator: Generator, stage: str
+) -> None:
+    class Stop(Exception):
+        pass
+
+    told: list[tuple[str, int]] = []
+
+    def stop(now: str, done: int, of: int) -> None:
+        told.append((now, done))
+        if (now, done) == (stage, 2):
+            raise Stop
+
+    before = generator.image(PROMPTS[:1], steps=3)[0][0]
+    with pytest.raises(Stop):
+        generator.image(PROMPTS[:1], steps=3, progress=stop)
+    assert told[-1] == (stage, 2)
+    assert generator.image(PROMPTS[:1], steps=3)[0][0].tobytes() == before.tobytes()
 
 
 def test_sampled_answers_are_repeatable_and_do_not_depend_on_neighbours(exact: Generator) -> None:
@@ -364,10 +394,10 @@ def test_rows_are_repeated_with_their_own_pictures(exact: Generator) -> None:
     turns = [(Turn("user", (0, "a")),), (Turn("user", ("b",)),), (Turn("user", (0, 1, "c")),)]
     shown = [(picture(1),), (), (picture(2), picture(3))]
     batch = exact.prompt(turns, shown)
-    repeated = _repeated(batch, 2, exact.renderer.N)
+    rows = repeated(batch, 2, exact.renderer.N)
     expected = exact.prompt([one for one in turns for _ in range(2)], [one for one in shown for _ in range(2)])
     for name in ("ids_BS", "understanding_at_K", "understanding_pixels_BCHW"):
-        assert torch.equal(getattr(repeated, name), getattr(expected, name)), name
+        assert torch.equal(getattr(rows, name), getattr(expected, name)), name
 
 
 # --------------------------------------------------------------------------------------------------------- folders
@@ -428,6 +458,6 @@ def test_guidance_can_turn_away_from_the_decoders_dropped_condition(nano_folder:
     assert not torch.equal(generator.null_condition, generator.null_vectors)
     given: list[Any] = []
     honest = generator.painter.pixels
-    generator.painter.pixels = lambda v, null, *more: given.append(null) or honest(v, null, *more)  # type: ignore[method-assign, func-returns-value]
+    generator.painter.pixels = lambda v, null, *more, **named: given.append(null) or honest(v, null, *more)  # type: ignore[method-assign, func-returns-value]
     generator.image(["a cat"], steps=1)
     assert torch.equal(given[0], statistics.null_ME)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from open_pisces.batch import Turn
 from open_pisces.config import ModelConfig
-from open_pisces.data.prompts import Turn
 from open_pisces.generate import generator as generator_module
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.slots import MULTIPLE, Slots, read_after, room

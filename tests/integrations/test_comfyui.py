@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from open_pisces.generate.generator import Generator
@@ -33,6 +36,36 @@ def test_a_graph_loads_draws_and_asks() -> None:
     assert found["result"] == (found["ui"]["text"][0],) and found["result"][0].splitlines()[0] == "red heart"
     (other,) = call("PiscesDraw", model=model, prompt="a red heart on a blue background", steps=2, guidance_scale=1.0)
     assert not torch.equal(other[0], image[0])
+
+
+def test_inside_comfyui_a_drawing_moves_its_bar_and_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two functions that ComfyUI's own samplers call, under their names there."""
+    moved: list[tuple[int, int]] = []
+
+    class ProgressBar:
+        def __init__(self, total: int) -> None:
+            self.total = total
+
+        def update_absolute(self, value: int, total: int | None = None) -> None:
+            moved.append((value, self.total))
+
+    class Interrupted(Exception):
+        pass
+
+    def throw_exception_if_processing_interrupted() -> None:
+        if len(moved) == 18:
+            raise Interrupted
+
+    comfy, utils, management = ModuleType("comfy"), ModuleType("comfy.utils"), ModuleType("comfy.model_management")
+    utils.ProgressBar = ProgressBar  # type: ignore[attr-defined]
+    name = "throw_exception_if_processing_interrupted"
+    setattr(management, name, throw_exception_if_processing_interrupted)
+    for module in (comfy, utils, management):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    (model,) = call("PiscesLoader", device="cpu")
+    with pytest.raises(Interrupted):
+        call("PiscesDraw", model=model, prompt="a red heart", steps=4)
+    assert moved == [*((k + 1, 16) for k in range(16)), (1, 4), (2, 4)]
 
 
 def test_every_node_is_named_and_declares_what_comfyui_reads() -> None:

@@ -27,8 +27,8 @@ import torch
 from PIL import Image as Pillow
 from PIL.Image import Image
 
+from open_pisces.batch import Turn
 from open_pisces.data.images import ImageError
-from open_pisces.data.prompts import Turn
 from open_pisces.data.shards import ShardReader, data_path
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.messages import Conversation, HarnessError, as_image, read_messages

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from open_pisces.batch import SequenceBatch
-from open_pisces.data.prompts import Renderer, Turn, collate
+from open_pisces.batch import SequenceBatch, Turn
+from open_pisces.data.prompts import Renderer, collate
 from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers, base_llm
 from open_pisces.model.folder import convert, load_part, read_card, write_folder

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from open_pisces.batch import SequenceBatch
+from open_pisces.batch import SequenceBatch, Turn
 from open_pisces.config import LossConfig
-from open_pisces.data.prompts import Renderer, Turn, collate
+from open_pisces.data.prompts import Renderer, collate
 from open_pisces.model.bridge import TargetSums
 from open_pisces.model.folder import without_sources
 from open_pisces.model.pisces import Pisces, with_blank_pictures

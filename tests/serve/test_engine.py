@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL.Image import Image
 
-from open_pisces.data.prompts import Turn, generation_turns
+from open_pisces.batch import Turn
+from open_pisces.data.prompts import generation_turns
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.prefixes import PrefixStore, pieces_of
 from open_pisces.generate.sampling import draw_token

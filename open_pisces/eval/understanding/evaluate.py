@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from PIL.Image import Image
 
-from open_pisces.data.prompts import Turn
+from open_pisces.batch import Turn
 from open_pisces.eval.evaluation import Evaluation, Score
 from open_pisces.eval.run import Row, RunFolder, model_hash
 from open_pisces.eval.understanding import graders, parsing, scoring, totals
