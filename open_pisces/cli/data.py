@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from open_pisces.cli.caption import add_caption, add_workers, workers_of
 from open_pisces.cli.options import (
     OutputError,
     Result,
@@ -124,14 +125,14 @@ def encode(args: argparse.Namespace) -> Result:
 
     config = load_config(args.recipe, args.overrides)
     quiet()
-    return say_counts(args, {"stores": write(config, args.batch_size, args.device)})
+    return say_counts(args, {"stores": write(config, args.batch_size, args.device, workers_of(args))})
 
 
 # ------------------------------------------------------------------------------------------------- the arguments
 
 
 def add_data(command: argparse.ArgumentParser) -> None:
-    """``pisces data build | import | index | filter | stats | look | encode``."""
+    """``pisces data build | import | index | filter | stats | look | caption | encode``."""
     commands = command.add_subparsers(required=True, metavar="COMMAND")
     builds = add_command(commands, "build", None, "build a dataset").add_subparsers(required=True, metavar="DATASET")
     where = "the folder to write, as it stands; by default {} under $PISCES_DATA, which is ./data"
@@ -161,11 +162,13 @@ def add_data(command: argparse.ArgumentParser) -> None:
     _add_import(commands)
     _add_curation(commands)
 
+    add_caption(commands)
     text = "compute once what a recipe's frozen encoders make of its pictures (for data.features)"
     cache = add_command(commands, "encode", encode, text)
     add_recipe(cache, "tiny/stage1, or a YAML file", "settings, such as data.features=float32")
     cache.add_argument("--batch-size", type=at_least(1), default=64, help="pictures encoded together (default: 64)")
     cache.add_argument("--device", type=device_name, default="auto", help="cuda, mps, cpu or auto (default)")
+    add_workers(cache)
     add_json(cache)
 
 

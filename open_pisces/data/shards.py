@@ -86,13 +86,14 @@ class ShardReader:
 
     Args:
         folder: a folder, or an fsspec address (``s3://bucket/set``), whose index is then held in memory.
+        keep_damaged: open a dataset in which shards are missing or of another size; `damaged_shards` names them.
 
     Raises:
         ShardError: no dataset there, an unknown version, a damaged index, or a shard that is missing or of another
             size.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, keep_damaged: bool = False) -> None:
         self.folder = folder if "://" in str(folder) else Path(folder)
         self._remote: Any = None
         self._root = str(folder)
@@ -125,7 +126,10 @@ class ShardReader:
         self._blocks: dict[tuple[int, int], bytes] = {}
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._check_sizes()
+        self.damaged_shards = self._wrong_sizes()
+        """Of the shards that are missing or of another size: number -> what is wrong."""
+        if self.damaged_shards and not keep_damaged:
+            raise ShardError(next(iter(self.damaged_shards.values())))
 
     # -------------------------------------------------------------------------------------------- opening
 
@@ -149,14 +153,16 @@ class ShardReader:
             raise ShardError(f"{self.folder}/{path}: holds {table.dtype}: index the dataset again")
         return table
 
-    def _check_sizes(self) -> None:
-        for shard in self._shards:
+    def _wrong_sizes(self) -> dict[int, str]:
+        wrong = {}
+        for number, shard in enumerate(self._shards):
             found = self._size_of(shard["file"])
             if found != shard["size"]:
                 state = "missing" if found is None else f"of {found} bytes"
                 said = f"the index says {shard['size']} bytes"
                 remedy = "get a whole copy, or index the dataset again"
-                raise ShardError(f"{self.folder}/{shard['file']} is {state}, {said}: {remedy}")
+                wrong[number] = f"{self.folder}/{shard['file']} is {state}, {said}: {remedy}"
+        return wrong
 
     def _size_of(self, name: str) -> int | None:
         try:
@@ -183,6 +189,16 @@ class ShardReader:
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def shards(self) -> list[str]:
+        """The names of the shards' files, in their order."""
+        return [shard["file"] for shard in self._shards]
+
+    def samples_of(self, shard: int) -> range:
+        """The samples of a shard, by its number."""
+        first, end = np.searchsorted(self._samples["shard"][:-1], [shard, shard + 1])
+        return range(int(first), int(end))
 
     def key(self, index: int) -> str:
         """The key of a sample, from the index alone."""

@@ -52,19 +52,10 @@ class IndexWriter:
         return np.array((shard, len(self._keys), members), TABLES["samples"]).tobytes()
 
     def write(self, folder: Path) -> None:
-        """``index.json`` last: a folder without it is no dataset."""
+        """Write what was collected."""
         raw = {"samples": self._samples + self._row(len(self.shards)), "members": self._members, "keys": self._keys}
         tables = {name: np.frombuffer(bytes(raw[name]), dtype) for name, dtype in TABLES.items()}
-        (folder / "index").mkdir(parents=True, exist_ok=True)
-        (folder / "index.json").unlink(missing_ok=True)  # tables that are half new have no index
-        for name, table in tables.items():
-            with whole_file(folder / "index" / f"{name}.npy") as part:  # a reader keeps the table that it has mapped
-                np.save(part, table, allow_pickle=False)
-        spelled = json.dumps(self.fields, sort_keys=True).encode()
-        digest = sha256_of(tables["members"].tobytes() + tables["keys"].tobytes() + spelled)
-        index = {"version": VERSION, "samples": len(self), "digest": digest, "shards": self.shards}
-        index |= {"licences": self.licences, **({"fields": self.fields} if self.fields else {})}
-        write_whole(folder / "index.json", json.dumps(index, indent=1))
+        _write_index(folder, tables, self.shards, self.licences, self.fields)
 
 
 class ShardWriter:
@@ -90,6 +81,8 @@ class ShardWriter:
         self._index = IndexWriter(licences)
         self._keys: set[str] = set()
         self._tar: tarfile.TarFile | None = None
+        self.beside: dict[str, str] = {}
+        """Files that appear with the dataset: name -> content."""
 
     def __enter__(self) -> ShardWriter:
         shutil.rmtree(self._work, ignore_errors=True)  # of a killed process that had this one's number
@@ -156,12 +149,61 @@ class ShardWriter:
         try:
             if kind is None:
                 self._close_shard()
+                for name, content in self.beside.items():
+                    write_whole(self._work / name, content)
                 self._index.write(self._work)
                 replace_folder(self._work, self.folder)
         finally:
             if self._tar is not None:
                 self._tar.close()
             shutil.rmtree(self._work, ignore_errors=True)
+
+
+def join_datasets(folder: Path, parts: Iterable[Path]) -> None:
+    """Make one dataset of those in folders below ``folder``, in their order: an index over their shards, no copies.
+
+    Raises:
+        ShardError: for a part that is no dataset of ours.
+    """
+    shards: list[dict[str, Any]] = []
+    licences: list[dict[str, Any]] = []
+    joined: dict[str, list[np.ndarray]] = {name: [np.empty(0, dtype)] for name, dtype in TABLES.items()}
+    members = keys = 0
+    for part in parts:
+        index = json.loads((part / "index.json").read_text())
+        tables = {name: np.load(part / "index" / f"{name}.npy", allow_pickle=False) for name in TABLES}
+        samples = tables["samples"][:-1].copy()
+        for field, before in (("shard", len(shards)), ("key", keys), ("first", members)):
+            samples[field] += before
+        for name, table in {**tables, "samples": samples}.items():
+            joined[name].append(table)
+        keys += len(tables["keys"])
+        members += len(tables["members"])
+        shards += [{**shard, "file": f"{part.relative_to(folder)}/{shard['file']}"} for shard in index["shards"]]
+        licences += [row for row in index["licences"] if row not in licences]
+    joined["samples"].append(np.array([(len(shards), keys, members)], TABLES["samples"]))
+    tables = {name: np.concatenate(some) for name, some in joined.items()}
+    _write_index(folder, tables, shards, licences, {})
+
+
+def _write_index(
+    folder: Path,
+    tables: dict[str, np.ndarray],
+    shards: list[dict[str, Any]],
+    licences: list[dict[str, Any]],
+    fields: dict[str, str],
+) -> None:
+    """``index.json`` last: a folder without it is no dataset."""
+    (folder / "index").mkdir(parents=True, exist_ok=True)
+    (folder / "index.json").unlink(missing_ok=True)  # tables that are half new have no index
+    for name, table in tables.items():
+        with whole_file(folder / "index" / f"{name}.npy") as part:  # a reader keeps the table that it has mapped
+            np.save(part, table, allow_pickle=False)
+    spelled = json.dumps(fields, sort_keys=True).encode()
+    digest = sha256_of(tables["members"].tobytes() + tables["keys"].tobytes() + spelled)
+    index = {"version": VERSION, "samples": len(tables["samples"]) - 1, "digest": digest, "shards": shards}
+    index |= {"licences": licences, **({"fields": fields} if fields else {})}
+    write_whole(folder / "index.json", json.dumps(index, indent=1))
 
 
 def png_of(image: Image) -> bytes:
