@@ -44,7 +44,7 @@ class VisionLLM:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                padding=True,
+                processor_kwargs={"padding": True},
             ).to(self.device, dtype=self.model.dtype)
             ids_BS = self.model.generate(**inputs, max_new_tokens=limit, **how)[:, inputs["input_ids"].shape[1] :]
             ends = self.model.generation_config.eos_token_id
