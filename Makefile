@@ -49,7 +49,7 @@ $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned environment (minutes, once)"
 	@$(INSTALL) torch setuptools
-	@$(INSTALL) --no-build-isolation --editable '.[data,dev,eval,ray,serve]'
+	@$(INSTALL) --no-build-isolation --editable '.[data,dev,eval,lab,ray,serve]'
 	@touch $@
 
 clean: ## everything that can be made again, except data/ and runs/

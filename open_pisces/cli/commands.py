@@ -18,6 +18,7 @@ from open_pisces.cli.chat import add_chat
 from open_pisces.cli.data import add_data
 from open_pisces.cli.evaluate import add_eval
 from open_pisces.cli.generate import add_demo, add_generate
+from open_pisces.cli.lab import add_lab
 from open_pisces.cli.model import add_model
 from open_pisces.cli.options import Parser, add_command
 from open_pisces.cli.serve import add_serve
@@ -65,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_weights(commands)
     add_data(add_command(commands, "data", None, "build datasets and look at them"))
     add_eval(add_command(commands, "eval", None, "measure a model"))
+    add_lab(commands)
     add_bench(commands)
     add_demo(commands)
     return parser

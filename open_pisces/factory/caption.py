@@ -23,8 +23,9 @@ from open_pisces.data.shards import DamagedSample, ShardError, ShardReader, data
 from open_pisces.datasets.shard_writer import ShardWriter, join_datasets
 from open_pisces.datasets.stats import checked
 from open_pisces.factory.caption_checks import CaptioningError, Filters, Template
-from open_pisces.factory.captioners import Asked, Captioner, CaptionerSettings, build_captioner, check_captioner
+from open_pisces.factory.captioners import Asked, Captioner, CaptionerSettings
 from open_pisces.factory.cluster import Workers, run_stage
+from open_pisces.factory.endpoint_captioner import EndpointCaptioner, check_captioner
 from open_pisces.files import LockHeldError, locked, write_whole
 
 SETTINGS = "caption.json"
@@ -153,6 +154,20 @@ def _counts(reader: ShardReader, manifests: list[dict[str, Any]]) -> dict[str, A
         "shards": len(manifests),
         "damaged_shards": list(reader.damaged_shards.values()),
     }
+
+
+def build_captioner(settings: CaptionerSettings) -> Captioner:
+    """The captioner, loaded.
+
+    Raises:
+        CaptioningError: if it cannot be used; the message says why.
+    """
+    if settings.kind == "endpoint":
+        return EndpointCaptioner(settings)
+    # Later: workers that only wait for a server need no PyTorch.
+    from open_pisces.factory.local_captioners import OwnModel, VisionLLM
+
+    return VisionLLM(settings) if settings.kind == "transformers" else OwnModel(settings)
 
 
 class CaptionStage:

@@ -18,8 +18,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from open_pisces.factory.caption import build_captioner
 from open_pisces.factory.caption_checks import CaptioningError
-from open_pisces.factory.captioners import Asked, CaptionerSettings, build_captioner
+from open_pisces.factory.captioners import Asked, CaptionerSettings
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "user", "assistant", ":", *"describe a red cat on the mat".split()]
 TEMPLATE = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -51,33 +51,42 @@ def freeze(
     for split, limit in asked.items():
         kinds = [kind for kind in KINDS if kind not in NEVER_ASKED.get(split, ())]
         scenes = balanced_scenes(fresh_scenes(split, seed, cutouts), limit, seed, kinds)  # type: ignore[arg-type]
-        rows += [_row(f"questions/{split}", sample, question) for sample, question in scenes]
+        rows += [_as_row(f"questions/{split}", scene_of(sample, question)) for sample, question in scenes]
     for split, number in per_category.items():
         # Another seed than the questions': no scene is in both parts.
         fresh = fresh_scenes(split, seed + 1, cutouts)  # type: ignore[arg-type]
-        rows += _by_category(fresh, f"drawing/{split}", number, split == "pairs")
+        rows += [_as_row(f"drawing/{split}", scene) for scene in by_category(fresh, number, split == "pairs")]
     for split, number in placed.items():
         objects = single_objects(number, seed, split, cutouts)  # type: ignore[arg-type]
-        rows += [_row(f"placement/{split}", sample) for sample in objects]
+        rows += [_as_row(f"placement/{split}", scene_of(sample)) for sample in objects]
     lines = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     # mtime=0: the same scenes give the same bytes, which a test compares.
     path.write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
 
 
-def _by_category(fresh: Iterator[Sample], part: str, number: int, only_pairs: bool) -> Iterable[dict[str, Any]]:
-    """``number`` scenes for each category, in the order of the categories."""
+def by_category(fresh: Iterator[Sample], number: int, only_pairs: bool = False) -> list[FrozenScene]:
+    """``number`` scenes for each category, in the order of the categories.
+
+    Args:
+        fresh: scenes to choose from.
+        number: of each category.
+        only_pairs: the categories of the split ``pairs`` alone.
+
+    Raises:
+        EvaluationError: if there are too few of a category.
+    """
     wanted = {name: number for name in CATEGORIES if not only_pairs or name in PAIRED}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+    found: dict[str, list[FrozenScene]] = {name: [] for name in wanted}
     for sample in islice(fresh, _SEARCHED * number):
         # The rarest category that a scene fits comes first, and each scene is used once.
         name = next((n for n in _categories(sample) if n in wanted and len(found[n]) < number), None)
         if name is not None:
-            found[name].append(_row(part, sample, category=name))
+            found[name].append(scene_of(sample, category=name))
     short = [name for name, rows in found.items() if len(rows) < number]
     if short:
-        raise EvaluationError(f"too few scenes of {', '.join(short)} for {part}: build the artwork again")
-    return [row for rows in found.values() for row in rows]
+        raise EvaluationError(f"too few scenes of {', '.join(short)}: build the artwork again")
+    return list(chain.from_iterable(found.values()))
 
 
 def _categories(sample: Sample) -> list[str]:
@@ -96,14 +105,15 @@ def _categories(sample: Sample) -> list[str]:
     return [*(["color_attr"] if both else []), *turn]
 
 
-def _row(part: str, sample: Sample, question: Question | None = None, category: str = "") -> dict[str, Any]:
+def scene_of(sample: Sample, question: Question | None = None, category: str = "") -> FrozenScene:
+    """A composed scene without its picture."""
     facts = sample.facts or {}
     shapes = {thing.concept for thing in vocabulary().shapes}
     things = []
     for thing in facts["objects"]:
         is_shape = thing["concept"] in shapes
         things.append(Thing(thing["concept"], thing["colour"], is_shape, tuple(thing["box"])))
-    scene = FrozenScene(
+    return FrozenScene(
         key=sample.key,
         style=facts["objects"][0]["style"],
         ground=vocabulary().backgrounds[facts["background"]],
@@ -116,4 +126,7 @@ def _row(part: str, sample: Sample, question: Question | None = None, category: 
         question=(question.question, question.answer, question.kind) if question else None,
         category=category,
     )
+
+
+def _as_row(part: str, scene: FrozenScene) -> dict[str, Any]:
     return {"part": part, "scene": asdict(scene)}

@@ -45,19 +45,20 @@ _SEARCHED = 100  # scenes looked through for each question before giving up
 _SHOWN = 20
 
 
-def fresh_scenes(split: Split, seed: int, cutouts: Cutouts | None = None) -> Iterator[Sample]:
+def fresh_scenes(split: Split, seed: int, cutouts: Cutouts | None = None, plain: bool = False) -> Iterator[Sample]:
     """Scenes that no training has seen, without end; the same ones for the same ``split`` and ``seed``.
 
     A scene is a function of (composer's seed, split, index). The composer's seed here is derived from ``seed`` under
     the purpose ``"eval"`` and lies at or above `SEEDS_FROM`, where no dataset's seed lies, so the draws behind a
-    scene (objects, sizes, places, colors) are independent of those behind any training scene.
+    scene (objects, sizes, places, colors) are independent of those behind any training scene. ``plain`` scenes are
+    those of the first lesson, of one style on white.
 
     Raises:
         EvaluationError: if there are no cut-outs, or no such split.
     """
     # Not the seed itself: a dataset of the same seed would hold the same scenes.
     own = int(stream(seed, "eval", "scenes").integers(SEEDS_FROM, 2**63 - 1))
-    composer = Composer(load_cutouts() if cutouts is None else cutouts, split, seed=own)
+    composer = Composer(load_cutouts() if cutouts is None else cutouts, split, seed=own, plain=plain)
     return (composer.scene(index) for index in count())
 
 
