@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from open_pisces.bench import (
+    caption_ray,
     compile,
     decode_step,
+    decoupled,
     mixed_batch,
     pairs,
     presets,
@@ -151,3 +153,26 @@ def test_a_vector_loop_without_a_cache_writes_the_same_vectors(monkeypatch: pyte
     monkeypatch.setattr(vector_loop, "recomputed", lambda *given: honest(*given) + 1)
     with pytest.raises(AssertionError, match="vectors with a cache and without one are"):
         vector_loop.run(2)
+
+
+def test_more_vectors_take_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    monkeypatch.setattr(decoupled, "SHAPE", {**decoupled.SHAPE, **small, "num_key_value_heads": 1})
+    for name, count in (("POOLED", 4), ("SIGLIP", 9), ("WHOLE", 64)):
+        monkeypatch.setattr(decoupled, name, count)
+    generator = decoupled._generator(9, 64)
+    assert (generator.renderer.N, generator.renderer.M) == (9, 64)
+    found = decoupled.run(3)
+    assert found["name"] == "decoupled" and found["ratio"] > 3
+    assert set(found) >= {"siglip_for_both", "question", "question_through_64"}
+
+
+@pytest.mark.slow
+def test_ray_and_own_workers_write_the_same_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    for name, count in (("PICTURES", 8), ("SHARD", 4), ("ITEMS", 20)):
+        monkeypatch.setattr(caption_ray, name, count)
+    found = caption_ray.run(2)
+    assert found["name"] == "caption_ray" and found["n"] == 2
+    figures = found["figures"]
+    assert figures["seconds_to_start_ray"] > 0 and figures["pictures_per_second"] > 0
