@@ -20,6 +20,14 @@ class PartConfig(Settings):
     """The library's keyword arguments. Used without a source, and for shapes on the meta device (``pisces plan``)."""
 
 
+class UnderstandingConfig(PartConfig):
+    """The understanding encoder: a SigLIP; or gen-CLIP, which then serves both tasks (the paper's Table 4)."""
+
+    tower: Literal["siglip", "generation"] = "siglip"
+    """``generation``: every patch of the generation encoder, none averaged, is read by the LLM; ``source`` and
+    ``config`` are not used, and the encoder has to stay frozen."""
+
+
 class GenerationEncoderConfig(Settings):
     """The vision tower of gen-CLIP: a ViT of ours that can drop patches (``model/encoders.py``)."""
 
@@ -170,7 +178,7 @@ class ModelConfig(Settings):
     """What is built anew although the start folder holds it: ``llm``, with the MLPs around it; or ``bridge``, these
     MLPs alone, around an LLM that has never been in a Pisces. The targets' statistics stay."""
     llm: PartConfig = PartConfig()
-    understanding: PartConfig = PartConfig()
+    understanding: UnderstandingConfig = UnderstandingConfig()
     understanding_mean: list[float] = [0.5, 0.5, 0.5]
     understanding_std: list[float] = [0.5, 0.5, 0.5]
     generation: GenerationEncoderConfig = GenerationEncoderConfig()

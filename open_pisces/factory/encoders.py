@@ -15,6 +15,7 @@ from open_pisces.data.features import Kind, feature_key
 from open_pisces.data.shards import ShardReader
 from open_pisces.generate.generator import Generator
 from open_pisces.model.bridge import VisualTokenPooler
+from open_pisces.model.encoders import SharedEncoder
 from open_pisces.model.folder import get_part, in_start, weights_digest
 from open_pisces.settings import ConfigError
 
@@ -41,8 +42,8 @@ class FrozenEncoder(nn.Module):
     def architecture(self) -> dict[str, Any]:
         """What its outputs depend on beside the weights: heads, activations, norms."""
         # Two encoders may have equal weights and differ here alone: an activation has no tensor.
-        if self.kind == "generation":
-            settings = self.encoder.config
+        if self.kind == "generation" or isinstance(self.encoder, SharedEncoder):
+            settings = self.encoder.config if self.kind == "generation" else self.encoder.tower.config
             # Settings that came later count where they are set: stores from before stay valid.
             unset = {name for name in LATER if getattr(settings, name) == type(settings).model_fields[name].default}
             return settings.model_dump(exclude={"source", *unset})

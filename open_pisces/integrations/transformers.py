@@ -46,7 +46,7 @@ from open_pisces.generate.generator import Generator
 from open_pisces.generate.messages import as_image, read_messages
 from open_pisces.generate.painter import pictures
 from open_pisces.model.folder import read_config
-from open_pisces.model.parts import PARTS, build_part, siglip_config
+from open_pisces.model.parts import PARTS, build_part, understanding_shape
 from open_pisces.model.pisces import Pisces
 from open_pisces.settings import validate
 
@@ -96,12 +96,11 @@ class PiscesProcessor(ProcessorMixin):
 
     def __init__(self, tokenizer: Any, settings: ModelConfig) -> None:
         # Not ProcessorMixin's: it asks for an image processor, and our pictures are cut by `data.images`.
-        tower = siglip_config(settings)
-        vectors = (tower.image_size // tower.patch_size) ** 2
+        side, vectors, _ = understanding_shape(settings)
         self.tokenizer = tokenizer
         self.chat_template = tokenizer.chat_template
         self.renderer = Renderer(tokenizer, settings.template, vectors, settings.generation.vectors)
-        self.sizes = tower.image_size, settings.generation.image_size
+        self.sizes = side, settings.generation.image_size
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **more: Any) -> PiscesProcessor:

@@ -29,8 +29,8 @@ class Part(Settings):
 
     recipe: str
     overrides: list[str] = []
-    samples: str = "part_samples"
-    """The budget's number of its samples."""
+    keep: list[str] = ["understanding_encoder", "generation_encoder"]
+    """Parts of the folder to start from; the others are built anew."""
 
 
 class Variant(Settings):
@@ -71,6 +71,7 @@ class Budget(Settings):
     seeds: int
     batch_size: int = 64
     part_samples: int = 0
+    """Of a part's training."""
     questions: int = 300
     captions: int = 20
     """Of each of GenEval's six categories."""
@@ -180,8 +181,7 @@ def config_of(
 
 def part_config(part: Part, budget: Budget, start: str, out: Path) -> RunConfig:
     """The recipe of a training that runs start from."""
-    samples = getattr(budget, part.samples)
-    steps = max(1, round(samples / budget.batch_size))
+    steps = max(1, round(budget.part_samples / budget.batch_size))
     overrides = [_filled(text, budget, start) for text in part.overrides]
     overrides += [f"train.batch_size={budget.batch_size}", f"train.steps={steps}", f"out={out}"]
     overrides += [f"train.save_every={steps}", f"train.probe_every={10 * steps}"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from open_pisces.config import RunConfig
 from open_pisces.datasets.scenes.composer import load_cutouts
-from open_pisces.eval.run import digest, versions
+from open_pisces.eval.run import digest, model_hash, versions
 from open_pisces.eval.scenes.judge import NETWORKS, SceneJudge
 from open_pisces.factory.encode import encode
 from open_pisces.files import WEIGHTS, locked, write_whole
@@ -29,6 +29,7 @@ from open_pisces.lab.experiment import (
     planned_runs,
 )
 from open_pisces.lab.measures import HeldOut, held_out, measure
+from open_pisces.model.folder import keep_parts
 from open_pisces.train.loop import is_done, train
 from open_pisces.train.objectives import build_training
 
@@ -128,9 +129,14 @@ class Lab:
         """The model folder that a variant starts from, after its parts, which are trained once."""
         start = self.budget.start or str(WEIGHTS)
         for part in self.experiment.variants[variant].parts:
-            made = {**part.model_dump(), "start": start, "budget": self.budget.model_dump(exclude={"about", "seeds"})}
-            config = part_config(part, self.budget, start, self.parts / digest(made)[:16])
-            self._train(config)
+            how = self.budget.model_dump(include={"data", "part_samples", "batch_size"})
+            made = self.parts / digest({**part.model_dump(), **how, "start": model_hash(start)})[:16]
+            self.parts.mkdir(exist_ok=True)
+            with locked(self.parts / f".{made.name}.lock"):  # another experiment may want it too
+                if not (made / "start").is_dir():
+                    keep_parts(start, made / "start", part.keep)
+                config = part_config(part, self.budget, str(made / "start"), made / "training")
+                self._train(config)
             start = str(config.folder / "model")
         return start
 

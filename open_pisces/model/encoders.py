@@ -78,6 +78,40 @@ class UnderstandingEncoder(nn.Module):
         return self.tower(self.normalize(pixels_BCHW).to(dtype))
 
 
+class SharedEncoder(nn.Module):
+    """gen-CLIP as the understanding encoder: one encoder for both tasks, against which the paper compares its two.
+
+    Every patch becomes one vector for the LLM, none is averaged (paper: Table 4, 1,024 to understand, 64 to draw).
+    """
+
+    def __init__(self, tower: GenerationEncoder) -> None:
+        super().__init__()
+        self.tower = tower
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return self.tower.image_size
+
+    @property
+    def width(self) -> int:
+        """Channels of one vector."""
+        return self.tower.width
+
+    @property
+    def vectors(self) -> int:
+        """N: vectors of one picture."""
+        return self.tower.config.grid**2
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` in [0, 1] to the tower's last layer, ``(B, N, width)``."""
+        return self.tower.features(pixels_BCHW)
+
+    def summary(self, pixels_BCHW: Tensor) -> Tensor:
+        """One vector a picture, ``(B, width)``."""
+        return self.tower.summary(pixels_BCHW)
+
+
 def layer_norm(width: int, norm: str, eps: float | None = None) -> nn.LayerNorm:
     """CLIP adds 1e-5 to the variance, EVA-CLIP-E (``post``) 1e-6."""
     return nn.LayerNorm(width, eps=eps or (1e-5 if norm == "pre" else 1e-6))

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from open_pisces.config import ModelConfig
 from open_pisces.files import WEIGHTS as WEIGHTS
 from open_pisces.files import sha256_of, whole_folder
 from open_pisces.model import adapters
+from open_pisces.model.encoders import SharedEncoder
 from open_pisces.model.heads import HEADS
-from open_pisces.model.parts import PARTS, ModelFolderError, build_part, llm_config
+from open_pisces.model.parts import PARTS, ModelFolderError, build_part, is_shared, llm_config
 from open_pisces.settings import validate
 
 FOLDERS = (*PARTS, "adapter", "tokenizer")
@@ -86,6 +88,9 @@ def load_part(
         ModelFolderError: if the part is missing, damaged, or of another shape than the folder's settings.
     """
     folder, config = Path(folder), config or read_config(folder)
+    if name == "understanding_encoder" and is_shared(config):
+        tower: Any = load_part(folder, "generation_encoder", config, dtype)
+        return SharedEncoder(tower)
     part = folder / name
     if not part.is_dir():
         raise ModelFolderError(f"{folder}: the part {name}/ is missing; this folder holds {present(folder)}")
@@ -238,6 +243,25 @@ def _fill(
     (fresh / "README.md").write_text(_readme(fresh, records))
 
 
+def keep_parts(source: str | Path, out: str | Path, names: Sequence[str]) -> None:
+    """A model folder of some parts of another one, and its tokenizer, as links: what a training starts from that is to
+    build the others anew.
+
+    Raises:
+        ModelFolderError: if the source lacks one of them.
+    """
+    source, card = Path(source), read_card(source)
+    for name in names:
+        if not (source / name).is_dir():
+            raise ModelFolderError(f"{source}: the part {name}/ is missing; this folder holds {present(source)}")
+    with whole_folder(Path(out)) as fresh:
+        for name in (*names, "tokenizer"):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, fresh / name, copy_function=_link)
+        parts = {name: files for name, files in card["parts"].items() if (fresh / name).is_dir()}
+        (fresh / "config.json").write_text(json.dumps({**card, "parts": parts}, indent=1) + "\n")
+
+
 def convert(source: str | Path, out: str | Path, dtype: torch.dtype) -> None:
     """Write a whole model folder anew with its weights in ``dtype`` and its adapter merged: what is shipped."""
     verify(source)
@@ -313,6 +337,8 @@ def present(folder: Path) -> str:
 
 def in_start(model: ModelConfig, name: str) -> bool:
     """Whether a training takes a part from the folder that it starts from."""
+    if name == "understanding_encoder" and is_shared(model):
+        name = "generation_encoder"
     return bool(model.start) and name not in model.fresh and (Path(model.start or "") / name).is_dir()
 
 

@@ -28,7 +28,7 @@ from open_pisces.errors import PiscesError
 from open_pisces.model import adapters
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.decoder import ImageDecoder, PixelUnshuffleVAE, latent_shape
-from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
+from open_pisces.model.encoders import GenerationEncoder, SharedEncoder, UnderstandingEncoder
 from open_pisces.model.importers.language import load_llm
 from open_pisces.model.importers.siglip import load_siglip
 from open_pisces.model.importers.towers import fill_tower, read_tower
@@ -88,6 +88,20 @@ def siglip_config(config: ModelConfig) -> SiglipVisionConfig:
     return SiglipVisionConfig(**config.understanding.config)
 
 
+def is_shared(config: ModelConfig) -> bool:
+    """Whether gen-CLIP is the understanding encoder too."""
+    return config.understanding.tower == "generation"
+
+
+def understanding_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Of the understanding encoder, from settings: side of its pictures, vectors of one, their width."""
+    if is_shared(config):
+        generation = config.generation
+        return generation.image_size, generation.grid**2, generation.width
+    tower = siglip_config(config)
+    return tower.image_size, (tower.image_size // tower.patch_size) ** 2, tower.hidden_size
+
+
 def _build_llm(config: ModelConfig, vocabulary: int | None) -> nn.Module:
     if config.llm.source:
         return load_llm(config.llm.source, vocabulary)
@@ -98,6 +112,8 @@ def _build_llm(config: ModelConfig, vocabulary: int | None) -> nn.Module:
 
 
 def _build_understanding(config: ModelConfig, vocabulary: int | None) -> nn.Module:
+    if is_shared(config):
+        return SharedEncoder(_build_generation(config, vocabulary))
     values = siglip_config(config)
     source = config.understanding.source
     if source:
@@ -108,7 +124,7 @@ def _build_understanding(config: ModelConfig, vocabulary: int | None) -> nn.Modu
     return UnderstandingEncoder(tower, config.understanding_mean, config.understanding_std)
 
 
-def _build_generation(config: ModelConfig, vocabulary: int | None) -> nn.Module:
+def _build_generation(config: ModelConfig, vocabulary: int | None) -> GenerationEncoder:
     encoder = GenerationEncoder(config.generation, config.generation_mean, config.generation_std)
     if config.generation.source:
         fill_tower(encoder, read_tower(config.generation.source), config.generation.source)
@@ -116,7 +132,7 @@ def _build_generation(config: ModelConfig, vocabulary: int | None) -> nn.Module:
 
 
 def _build_bridge(config: ModelConfig, vocabulary: int | None) -> nn.Module:
-    return Bridge(config, siglip_config(config).hidden_size, llm_config(config).hidden_size)
+    return Bridge(config, understanding_shape(config)[2], llm_config(config).hidden_size)
 
 
 def build_decoder(config: ModelConfig, vocabulary: int | None = None) -> ImageDecoder:
@@ -339,7 +355,11 @@ def _save_decoder(decoder: Any, path: Path) -> None:
 
 
 def _save_understanding(encoder: Any, path: Path) -> None:
-    encoder.tower.save_pretrained(path)
+    if isinstance(encoder, SharedEncoder):
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps({"tower": "generation"}, indent=1))  # its weights lie there
+    else:
+        encoder.tower.save_pretrained(path)
 
 
 def _save_llm(llm: Any, path: Path) -> None:

@@ -17,7 +17,7 @@ from open_pisces.model.adapters import adopt_adapter
 from open_pisces.model.bridge import Bridge
 from open_pisces.model.cross_entropy import head_cross_entropy
 from open_pisces.model.decoder import ImageDecoder
-from open_pisces.model.encoders import GenerationEncoder, UnderstandingEncoder
+from open_pisces.model.encoders import GenerationEncoder, SharedEncoder, UnderstandingEncoder
 from open_pisces.model.folder import load_parts, write_folder
 from open_pisces.model.parts import PARTS
 
@@ -57,7 +57,7 @@ class Pisces(FloatBuffers):
         self,
         config: ModelConfig,
         llm: Any,
-        understanding_encoder: UnderstandingEncoder,
+        understanding_encoder: UnderstandingEncoder | SharedEncoder,
         generation_encoder: GenerationEncoder,
         bridge: Bridge,
         decoder: ImageDecoder | None = None,

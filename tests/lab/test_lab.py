@@ -165,6 +165,19 @@ def test_the_smoke_budget_runs_to_a_page_and_goes_on_where_it_stopped(
     assert json.loads((tmp_path / "docs" / "lab" / "heads.json").read_text()) == found
 
 
+@pytest.mark.parametrize("name", [name for name in names() if name != "heads"])
+def test_the_smoke_budget_of_every_experiment_comes_to_a_verdict(world: None, tmp_path: Path, name: str) -> None:
+    experiment = load_experiment(name)
+    found = Lab(name, experiment, "smoke", budget_of(experiment, "smoke"), tmp_path / "lab").run(lambda line: None)
+    assert found["verdict"] in ("agrees", "disagrees", "cannot tell")
+    assert len(found["runs"]) == 2 * len(experiment.variants)
+    parts = sum(len({part.model_dump_json() for part in v.parts}) for v in experiment.variants.values())
+    trained = list((tmp_path / "lab" / "parts").glob("*/training/model/decoder"))
+    # Once for all seeds, and once for the variants that share it.
+    assert len(trained) == (parts - 1 if name == "encoders" else parts)
+    assert write_report([tmp_path / "lab"], tmp_path / "lab.md") == [name]
+
+
 def test_a_folder_of_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
     experiment = load_experiment("heads")
     budget = budget_of(experiment, "smoke")

@@ -24,7 +24,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from open_pisces.config import ModelConfig, PartConfig
+from open_pisces.config import ModelConfig, PartConfig, UnderstandingConfig
 from open_pisces.data.tokenizer import load_tokenizer
 from open_pisces.model.bridge import TargetSums
 from open_pisces.model.folder import (
@@ -218,7 +218,7 @@ WIDER: dict[str, Callable[[ModelConfig], ModelConfig]] = {
         update={"llm": PartConfig(config=c.llm.config | {"hidden_size": 32, "intermediate_size": 32})}
     ),
     "understanding_encoder": lambda c: c.model_copy(
-        update={"understanding": PartConfig(config=c.understanding.config | {"hidden_size": 16})}
+        update={"understanding": UnderstandingConfig(config=c.understanding.config | {"hidden_size": 16})}
     ),
     "generation_encoder": lambda c: c.model_copy(update={"generation": c.generation.model_copy(update={"width": 16})}),
     "decoder": lambda c: c.model_copy(update={"generation": c.generation.model_copy(update={"width": 16})}),
@@ -341,7 +341,7 @@ def test_a_whole_siglip_folder_becomes_the_understanding_tower(
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     twin = SiglipModel(SiglipConfig(vision_config=shape, text_config=text | {"vocab_size": 50, "projection_size": 32}))
     twin.save_pretrained(tmp_path)
-    part = PartConfig(source=str(tmp_path), config=shape | ({} if head else {"vision_use_head": False}))
+    part = UnderstandingConfig(source=str(tmp_path), config=shape | ({} if head else {"vision_use_head": False}))
     built = build_part("understanding_encoder", nano_config.model_copy(update={"understanding": part}))
     weights, expected = built.tower.state_dict(), twin.vision_model.state_dict()  # type: ignore[union-attr]
     assert set(weights) == {name for name in expected if head or not name.startswith("head.")}

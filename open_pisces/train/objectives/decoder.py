@@ -18,7 +18,7 @@ from open_pisces.data.order import Mixture
 from open_pisces.data.shards import DamagedSample
 from open_pisces.device import upcast
 from open_pisces.model.bridge import TargetStatistics, TargetSums, VisualTokenPooler
-from open_pisces.model.folder import without_sources
+from open_pisces.model.folder import in_start, without_sources
 from open_pisces.model.parts import build_part
 from open_pisces.sheets import contact_sheet
 from open_pisces.train.flops import Cost, Counts, frozen_generation_encoder, meta, meta_part, unit_cost
@@ -109,6 +109,8 @@ class DecoderObjective(Objective):
         if not bridge.statistics.taken:
             bridge.statistics.take(target_sums(config, self.module, mixture, world), config.model.bridge.standardise)
         self.parts = {"decoder": decoder, "bridge": bridge}
+        if not in_start(config.model, "generation_encoder"):
+            self.parts["generation_encoder"] = encoder  # from its source: without it nobody could make its vectors
 
     def losses(self, batch: PairBatch) -> Losses:
         """The squared error of each picture's own noise, time and drop."""

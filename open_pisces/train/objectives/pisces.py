@@ -21,8 +21,9 @@ from open_pisces.data.tokenizer import BEGIN_IMAGE, END_IMAGE, PLACEHOLDER
 from open_pisces.generate.generator import Generator
 from open_pisces.model.adapters import AdapterError, adapter_layers, attach_adapter
 from open_pisces.model.folder import in_start, without_sources
-from open_pisces.model.parts import PARTS, build_part
+from open_pisces.model.parts import PARTS, build_part, is_shared
 from open_pisces.model.pisces import HistoryNoise, Pisces, with_blank_pictures
+from open_pisces.settings import ConfigError
 from open_pisces.sheets import contact_sheet
 from open_pisces.train.flops import (
     Cost,
@@ -214,6 +215,16 @@ class PiscesObjective(Objective):
 
 
 def _freeze(pisces: Pisces, config: RunConfig) -> None:
+    """Freeze what the recipe says.
+
+    Raises:
+        ConfigError: for one encoder of both tasks that is not frozen: its two uses would learn apart.
+    """
+    encoders = {"understanding_encoder", "generation_encoder"}
+    if is_shared(config.model) and not encoders <= set(config.train.freeze):
+        raise ConfigError(
+            f"{config.name}: model.understanding.tower = generation: train.freeze has to name both encoders"
+        )
     for name in config.train.freeze:
         if getattr(pisces, name, None) is not None:
             getattr(pisces, name).requires_grad_(False)
