@@ -309,9 +309,9 @@ def test_evaluation_scenes_are_not_training_scenes(cutouts: Cutouts, monkeypatch
     seeds = []
 
     class Spy(Composer):
-        def __init__(self, cutouts: Cutouts, split: scenes.Split, seed: int) -> None:
+        def __init__(self, cutouts: Cutouts, split: scenes.Split, seed: int, plain: bool) -> None:
             seeds.append(seed)
-            super().__init__(cutouts, split, seed)
+            super().__init__(cutouts, split, seed, plain=plain)
 
     monkeypatch.setattr(scenes, "Composer", Spy)
     first = [next(scenes.fresh_scenes("train", 0, cutouts)).images[0].tobytes() for _ in range(2)]

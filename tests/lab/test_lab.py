@@ -165,7 +165,10 @@ def test_the_smoke_budget_runs_to_a_page_and_goes_on_where_it_stopped(
     assert json.loads((tmp_path / "docs" / "lab" / "heads.json").read_text()) == found
 
 
-@pytest.mark.parametrize("name", [name for name in names() if name != "heads"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("captions", "synergy", "tokens")]
+
+
+@pytest.mark.parametrize("name", ["encoders", *SLOW])
 def test_the_smoke_budget_of_every_experiment_comes_to_a_verdict(world: None, tmp_path: Path, name: str) -> None:
     experiment = load_experiment(name)
     found = Lab(name, experiment, "smoke", budget_of(experiment, "smoke"), tmp_path / "lab").run(lambda line: None)
