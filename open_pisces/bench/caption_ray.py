@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from open_pisces.bench.pairs import compare
 from open_pisces.data.shards import open_dataset
@@ -39,7 +38,9 @@ def run(pairs: int = 15) -> dict[str, Any]:
     """
     import ray
 
-    with tempfile.TemporaryDirectory() as name, _one_thread():
+    # One thread in each worker, on Ray and beside it.
+    alone = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    with tempfile.TemporaryDirectory() as name, patch.dict(os.environ, alone):
         folder = Path(name)
         _write(folder / "in")
         settings = CaptionerSettings("pisces", str(WEIGHTS), max_tokens=48, device="cpu")
@@ -51,7 +52,6 @@ def run(pairs: int = 15) -> dict[str, Any]:
             caption(str(folder / "in"), out, how, workers)
             return open_dataset(out).digest
 
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         started = time.perf_counter()
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         start = time.perf_counter() - started
@@ -94,16 +94,3 @@ def _item(workers: Workers) -> float:
         assert len(list(run_stage(partial(Nothing), range(items), workers))) == items
         seconds.append(time.perf_counter() - began)
     return (seconds[1] - seconds[0]) / (ITEMS - ITEMS // 10) * 1000
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread in each worker, on Ray and beside it."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before

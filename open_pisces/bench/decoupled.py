@@ -15,13 +15,10 @@ import torch
 
 from open_pisces.batch import SequenceBatch, Turn
 from open_pisces.bench.pairs import compare
-from open_pisces.bench.vector_loop import PROMPT, SHAPE
+from open_pisces.bench.vector_loop import PROMPT, SHAPE, random_generator
 from open_pisces.data.prompts import generation_turns
-from open_pisces.data.tokenizer import BEGIN_IMAGE, byte_tokenizer
+from open_pisces.data.tokenizer import BEGIN_IMAGE
 from open_pisces.generate.generator import Generator
-from open_pisces.model.parts import PARTS, build_part
-from open_pisces.model.pisces import Pisces
-from open_pisces.recipe import load_config
 
 POOLED = 64
 """Vectors that the paper draws with: a grid of 32 x 32, averaged 4 x 4."""
@@ -56,15 +53,10 @@ def run(pairs: int = 15) -> dict[str, Any]:
 
 def _generator(seen: int, drawn: int) -> Generator:
     """A model that understands a picture through ``seen`` vectors and draws it with ``drawn``."""
-    shape = {**SHAPE, "max_position_embeddings": 2048}
-    over = {"model.llm.config": shape, "model.understanding.config.patch_size": PATCH, "model.generation.pool": 1}
-    over |= {"model.understanding.config.image_size": PATCH * round(seen**0.5)}
-    over |= {"model.generation.image_size": PATCH * round(drawn**0.5), "model.generation.patch_size": PATCH}
-    config = load_config("nano/stage1", [f"{key}={value}" for key, value in over.items()]).model
-    config = config.model_copy(update={"start": None})
-    torch.manual_seed(0)
-    parts = {name: build_part(name, config) for name in PARTS if name != "decoder"}
-    return Generator(Pisces(config, **parts), byte_tokenizer(config.template), "cpu")
+    settings = {"llm.config": {**SHAPE, "max_position_embeddings": 2048}, "generation.pool": 1}
+    settings |= {"understanding.config.patch_size": PATCH, "generation.patch_size": PATCH}
+    settings |= {"understanding.config.image_size": PATCH * round(seen**0.5)}
+    return random_generator(settings | {"generation.image_size": PATCH * round(drawn**0.5)})
 
 
 def _drawing(count: int) -> Any:

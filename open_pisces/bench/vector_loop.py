@@ -68,16 +68,20 @@ def _compare(prompts: int, pairs: int) -> dict[str, Any]:
 
 def random_model(prompts: int) -> tuple[Generator, SequenceBatch]:
     """A generator of 64 vectors, and prompts for it."""
-    size = {"model.llm.config": SHAPE, "model.generation.image_size": 64, "model.generation.patch_size": 4}
-    size |= {"model.generation.pool": 2}
-    config = load_config("nano/stage1", [f"{key}={value}" for key, value in size.items()]).model
-    config = config.model_copy(update={"start": None})
-    torch.manual_seed(0)
-    parts = {name: build_part(name, config) for name in PARTS if name != "decoder"}
-    generator = Generator(Pisces(config, **parts), byte_tokenizer(config.template), "cpu")
+    size = {"llm.config": SHAPE, "generation.image_size": 64, "generation.patch_size": 4, "generation.pool": 2}
+    generator = random_generator(size)
     turns = [generation_turns(f"{number} cats " * PROMPT) for number in range(prompts)]
     batch = generator.prompt(turns, [()] * prompts, BEGIN_IMAGE)
     return generator, replace(batch, ids_BS=batch.ids_BS[:, -PROMPT:])  # their last tokens, [IMG] among them
+
+
+def random_generator(settings: dict[str, Any]) -> Generator:
+    """A generator of random weights without a decoder: nano's, but for these settings of the model."""
+    config = load_config("nano/stage1", [f"model.{key}={value}" for key, value in settings.items()]).model
+    config = config.model_copy(update={"start": None})
+    torch.manual_seed(0)
+    parts = {name: build_part(name, config) for name in PARTS if name != "decoder"}
+    return Generator(Pisces(config, **parts), byte_tokenizer(config.template), "cpu")
 
 
 @torch.inference_mode()

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
-from open_pisces.cli.options import Result, add_command, add_json, at_least, device_name, quiet, say_counts, share
+from open_pisces.cli.options import (
+    Result,
+    add_command,
+    add_json,
+    at_least,
+    device_name,
+    progress_bar,
+    quiet,
+    say_counts,
+    share,
+)
 
 
 def caption(args: argparse.Namespace) -> Result:
@@ -30,17 +41,9 @@ def caption(args: argparse.Namespace) -> Result:
         Filters(args.words, args.repetition, args.language),
     )
     quiet()
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("captions")
-
-        def show(done: int, of: int) -> None:
-            bar.update(task, completed=done, total=of)
-
-        return say_counts(args, write(args.source, args.out, captioning, workers_of(args), show))
+    with progress_bar() as show:
+        found = write(args.source, args.out, captioning, workers_of(args), partial(show, "captions"))
+    return say_counts(args, found)
 
 
 def workers_of(args: argparse.Namespace) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from open_pisces.cli.options import (
     at_least,
     check_out,
     load_generator,
+    progress_bar,
     say,
 )
 from open_pisces.files import whole_file
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from open_pisces.generate.generator import Generator
-    from open_pisces.generate.painter import Progress
 
 
 def generate(args: argparse.Namespace) -> Result:
@@ -62,24 +61,6 @@ def generate(args: argparse.Namespace) -> Result:
     say(args, "\n".join(f"{row['prompt']}: {row['file']}" for row in rows))
     names = ("n", "best_of", "steps", "guidance_scale", "seed", "temperature", "vector_guidance")
     return {"pictures": rows, "unknown_words": unknown, **{name: getattr(args, name) for name in names}}
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on standard error for each stage of a drawing; nothing where nobody looks."""
-    import rich.progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, of: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=of)
-            bars.update(tasks[stage], completed=done)
-
-        yield show
 
 
 def use_preset(args: argparse.Namespace, generator: Generator) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from open_pisces.cli.options import Result, add_command, add_json, quiet, say
 
+# Not the lab's own: that would load pydantic for ``--help``.
 EXPERIMENTS = Path(__file__).parent.parent / "recipes" / "lab" / "experiments"
 
 

@@ -28,8 +28,6 @@ Build = Callable[[], Stage]
 """Makes the stage in its worker; has to be picklable."""
 DEATHS = 5
 """Deaths of local workers in a row, without an item finished between them, after which a run gives up."""
-
-
 PATIENCE = 5.0
 """Seconds for a cluster to answer."""
 
@@ -46,13 +44,11 @@ class Workers:
         count: processes; 1 without Ray is this process itself.
         ray: None for processes of this machine; ``local`` starts a Ray of its own here, anything else is the address of
             a running cluster, such as ``auto`` or ``ray://head:10001``.
-        cpus: of each worker, on Ray.
         gpus: of each worker, on Ray.
     """
 
     count: int = 1
     ray: str | None = None
-    cpus: float = 1.0
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
@@ -201,7 +197,7 @@ def _on_ray(build: Build, items: Sequence[int], workers: Workers) -> Iterator[di
             fn_constructor_args=(build,),
             # An actor that dies is started anew, and its item given out again: Ray Data's own way.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=count, max_tasks_in_flight_per_actor=2),
-            num_cpus=min(workers.cpus, _cpus_of_each(ray, count)),
+            num_cpus=min(1.0, _cpus_of_each(ray, count)),
             num_gpus=workers.gpus,
         )
         for row in done.iter_rows():

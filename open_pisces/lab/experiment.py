@@ -17,7 +17,6 @@ EXPERIMENTS = RECIPES / "lab" / "experiments"
 Metric = Literal["questions", "answer_loss", "drawing", "vector_error"]
 HIGHER = {"questions": True, "answer_loss": False, "drawing": True, "vector_error": False}
 """Whether more is better."""
-TASK = {"questions": "understanding", "answer_loss": "understanding", "drawing": "drawing", "vector_error": "drawing"}
 
 
 class LabError(PiscesError):

@@ -15,6 +15,7 @@ from open_pisces.batch import Question, Sample, Turn
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.eval.drawing.detection import Detector
 from open_pisces.eval.drawing.prompts import Prompt
+from open_pisces.eval.run import Row
 from open_pisces.eval.scenes.drawing import SceneDrawing
 from open_pisces.eval.scenes.freeze import by_category
 from open_pisces.eval.scenes.vqa import balanced_scenes, fresh_scenes, normalize
@@ -61,6 +62,11 @@ class FreshDrawing(SceneDrawing):
     """Drawings of captions of fresh scenes; otherwise as `SceneDrawing`."""
 
     given: Sequence[Prompt] = ()
+
+    @property
+    def settings(self) -> Row:
+        """Those of `SceneDrawing`, and what its scenes really are."""
+        return {**super().settings, "scenes": f"fresh, seed {SEED + 1}"}
 
     def prompts(self) -> Sequence[Prompt]:
         """Those that were given."""

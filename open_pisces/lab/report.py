@@ -107,7 +107,7 @@ def _variants(results: dict[str, Any]) -> list[str]:
             interval = mean_interval(values)
             digits = ".1%" if metric in SHARES else ".3f"
             cells.append(f"{interval.score:{digits}} [{interval.low:{digits}}, {interval.high:{digits}}]")
-        seen = f"{rows[0]['samples']:,} | {rows[0]['tokens'] / 1e6:.2f} M"
+        seen = f"{rows[0]['samples']:,} | {rows[0]['tokens']:,}"
         lines.append(f"| **{variant}**: {about} | {seen} | {' | '.join(cells)} |")
     return lines
 

@@ -61,6 +61,7 @@ class Lab:
         self.folder = folder / f"{name}-{budget_name}"
         self.parts = folder / "parts"
         self.samples: dict[str, float] = {}
+        self.tokens: dict[str, float] = {}
         self._shown: HeldOut | None = None
         self._judge: SceneJudge | None = None
         self._check()
@@ -109,7 +110,7 @@ class Lab:
             "variant": run.variant,
             "seed": run.seed,
             "samples": config.train.steps * config.train.batch_size,
-            "tokens": round(self._tokens(config) * config.train.steps * config.train.batch_size),
+            "tokens": round(self._tokens_of(run.variant) * config.train.steps * config.train.batch_size),
             "steps": config.train.steps,
             "seconds": round(time.monotonic() - began, 1),
             "final_loss": _last_losses(config.folder / "metrics.jsonl"),
@@ -151,19 +152,18 @@ class Lab:
         return self.samples[variant]
 
     def _tokens_of(self, variant: str) -> float:
-        """Tokens of an average sample of a variant."""
-        start = self._start_of(variant)
-        return self._tokens(
-            config_of(self.experiment, self.budget, variant, 0, self.budget.samples, start, self.folder / "counted")
-        )
-
-    def _tokens(self, config: RunConfig) -> float:
-        if config.data.features:
-            encode(config)
-        training: Any = build_training(config)
-        ids = [batch.ids_BS for step in range(BATCHES) for batch in training.load(step).with_totals()]
-        pad = training.load.renderer.pad
-        return float(sum(int((one != pad).sum()) for one in ids)) / (BATCHES * config.train.batch_size)
+        """Tokens of an average sample of a variant, counted in its first batches."""
+        if variant not in self.tokens:
+            start = self._start_of(variant)
+            where = self.folder / "counted"
+            config = config_of(self.experiment, self.budget, variant, 0, self.budget.samples, start, where)
+            if config.data.features:
+                encode(config)
+            training: Any = build_training(config)
+            ids = [batch.ids_BS for step in range(BATCHES) for batch in training.load(step).with_totals()]
+            real = sum(int((one != training.load.renderer.pad).sum()) for one in ids)
+            self.tokens[variant] = real / (BATCHES * config.train.batch_size)
+        return self.tokens[variant]
 
     @property
     def shown(self) -> HeldOut:
