@@ -256,6 +256,11 @@ def test_an_interrupted_encoding_goes_on(start: Path, small: Path, monkeypatch: 
     encode(config, batch_size=8)
     assert calls == [0, 8, 16, 16, 24]
     build_training(config)
+    found = (store_folder(key) / "features.npy").read_bytes()
+    shutil.rmtree(store_folder(key))
+    monkeypatch.setattr(encoding, "FLUSH", 64)  # all in one range
+    encode(config, batch_size=8)
+    assert (store_folder(key) / "features.npy").read_bytes() == found
 
 
 def _maybe(whole: Any, reader: Any, start: int, rest: tuple[Any, ...], calls: list[int]) -> Any:
