@@ -129,12 +129,17 @@ class DecoderConfig(Settings):
     noise_level: float = Field(default=0.0, ge=0)
     """How wrong the LLM's vectors are, as the decoder is told, in deviations of the targets; true vectors have 0."""
     presets: dict[PresetName, Preset] = {}
-    """Those that are missing take all, three fifths and a quarter of ``steps``."""
+    """Those that are missing take all, three fifths and a fifth of ``steps``; ``fast`` three quarters of the guidance,
+    too, since few large steps overshoot with all of it."""
 
     def preset(self, name: PresetName) -> Preset:
         """A preset by its name."""
-        shares = {"quality": 1.0, "balanced": 0.6, "fast": 0.25}
-        return self.presets.get(name) or Preset(steps=max(1, round(self.steps * shares[name])))
+        if name in self.presets:
+            return self.presets[name]
+        shares = {"quality": 1.0, "balanced": 0.6, "fast": 0.2}
+        weaker = name == "fast" and self.guidance_scale > 1
+        guidance = 1 + 0.75 * (self.guidance_scale - 1) if weaker else None
+        return Preset(steps=max(1, round(self.steps * shares[name])), guidance_scale=guidance)
 
 
 class BridgeConfig(Settings):

@@ -188,7 +188,9 @@ def test_steps_run_under_autocast(nano_pisces: Pisces, nano_tokenizer: Any) -> N
 
 def test_a_preset_is_the_models_own_or_a_share_of_its_steps(nano_config: ModelConfig) -> None:
     decoder = nano_config.decoder.model_copy(update={"steps": 50})
-    assert [decoder.preset(name).steps for name in ("quality", "balanced", "fast")] == [50, 30, 12]
+    assert [decoder.preset(name).steps for name in ("quality", "balanced", "fast")] == [50, 30, 10]
+    assert [decoder.preset(name).guidance_scale for name in ("quality", "balanced", "fast")] == [None, None, 1.75]
+    assert type(decoder).model_validate({"guidance_scale": 1.0}).preset("fast").guidance_scale is None
     own = type(decoder).model_validate({"steps": 50, "presets": {"fast": {"steps": 4, "guidance_scale": 1.5}}})
     assert (own.preset("fast").steps, own.preset("fast").guidance_scale) == (4, 1.5)
     assert own.preset("quality").steps == 50 and own.preset("quality").guidance_scale is None
