@@ -319,6 +319,9 @@ class LoraConfig(Settings):
     alpha: float = Field(default=32.0, gt=0)
     """The adapter counts ``alpha / rank`` times."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    lr: float | None = Field(default=None, gt=0)
+    """Peak rate of the adapter, on the schedule of ``train.lr``; None takes that. New MLPs want a higher one than a
+    language model that is to keep its language."""
     bits: Literal[4, 16] = 16
     """Of the frozen weights: 16 keeps them in bfloat16, 4 quantizes them as QLoRA does (arXiv 2305.14314): NF4, doubly
     quantized, in the layers of the LLM alone. Needs ``pip install 'open-pisces[qlora]'``."""

@@ -20,6 +20,7 @@ from open_pisces.cli.options import (
     say_counts,
     share,
 )
+from open_pisces.cli.replay import add_replay
 from open_pisces.datasets.formats import FORMATS
 
 TEMPLATES = sorted(path.stem for path in (Path(__file__).parent.parent / "data" / "templates").glob("*.yaml"))
@@ -163,6 +164,7 @@ def add_data(command: argparse.ArgumentParser) -> None:
     _add_curation(commands)
 
     add_caption(commands)
+    add_replay(commands)
     text = "compute once what a recipe's frozen encoders make of its pictures (for data.features)"
     cache = add_command(commands, "encode", encode, text)
     add_recipe(cache, "tiny/stage1, or a YAML file", "settings, such as data.features=float32")

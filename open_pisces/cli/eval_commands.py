@@ -32,9 +32,11 @@ def scenes(args: argparse.Namespace) -> Result:
 def language(args: argparse.Namespace) -> Result:
     """Perplexity of the LLM on a text."""
     from open_pisces.eval.language import LanguagePerplexity
+    from open_pisces.generate.language import load_language
 
-    asked = LanguagePerplexity(load_generator(args), args.text)
-    return _scored(args, asked.run(model_folder(args), args.out))
+    folder = model_folder(args)
+    quiet()
+    return _scored(args, LanguagePerplexity(load_language(folder, args.device), args.text).run(folder, args.out))
 
 
 def placement(args: argparse.Namespace) -> Result:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -118,13 +118,13 @@ class Generator:
         images: list[tuple[Image, ...]],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         vectors: Tensor | None = None,
     ) -> list[str]:
         """The assistant's next turn in conversations that end with the user's.
 
         ``vectors`` ``(pictures, M, E)`` are those the model wrote for the pictures it drew, in order; without them
-        such pictures are encoded again.
+        such pictures are encoded again. ``seed`` is that of every row's own stream, or one for each row.
         """
         columns = self._tokens(conversations, images, max_new_tokens, temperature, seed, vectors)
         rows = self.rows(columns, len(conversations))
@@ -160,7 +160,7 @@ class Generator:
         images: list[tuple[Image, ...]],
         max_new_tokens: int,
         temperature: float,
-        seed: int,
+        seed: int | Sequence[int],
         vectors: Tensor | None,
     ) -> Iterator[list[int]]:
         """One token of every row at a time."""
@@ -168,13 +168,16 @@ class Generator:
         yield from self.tokens(batch, max_new_tokens, temperature, seed)
 
     @torch.inference_mode()
-    def tokens(self, batch: SequenceBatch, max_new_tokens: int, temperature: float, seed: int) -> Iterator[list[int]]:
-        """What follows a batch of prompts (`prompt`), one token of every row at a time."""
+    def tokens(
+        self, batch: SequenceBatch, max_new_tokens: int, temperature: float, seed: int | Sequence[int]
+    ) -> Iterator[list[int]]:
+        """What follows a batch of prompts (`prompt`), one token of every row at a time; ``seed`` as in `answer`."""
         prefixes = self.read(batch)
         slots = self._slots(prefixes, max_new_tokens)
         hidden_BD = torch.stack([prefix.hidden_D for prefix in prefixes])
         # A stream for each row on the CPU: the same on every device, and independent of the other rows.
-        draws = [torch.Generator().manual_seed(seed) for _ in prefixes]
+        seeds = [seed] * len(prefixes) if isinstance(seed, int) else seed
+        draws = [torch.Generator().manual_seed(one) for one in seeds]
         token_B: Tensor | None = None
         for _ in range(max_new_tokens):
             if token_B is not None:
@@ -389,6 +392,13 @@ class Generator:
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.pisces.llm.parameters()).dtype
+
+    def open_user_turn(self, rows: int) -> SequenceBatch:
+        """Rows that are all alike and end where a user begins to write: a chat LLM then writes what users ask."""
+        rendered = self.renderer.render(())
+        rendered.add(self.renderer.frame_ids(self.renderer.frame["open"]["user"]))
+        alike = [rendered] * rows
+        return collate(alike, [()] * rows, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
 
     def prompt(self, turns: list[tuple[Turn, ...]], images: list[tuple[Image, ...]], ending: str = "") -> SequenceBatch:
         """Conversations with an open assistant turn, and their pictures, as a batch padded on the left.

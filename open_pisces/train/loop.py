@@ -28,7 +28,7 @@ from open_pisces.train.flops import meta_copy
 from open_pisces.train.log import Log, describe_run
 from open_pisces.train.objectives import build_training, costs_of, skeleton
 from open_pisces.train.objectives.base import Objective
-from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at
+from open_pisces.train.optim import AveragedWeights, build_optimizer, drop_gradients, lr_at, set_rate
 from open_pisces.train.probes import Probe, probe
 from open_pisces.train.resume import changed_settings, check_order, order_of
 from open_pisces.train.sharding import checkpoint_activations, compile_parts, shard
@@ -249,8 +249,7 @@ def train_step(run: Run, batches: list[Any], step: int) -> dict[str, float]:
         run.optimizer.zero_grad(set_to_none=True)
         raise BadStep(f"step {step}: {why}")
     rate = lr_at(step, settings)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(run.optimizer, rate)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     remember_losses(run.progress, row)

@@ -18,30 +18,44 @@ from open_pisces.train.world import gather_full, local_shard, shard_like
 def build_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over everything that learns, or Muon over its matrices and AdamW over the rest (``train.optimizer``).
 
-    Biases, norms and tables of one dimension are not decayed.
+    Biases, norms and tables of one dimension are not decayed. An adapter with a rate of its own (``train.lora.lr``)
+    has groups of its own, whose ``share`` is that rate over ``train.lr``.
     """
     learning = [p for p in module.parameters() if p.requires_grad]
     betas = (config.betas[0], config.betas[1])
+    adapter: set[int] = set()
+    if config.lora is not None and config.lora.lr is not None:
+        adapter = {id(p) for name, p in module.named_parameters() if "lora_" in name}
     if config.optimizer == "adamw":
         # fused: one kernel for all tensors, on the CPU as well.
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            _decayed_and_not(learning, config), lr=config.lr, betas=betas, eps=config.eps, fused=True
+            _groups(learning, adapter, config), lr=config.lr, betas=betas, eps=config.eps, fused=True
         )
         start_adamw(optimizer, learning)
         return optimizer
     matrices = muon_matrices(module)
     chosen = {id(p) for p in matrices}
     others = [p for p in learning if id(p) not in chosen]
-    optimizer = Muon(matrices, _decayed_and_not(others, config), config.lr, config.weight_decay, betas, config.eps)
+    optimizer = Muon(_groups(matrices, adapter, config), _groups(others, adapter, config), config.lr, betas, config.eps)
     start_adamw(optimizer, others)
     return optimizer
 
 
-def _decayed_and_not(learning: list[nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
-    return [
-        {"params": [p for p in learning if p.dim() > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group the schedule's rate, times its share."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["share"]
+
+
+def _groups(learning: list[nn.Parameter], adapter: set[int], config: TrainConfig) -> list[dict[str, Any]]:
+    found = []
+    for own in (False, True) if adapter else (False,):
+        share = config.lora.lr / config.lr if own and config.lora is not None and config.lora.lr is not None else 1.0
+        for decayed in (True, False):
+            params = [p for p in learning if (id(p) in adapter) == own and (p.dim() > 1) == decayed]
+            weight_decay = config.weight_decay if decayed else 0.0
+            found.append({"params": params, "weight_decay": weight_decay, "share": share})
+    return found
 
 
 def start_adamw(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter]) -> None:
@@ -81,10 +95,9 @@ class Muon(torch.optim.Optimizer):
     the gradient's size a step.
 
     Args:
-        matrices: weights of two or more dimensions.
+        matrices: parameter groups of weights of two or more dimensions; decay is decoupled as in AdamW.
         others: parameter groups for AdamW.
         lr: the rate of both.
-        weight_decay: of the matrices, decoupled as in AdamW.
         betas: of AdamW.
         eps: of AdamW.
         momentum: of the matrices (Muon: 0.95).
@@ -92,28 +105,28 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: list[nn.Parameter],
+        matrices: list[dict[str, Any]],
         others: list[dict[str, Any]],
         lr: float,
-        weight_decay: float,
         betas: tuple[float, float],
         eps: float,
         momentum: float = 0.95,
     ) -> None:
-        super().__init__([{"params": matrices, "weight_decay": weight_decay}, *others], {"lr": lr})
+        super().__init__([*matrices, *others], {"lr": lr})
         self.momentum = momentum
-        for p in matrices:
-            self.state[p] = {"momentum": torch.zeros_like(p, memory_format=torch.preserve_format)}
+        self.matrices = self.param_groups[: len(matrices)]
+        for group in self.matrices:
+            for p in group["params"]:
+                self.state[p] = {"momentum": torch.zeros_like(p, memory_format=torch.preserve_format)}
         # It works on our groups and our state, so that a schedule and a checkpoint see one optimizer.
-        self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, betas=betas, eps=eps, fused=True)
+        self.adamw = torch.optim.AdamW(self.param_groups[len(matrices) :], lr=lr, betas=betas, eps=eps, fused=True)
         self.adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of both."""
-        group = self.param_groups[0]
-        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = {}
-        for p in group["params"]:
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor, dict[str, Any]]]] = {}
+        for p, group in ((p, rated) for rated in self.matrices for p in rated["params"]):
             if p.grad is None:
                 continue
             momentum = self.state[p]["momentum"]
@@ -121,11 +134,11 @@ class Muon(torch.optim.Optimizer):
             # Nesterov's look ahead.
             update = gather_full(p.grad.lerp(momentum, self.momentum)).flatten(1)
             rows, columns = update.shape
-            by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append((p, update))
+            by_shape.setdefault((min(rows, columns), max(rows, columns)), []).append((p, update, group))
         for (_, longer), members in by_shape.items():
-            wide = torch.stack([u if u.shape[0] <= u.shape[1] else u.mT for _, u in members])
+            wide = torch.stack([u if u.shape[0] <= u.shape[1] else u.mT for _, u, _ in members])
             steps = orthogonalized(wide) * (0.2 * longer**0.5)
-            for (p, update), step in zip(members, steps, strict=True):
+            for (p, update, group), step in zip(members, steps, strict=True):
                 turned = step if update.shape[0] <= update.shape[1] else step.mT
                 own = shard_like(turned.reshape(p.shape).to(p.dtype), p)
                 p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -62,6 +62,23 @@ def test_only_the_adapter_and_the_bridge_are_written(start: Path, tuned: Path) -
     assert "lora_A" in kept and "bridge.head" in kept and "base_layer" not in kept and "embed_tokens" not in kept
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_adapter_learns_at_a_rate_of_its_own(start: Path, tmp_path: Path, optimizer: str) -> None:
+    own = [*CUT, f"model.start={start}", f"train.optimizer={optimizer}", "train.steps=1", "train.weight_decay=0"]
+    moved = {}
+    for lr in (0.01, 0.001):
+        rated = load_config("finetune/lora", [*own, f"train.lora.lr={lr}", f"out={tmp_path / str(lr)}"])
+        moved[lr] = weights(train(rated))
+    as_ever = weights(train(load_config("finetune/lora", [*own, f"out={tmp_path / 'none'}"])))
+    torch.testing.assert_close(moved[0.01], as_ever)  # train.lr is 0.01
+    adapter = {key for key in as_ever if "lora_B" in key}  # it begins at zero
+    for key in adapter:
+        torch.testing.assert_close(moved[0.001][key], moved[0.01][key] / 10, rtol=1e-3, atol=1e-9)
+    assert adapter
+    rest = [key for key in as_ever if "lora_" not in key]
+    torch.testing.assert_close([moved[0.001][key] for key in rest], [as_ever[key] for key in rest])
+
+
 def test_an_adapter_goes_on_where_it_stopped_to_the_bit(start: Path, tuned: Path, tmp_path: Path) -> None:
     own = [*CUT, f"model.start={start}", f"out={tmp_path}"]
     train(load_config("finetune/lora", [*own, "train.steps=2"]))

@@ -64,6 +64,28 @@ def test_both_stages_train_an_adapter_and_leave_the_llm(parts: Path, runs: Path,
     assert names and all(not torch.equal(deltas[0][key], deltas[1][key]) for key in names)
 
 
+def test_its_own_text_is_written_before_and_replayed(parts: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "replay"
+    how = ["--count", "3", "--request", "48", "--answer", "48", "--batch-size", "16"]
+    assert main(["data", "replay", str(out), "--model", str(parts), *how, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["conversations"] == 3
+    sources = [
+        {"path": "fixture/train", "tasks": {"generate_short": 1.0}, "weight": 0.5},
+        {"path": str(out), "tasks": {"conversation": 1.0}, "weight": 0.5},
+    ]
+    own = [*CUT, f"model.start={parts}", f"out={tmp_path / 'run'}", "train.batch_size=8", "train.lora.lr=1e-4"]
+    folder = train(load_config("smol/stage1", [*own, f"data.sources={json.dumps(sources)}"]))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["text"] > 0.5 and rows[0]["vectors"] > 0
+    # What it has lost is told against the LLM as it came, whose folder holds another LLM's bridge.
+    asked = ["eval", "language", "--json", "--model"]
+    assert main([*asked, str(parts), "--out", str(tmp_path / "before")]) == 0
+    before = json.loads(capsys.readouterr().out.splitlines()[-1])["score"]
+    assert main([*asked, str(folder / "model"), "--out", str(tmp_path / "after")]) == 0
+    after = json.loads(capsys.readouterr().out.splitlines()[-1])["score"]
+    assert before == pytest.approx(after, rel=0.05) and before != after
+
+
 def test_an_llm_that_was_in_no_pisces_is_not_tuned_by_mistake(parts: Path, tmp_path: Path, capsys: Any) -> None:
     """Its folder holds the bridge of another LLM."""
     task = json.dumps([{"path": "fixture/train", "tasks": {"question": 1.0, "generate_short": 1.0}}])
