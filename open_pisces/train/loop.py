@@ -145,7 +145,8 @@ def start(config: RunConfig, world: World, probes: Sequence[Probe] = ()) -> Run:
     if found:
         log.event(progress.step, "resumed", processes=world.ranks, changed=changed)
     checkpoints = Checkpoints(state, world, settings.keep, settings.save_async)
-    licences = list(chain.from_iterable(open_dataset(source.path).licences for source in config.data.sources))
+    named = list(chain.from_iterable(open_dataset(source.path).licences for source in config.data.sources))
+    licences = [row for i, row in enumerate(named) if row not in named[:i]]  # datasets may share them
     return Run(config, world, training, optimizer, average, checkpoints, log, copies, progress, probes, licences)
 
 

@@ -51,6 +51,8 @@ def test_the_trainings_in_order_leave_a_whole_model(runs: Path, tmp_path: Path) 
     assert set(card["parts"]) == {*PARTS, "tokenizer"}
     assert [entry["name"] for entry in card["record"]] == [f"nano/{name}" for name in TRAININGS]
     assert all(entry["steps"] == 4 and entry["samples"] == 16 and entry["licences"] for entry in card["record"])
+    for entry in card["record"]:
+        assert all(row not in entry["licences"][:i] for i, row in enumerate(entry["licences"]))
     assert all(is_done(nano(runs, name)) for name in TRAININGS)
     assert not any(is_done(nano(runs, name, out=tmp_path / name)) for name in TRAININGS)
 
