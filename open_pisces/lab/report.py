@@ -20,6 +20,8 @@ METRICS = {
 }
 INK = ("#1f6feb", "#e8710a", "#1a7f37", "#b3261e", "#8250df", "#57606a")
 SHARES = ("questions", "drawing")
+TASKS = (("questions", "answer_loss"), ("drawing", "vector_error"))
+"""The metrics of understanding, and of generation."""
 HEAD = """# The paper's claims in miniature
 
 Claims of the paper, and one of ours, each tried at a scale where a training takes minutes: `tiny`'s encoders and
@@ -29,8 +31,8 @@ of seeds, and where the miniature cannot tell.
 
 Every variant is trained with the same seeds, so that comparisons are paired; p is of the paired t-test, the effect is
 the mean difference in its own standard deviations, and a claim is said to agree only if all of its comparisons do.
-"Matched" says what two variants have the same of. Written by `pisces lab report`; the figures of every run are in
-`docs/lab/*.json`.
+"Matched" says what two variants have the same of; brackets are 95 % intervals over the seeds. Written by
+`pisces lab report`; the figures of every run are in `docs/lab/*.json`.
 """
 
 
@@ -53,7 +55,7 @@ def write_report(folders: list[Path], out: Path) -> list[str]:
         raise LabError(f"no results below {', '.join(map(str, folders))}: `pisces lab NAME` makes them")
     beside = out.with_suffix("")
     beside.mkdir(parents=True, exist_ok=True)
-    pages = [HEAD]
+    pages = [HEAD, _overview(list(found.values()))]
     for name, results in found.items():
         write_whole(beside / f"{name}.json", json.dumps(results, indent=1) + "\n")
         plot(results, beside / f"{name}.png")
@@ -62,15 +64,23 @@ def write_report(folders: list[Path], out: Path) -> list[str]:
     return list(found)
 
 
+def _overview(found: list[dict[str, Any]]) -> str:
+    rows = [
+        f"| [{one['name']}](#{one['name']}) | {one['exhibit']} | {one['claim']} | **{one['verdict']}** |"
+        for one in found
+    ]
+    return "\n".join(["| experiment | paper | claim | verdict |", "|---|---|---|---|", *rows, ""])
+
+
 def page(results: dict[str, Any], pictures: str) -> str:
     """One experiment's section, in Markdown."""
     name = results["name"]
     minutes = results["seconds"] / 60
     seeds = len({row["seed"] for row in results["runs"]})
     lines = [
-        f"## {name}: {results['verdict']}",
+        f"## {name}",
         "",
-        f"**{results['exhibit']}.** {results['claim']}",
+        f"**{results['exhibit']}.** {results['claim']} Verdict: **{results['verdict']}**.",
         "",
         f"![{name}]({pictures}/{name}.png)",
         "",
@@ -83,7 +93,7 @@ def page(results: dict[str, Any], pictures: str) -> str:
         effect = "" if one["effect"] is None else f"{one['effect']:.2f}"
         claim = f"{METRICS[one['metric']]}: {one['better']} better than {one['worse']}"
         gap = f"{_signed(one['difference'])} [{_signed(one['low'])}, {_signed(one['high'])}]"
-        lines.append(f"| {claim} | {one['matched']} | {gap} | {effect} | {one['p']:.3f} | {one['verdict']} |")
+        lines.append(f"| {claim} | {one['matched']} | {gap} | {effect} | {_chance(one['p'])} | {one['verdict']} |")
     again = f"`pisces lab {name} --budget {results['budget']}`"
     lines += [
         "",
@@ -94,7 +104,10 @@ def page(results: dict[str, Any], pictures: str) -> str:
 
 
 def _variants(results: dict[str, Any]) -> list[str]:
-    shown = [metric for metric in METRICS if all(metric in row for row in results["runs"])]
+    compared = {one["metric"] for one in results["comparisons"]}
+    # An LLM that learnt to draw alone answers nothing: a task that is not compared is not shown.
+    wanted = [metric for task in TASKS if compared & set(task) for metric in task]
+    shown = [metric for metric in wanted if all(metric in row for row in results["runs"])]
     lines = [
         f"| variant | samples | tokens | {' | '.join(METRICS[m] for m in shown)} |",
         f"|---|---|---|{'---|' * len(shown)}",
@@ -116,6 +129,10 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}"
 
 
+def _chance(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """Write the plot: a panel for each metric that is compared, a mark for each run, the mean as a bar or a line."""
     import matplotlib
@@ -128,7 +145,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     panels = np.atleast_1d(figure.subplots(1, len(metrics)))
     for axis, metric in zip(panels, metrics, strict=True):
         _panel(axis, results, metric)
-    figure.suptitle(f"{results['exhibit']} in miniature: {results['verdict']}", fontsize=11)
+    figure.suptitle(f"{results['name']} ({results['exhibit']}): {results['verdict']}", fontsize=11)
     with whole_file(path) as part:
         figure.savefig(part, dpi=110, format="png")
 
@@ -148,6 +165,5 @@ def _panel(axis: Any, results: dict[str, Any], metric: str) -> None:
     axis.set_xticks(range(len(variants)), [variant.replace("_", "\n") for variant in variants], fontsize=8)
     better = "more is better" if HIGHER[metric] else "less is better"
     axis.set_title(f"{METRICS[metric]} ({better})", fontsize=9)
-    if metric in SHARES:
-        axis.set_ylim(0, 1)
+    axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)

@@ -38,6 +38,8 @@ RESULTS = "results.json"
 SETTINGS = "experiment.json"
 BATCHES = 4
 """That a variant's tokens are counted in."""
+WORDS = {"exhibit", "claim", "plot", "comparisons"}
+"""Settings that change no training: what is said of its results."""
 Say = Callable[[str], object]
 
 
@@ -71,7 +73,8 @@ class Lab:
         asked = described(self.experiment, self.budget)
         if path.is_file():
             before = json.loads(path.read_text())
-            for key in sorted(set(before) | set(asked)):
+            before["budget"]["seeds"] = asked["budget"]["seeds"]  # more seeds go on with those that are there
+            for key in sorted((set(before) | set(asked)) - WORDS):
                 if before.get(key) != asked.get(key):
                     raise LabError(
                         f"{self.folder} holds runs of another {key} ({_short(before.get(key))}, not "

@@ -159,7 +159,12 @@ def test_the_smoke_budget_runs_to_a_page_and_goes_on_where_it_stopped(
     assert found["runs"][0]["vector_error"] != found["runs"][2]["vector_error"]  # the seed matters
     assert write_report([tmp_path / "lab"], tmp_path / "docs" / "lab.md") == ["heads"]
     text = (tmp_path / "docs" / "lab.md").read_text()
-    assert "## heads: " in text and "![heads](lab/heads.png)" in text and "| **flow**: " in text
+    assert (
+        "## heads\n" in text
+        and "| [heads](#heads) | not in the paper |" in text
+        and "![heads](lab/heads.png)" in text
+        and "| **flow**: " in text
+    )
     with Image.open(tmp_path / "docs" / "lab" / "heads.png") as picture:
         assert picture.width > 400 and len(set(picture.convert("RGB").getdata())) > 20
     assert json.loads((tmp_path / "docs" / "lab" / "heads.json").read_text()) == found
@@ -186,6 +191,9 @@ def test_a_folder_of_other_settings_is_refused_with_what_differs(tmp_path: Path)
     budget = budget_of(experiment, "smoke")
     Lab("heads", experiment, "smoke", budget, tmp_path)
     Lab("heads", experiment, "smoke", budget, tmp_path)
+    # More seeds go on with those that are there, and words change no training.
+    Lab("heads", experiment.model_copy(update={"claim": "other"}), "smoke", budget, tmp_path)
+    Lab("heads", experiment, "smoke", budget.model_copy(update={"seeds": 5}), tmp_path)
     with pytest.raises(LabError, match="holds runs of another budget"):
         Lab("heads", experiment, "smoke", budget.model_copy(update={"samples": 128}), tmp_path)
     with pytest.raises(LabError, match=r"holds runs of another world \(\"plain\", not \"many\"\)"):
