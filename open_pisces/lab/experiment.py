@@ -14,8 +14,8 @@ from open_pisces.recipe import RECIPES, load_config
 from open_pisces.settings import Settings, YamlLoader, validate
 
 EXPERIMENTS = RECIPES / "lab" / "experiments"
-Metric = Literal["questions", "answer_loss", "drawing", "vector_error"]
-HIGHER = {"questions": True, "answer_loss": False, "drawing": True, "vector_error": False}
+Metric = Literal["questions", "answer_loss", "drawing", "things", "vector_error"]
+HIGHER = {"questions": True, "answer_loss": False, "drawing": True, "things": True, "vector_error": False}
 """Whether more is better."""
 
 

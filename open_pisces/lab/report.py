@@ -16,11 +16,12 @@ METRICS = {
     "questions": "questions answered",
     "answer_loss": "loss of true answers (nats)",
     "drawing": "scene score",
+    "things": "judge's confidence in what was asked",
     "vector_error": "error of own vectors",
 }
 INK = ("#1f6feb", "#e8710a", "#1a7f37", "#b3261e", "#8250df", "#57606a")
 SHARES = ("questions", "drawing")
-TASKS = (("questions", "answer_loss"), ("drawing", "vector_error"))
+TASKS = (("questions", "answer_loss"), ("drawing", "things", "vector_error"))
 """The metrics of understanding, and of generation."""
 HEAD = """# The paper's claims in miniature
 

@@ -25,6 +25,7 @@ from open_pisces.lab.experiment import (
     names,
     planned_runs,
 )
+from open_pisces.lab.measures import confidence
 from open_pisces.lab.report import write_report
 from open_pisces.lab.run import Lab, results
 
@@ -155,7 +156,9 @@ def test_the_smoke_budget_runs_to_a_page_and_goes_on_where_it_stopped(
     ]  # fmt: skip
     for row in found["runs"]:
         assert row["samples"] == 64 and row["tokens"] > 64 * 20
-        assert 0 <= row["questions"] <= 1 and row["answer_loss"] > 0 and row["vector_error"] > 0
+        assert (
+            0 <= row["questions"] <= 1 and 0 <= row["things"] < 1 and row["answer_loss"] > 0 and row["vector_error"] > 0
+        )
     assert found["runs"][0]["vector_error"] != found["runs"][2]["vector_error"]  # the seed matters
     assert write_report([tmp_path / "lab"], tmp_path / "docs" / "lab.md") == ["heads"]
     text = (tmp_path / "docs" / "lab.md").read_text()
@@ -184,6 +187,35 @@ def test_the_smoke_budget_of_every_experiment_comes_to_a_verdict(world: None, tm
     # Once for all seeds, and once for the variants that share it.
     assert len(trained) == (parts - 1 if name == "encoders" else parts)
     assert write_report([tmp_path / "lab"], tmp_path / "lab.md") == [name]
+
+
+def test_the_judges_confidence_in_what_was_asked_for_by_hand(tmp_path: Path) -> None:
+    asked = {
+        "a": [{"class": "cat", "count": 2}],
+        "b": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}],
+        "c": [{"class": "cat", "count": 2}],
+    }
+    seen = {
+        "a": [("cat", 0.5), ("dog", 0.9), ("cat", 0.75), ("cat", 0.25)],
+        "b": [("dog", 0.125), ("pig", 1.0)],
+        "c": [("cat", 1.0)],
+    }
+    items = [json.dumps({"key": key, "include": include}) for key, include in asked.items()]
+    (tmp_path / "items.jsonl").write_text("\n".join(items))
+    rows = [
+        json.dumps({"key": key, "pictures": [[{"class": name, "score": score} for name, score in found]]})
+        for key, found in seen.items()
+    ]
+    (tmp_path / "detections-judge.jsonl").write_text("\n".join(rows))
+    a = 0.5 - 0.9  # another caption asks for a dog, which stands in it, too
+    dog, cat = 0.125, 0.0  # nothing else is asked for by others
+    c = 0.0
+    assert confidence(tmp_path) == pytest.approx((a + dog + cat + c) / 4)
+    more = [json.dumps({"key": key, "include": [{"class": "pig", "count": 1}]}) for key in "de"]
+    (tmp_path / "items.jsonl").write_text("\n".join([*items, *more]))
+    # In b there is a pig, which two others ask for and none of its own; in a there is none, and one dog in three.
+    a, dog, cat = 0.5 - 0.9 / 3, 0.125 - 1.0, -1.0
+    assert confidence(tmp_path) == pytest.approx((a + dog + cat + c) / 4)
 
 
 def test_a_folder_of_other_settings_is_refused_with_what_differs(tmp_path: Path) -> None:
