@@ -67,9 +67,21 @@ def _verdict(mean: float, p: float) -> Verdict:
     return "agrees" if mean > 0 else "disagrees"
 
 
-def verdict_of(comparisons: Sequence[tuple[Comparison, Paired]]) -> Verdict:
-    """The claim's: agrees if all comparisons do, disagrees if one does and none agrees."""
-    found = {paired.verdict for _, paired in comparisons}
+def verdict_of(comparisons: Sequence[tuple[Comparison, Paired]]) -> str:
+    """The claim's, in words: one verdict, or one for each thing that is matched where these differ.
+
+    Of what is matched alike: agrees if all comparisons do, disagrees if one does and none agrees, else cannot tell.
+    """
+    by_matched: dict[str, set[Verdict]] = {}
+    for comparison, paired in comparisons:
+        by_matched.setdefault(comparison.matched, set()).add(paired.verdict)
+    found = {matched: _together(verdicts) for matched, verdicts in by_matched.items()}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return ", ".join(f"{verdict} with {matched} matched" for matched, verdict in found.items())
+
+
+def _together(found: set[Verdict]) -> Verdict:
     if found == {"agrees"}:
         return "agrees"
     return "disagrees" if "disagrees" in found and "agrees" not in found else "cannot tell"

@@ -31,7 +31,8 @@ other way round; what this page shows is that the claims can be tried, how large
 of seeds, and where the miniature cannot tell.
 
 Every variant is trained with the same seeds, so that comparisons are paired; p is of the paired t-test, the effect is
-the mean difference in its own standard deviations, and a claim is said to agree only if all of its comparisons do.
+the mean difference in its own standard deviations, and a claim is said to agree only if all of its comparisons do
+(those with samples matched and those with compute matched apart, where they differ).
 "Matched" says what two variants have the same of; brackets are 95 % intervals over the seeds. Written by
 `pisces lab report`; the figures of every run are in `docs/lab/*.json`.
 """
