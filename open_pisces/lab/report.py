@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +154,18 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axis: Any, results: dict[str, Any], metric: str) -> None:
-    variants = list(results["variants"])
+    # One that learnt another task alone would press the others into a line.
+    compared = {one[side] for one in results["comparisons"] if one["metric"] == metric for side in ("better", "worse")}
+    variants = [variant for variant in results["variants"] if variant in compared]
+    inks = dict(zip(results["variants"], cycle(INK), strict=False))
     means = []
     for at, variant in enumerate(variants):
         values = [row[metric] for row in results["runs"] if row["variant"] == variant]
         means.append(float(np.mean(values)))
         if results["plot"] == "bars":
-            axis.bar(at, means[-1], color=INK[at % len(INK)], alpha=0.35, width=0.7)
+            axis.bar(at, means[-1], color=inks[variant], alpha=0.35, width=0.7)
         spread = np.linspace(-0.15, 0.15, len(values))
-        axis.plot(at + spread, values, "o", color=INK[at % len(INK)], markersize=4)
+        axis.plot(at + spread, values, "o", color=inks[variant], markersize=4)
     if results["plot"] == "curve":
         axis.plot(range(len(variants)), means, "-", color="#57606a", linewidth=1, zorder=0)
     axis.set_xticks(range(len(variants)), [variant.replace("_", "\n") for variant in variants], fontsize=8)

@@ -171,7 +171,7 @@ def test_the_smoke_budget_runs_to_a_page_and_goes_on_where_it_stopped(
     text = (tmp_path / "docs" / "lab.md").read_text()
     assert (
         "## heads\n" in text
-        and "| [heads](#heads) | not in the paper |" in text
+        and "| [heads](#heads) | Not in the paper |" in text
         and "![heads](lab/heads.png)" in text
         and "| **flow**: " in text
     )
