@@ -1,7 +1,7 @@
 """Drawing with the preset ``fast`` against ``quality``, the shipped model, pictures one after another.
 
-A run is `IN_A_ROW` pictures: after a third of a second of matrix products the processor's clock is lower for a
-while, so that a single picture by ``fast`` right after one by ``quality`` takes a third longer than after another of its own.
+A run is `IN_A_ROW` pictures: after a third of a second of matrix products the processor's clock is lower for a while,
+so that one picture by ``fast`` right after one by ``quality`` takes a third longer than after another of its own.
 
 What a preset costs in quality is measured by `pisces eval drawing` with its steps; docs/serving.md has the scores.
 """
