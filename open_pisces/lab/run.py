@@ -88,6 +88,7 @@ class Lab:
 
         Raises:
             LockHeldError: if another process is at it.
+            LabError: after SIGINT or SIGTERM; nothing of an unfinished training is measured.
         """
         with locked(self.folder / ".lock", wait=False):
             planned = planned_runs(self.experiment, self.budget)
@@ -128,6 +129,8 @@ class Lab:
         if config.data.features:
             encode(config)
         train(config, probes=())
+        if not is_done(config):  # a signal ends a training after its step, with everything saved
+            raise LabError(f"stopped in {config.folder}: the same command goes on")
 
     def _start_of(self, variant: str) -> str:
         """The model folder that a variant starts from, after its parts, which are trained once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from open_pisces.cli.commands import main
+from open_pisces.config import RunConfig
 from open_pisces.datasets.scenes.composer import Cutouts
 from open_pisces.datasets.scenes.layout import vocabulary
 from open_pisces.lab import run as lab_run
@@ -194,6 +196,26 @@ def test_the_smoke_budget_of_every_experiment_comes_to_a_verdict(world: None, tm
     # Once for all seeds, and once for the variants that share it.
     assert len(trained) == (parts - 1 if name == "encoders" else parts)
     assert write_report([tmp_path / "lab"], tmp_path / "lab.md") == [name]
+
+
+def test_a_training_that_a_signal_ended_is_not_measured(
+    world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = load_experiment("heads")
+    lab = Lab("heads", experiment, "smoke", budget_of(experiment, "smoke"), tmp_path)
+    honest = lab_run.train
+
+    def stopped(config: RunConfig, **how: Any) -> Path:
+        def probe(*arguments: Any) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+        early = config.model_copy(update={"train": config.train.model_copy(update={"probe_every": 2})})
+        return honest(early, probes=(probe,))
+
+    monkeypatch.setattr(lab_run, "train", stopped)
+    with pytest.raises(LabError, match=r"stopped in .*squared_error/seed0/training: the same command goes on"):
+        lab.run(lambda line: None)
+    assert not list(tmp_path.rglob("measured.json"))
 
 
 def test_the_judges_confidence_in_what_was_asked_for_by_hand(tmp_path: Path) -> None:
