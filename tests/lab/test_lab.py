@@ -278,7 +278,7 @@ def test_results_are_conclusions_of_their_rows() -> None:
     for seed in range(3):
         for variant, score, error in (("squared_error", 0.6, 0.1), ("flow", 0.3, 0.3)):
             row = {"variant": variant, "seed": seed, "seconds": 60.0, "samples": 640, "tokens": 10_000}
-            rows.append({**row, "drawing": score + seed / 100 * (variant == "flow"), "vector_error": error + seed / 50})
+            rows.append({**row, "things": score + seed / 100 * (variant == "flow"), "vector_error": error + seed / 50})
     rows[-1]["vector_error"] = 0.31
     found = results("heads", "smoke", experiment, budget, rows)
     assert found["verdict"] == "agrees" and found["seconds"] == 360

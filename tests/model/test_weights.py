@@ -433,5 +433,7 @@ def test_the_shipped_model_is_within_its_budget() -> None:
     described = describe_folder(WEIGHTS)
     sizes = [path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()]
     assert described["total"] <= 14e6 and sum(sizes) <= 28e6 and max(sizes) < 15 * 2**20
-    assert [entry["name"] for entry in described["record"]] == [f"tiny/{name}" for name in TRAININGS]
+    # A training in several goes stands there several times (docs/recipes.md: stage 3 had three).
+    names = list(dict.fromkeys(entry["name"] for entry in described["record"]))
+    assert names == [f"tiny/{name}" for name in TRAININGS]
     assert described["licences"]
