@@ -24,7 +24,7 @@ from open_pisces.bench.pairs import compare
 from open_pisces.model.folder import WEIGHTS
 from open_pisces.recipe import load_config
 from open_pisces.train.loop import Run, run_until_done, start
-from open_pisces.train.optim import build_optimizer, lr_at
+from open_pisces.train.optim import build_optimizer, lr_at, set_rate
 from open_pisces.train.signals import Stop
 from open_pisces.train.world import World
 
@@ -89,8 +89,7 @@ def _bare(run: Run, given: list[StepBatches]) -> None:
                 loss = module(batch).loss
             loss.backward()
         nn.utils.clip_grad_norm_(learning, settings.clip)
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr_at(step, settings)
+        set_rate(run.optimizer, lr_at(step, settings))
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
 
