@@ -15,7 +15,7 @@ from open_pisces.config import PresetName
 from open_pisces.generate.generator import Generator
 from open_pisces.model.folder import WEIGHTS
 
-IN_A_ROW = 4
+IN_A_ROW = 12
 PROMPT = "a red heart on a blue background"
 
 

@@ -1,8 +1,9 @@
 """One step of a Llama-like LLM on one new position a row, without the calls that transformers makes around it.
 
 A step of a small model is spent on Python and on launching small operations, not on arithmetic: transformers' layers
-take some 55 operations and 13 module calls, these take 25 and none. The weights are the LLM's own tensors, so nothing
-is copied and nothing goes stale. Other architectures and sharded weights take transformers' way (`Slots.step`).
+take some 55 operations and 13 module calls, these take 25 and none. Small layers are copied into wider ones (`FUSED`),
+so a step is made anew after the weights have changed. Other architectures and sharded weights take transformers' way
+(`Slots.step`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ ROPES = ("default", "linear", "llama3", "yarn")
 Cached = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of a layer: takes its new keys and values ``(R, H, d)``, gives all that the rows may see ``(R, H, S, d)``."""
 Operation = Callable[[Tensor], Tensor]
+FUSED = 2**20
+"""Linear layers that read the same input become one if they have no more weights than this together: above it reading
+them takes longer than launching, and a copy costs memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +35,15 @@ class _Layer:
     """What a step needs of a layer, looked up once: a module's attributes cost as much as a small operation."""
 
     attention_norm: Operation
-    q: Operation
-    k: Operation
-    v: Operation
+    qkv: Operation
+    """Queries, keys and values, one behind the other."""
     q_norm: Operation | None
     k_norm: Operation | None
     o: Operation
     scale: float
     mlp_norm: Operation
-    gate: Operation
-    up: Operation
+    gate_up: Operation
+    """Gate and up, one behind the other."""
     down: Operation
 
     @classmethod
@@ -50,22 +53,19 @@ class _Layer:
         normed = hasattr(attention, "q_norm")
         return cls(
             attention_norm=_norm(layer.input_layernorm),
-            q=_linear(attention.q_proj),
-            k=_linear(attention.k_proj),
-            v=_linear(attention.v_proj),
+            qkv=_together(attention.q_proj, attention.k_proj, attention.v_proj),
             q_norm=_norm(attention.q_norm) if normed else None,
             k_norm=_norm(attention.k_norm) if normed else None,
             o=_linear(attention.o_proj),
             scale=attention.scaling,
             mlp_norm=_norm(layer.post_attention_layernorm),
-            gate=_linear(mlp.gate_proj),
-            up=_linear(mlp.up_proj),
+            gate_up=_together(mlp.gate_proj, mlp.up_proj),
             down=_linear(mlp.down_proj),
         )
 
 
 class LlamaStep:
-    """The step of one LLM. Weights that are changed in place are seen, a module put in another's place is not.
+    """The step of one LLM, as its weights are now: make another after they have changed.
 
     Args:
         decoder: the transformer inside it (`get_decoder`).
@@ -97,29 +97,23 @@ class LlamaStep:
         bias_R11S = x_RD.new_zeros(mask_R11S.shape).masked_fill_(~mask_R11S, float("-inf"))
         cos_R1C = self.cos_LC[at_R][:, None]
         sin_R1C = self.sin_LC[at_R][:, None]
-        R = len(x_RD)
-        groups = self.heads // self.key_heads
+        R, H, K = len(x_RD), self.heads, self.key_heads
         for number, layer in enumerate(self.layers):
-            normed_RD = layer.attention_norm(x_RD)
-            q_RHC = layer.q(normed_RD).view(R, self.heads, -1)
-            k_RHC = layer.k(normed_RD).view(R, self.key_heads, -1)
-            v_RHC = layer.v(normed_RD).view(R, self.key_heads, -1)
+            qkv_RHC = layer.qkv(layer.attention_norm(x_RD)).view(R, H + 2 * K, -1)
+            qk_RHC, v_RHC = qkv_RHC[:, : H + K], qkv_RHC[:, H + K :]
             if layer.q_norm is not None and layer.k_norm is not None:
-                q_RHC = layer.q_norm(q_RHC)
-                k_RHC = layer.k_norm(k_RHC)
-            keys_RHSC, values_RHSC = cached(number, self._rotated(k_RHC, cos_R1C, sin_R1C), v_RHC)
+                qk_RHC = torch.cat([layer.q_norm(qk_RHC[:, :H]), layer.k_norm(qk_RHC[:, H:])], 1)
+            qk_RHC = torch.addcmul(qk_RHC * cos_R1C, qk_RHC.roll(self.half, -1), sin_R1C)
+            keys_RHSC, values_RHSC = cached(number, qk_RHC[:, H:], v_RHC)
             # Heads that share keys stand in the place of queries, so that nothing is repeated.
-            q_RHGC = self._rotated(q_RHC, cos_R1C, sin_R1C).view(R, self.key_heads, groups, -1)
+            q_RHGC = qk_RHC[:, :H].unflatten(1, (K, H // K))
             seen_RHGC = F.scaled_dot_product_attention(
                 q_RHGC, keys_RHSC, values_RHSC, attn_mask=bias_R11S, scale=layer.scale
             )
             x_RD = x_RD + layer.o(seen_RHGC.reshape(R, -1))
-            normed_RD = layer.mlp_norm(x_RD)
-            x_RD = x_RD + layer.down(F.silu(layer.gate(normed_RD)).mul_(layer.up(normed_RD)))
+            gate_RF, up_RF = layer.gate_up(layer.mlp_norm(x_RD)).chunk(2, -1)
+            x_RD = x_RD + layer.down(F.silu(gate_RF) * up_RF)
         return self.norm(x_RD)
-
-    def _rotated(self, x_RHC: Tensor, cos_R1C: Tensor, sin_R1C: Tensor) -> Tensor:
-        return torch.addcmul(x_RHC * cos_R1C, x_RHC.roll(self.half, -1), sin_R1C)
 
 
 def step_of(llm: Any, length: int) -> LlamaStep | None:
@@ -148,7 +142,30 @@ def _linear(module: Any) -> Operation:
     return lambda x: F.linear(x, weight, bias)
 
 
+def _together(*modules: Any) -> Operation:
+    """The outputs of linear layers for the same input, one behind the other."""
+    plain = all(type(module) is nn.Linear and (module.bias is None) == (modules[0].bias is None) for module in modules)
+    if plain and sum(module.weight.numel() for module in modules) <= FUSED:
+        with torch.no_grad():
+            weight = torch.cat([module.weight for module in modules])
+            bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
+        return lambda x: F.linear(x, weight, bias)
+    each = [_linear(module) for module in modules]
+    return lambda x: torch.cat([linear(x) for linear in each], -1)
+
+
 def _norm(module: Any) -> Operation:
     weight, eps = module.weight, module.variance_epsilon
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        # The CPU's own takes thirteen operations, this five.
+        per = 1 / weight.numel()
+        eps_1 = torch.full((1,), eps)
+
+        def normed(x: Tensor) -> Tensor:
+            x = x.float()
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            return (x * torch.addcmul(eps_1, length, length, value=per).rsqrt_()).mul_(weight)
+
+        return normed
     # Under autocast what comes is narrower than the weight.
     return lambda x: torch.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)

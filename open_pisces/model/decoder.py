@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -252,7 +253,8 @@ class ImageDecoder(nn.Module):
             raise PiscesError(
                 f"{type(chosen).__name__}: this decoder was trained as a {kind}: take a scheduler of that"
             )
-        started = type(chosen).from_config(chosen.config)
+        # Our own never samples itself, so a copy is fresh; one that was given may be in the middle of something.
+        started = copy.deepcopy(chosen) if scheduler is None else type(chosen).from_config(chosen.config)
         started.set_timesteps(steps, device=self.condition.level_E.device)
         return started
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from open_pisces.batch import Turn
 from open_pisces.config import ModelConfig
 from open_pisces.generate import generator as generator_module
+from open_pisces.generate import steps
 from open_pisces.generate.generator import Generator, PromptError
 from open_pisces.generate.slots import MULTIPLE, Slots, read_after, room
 from open_pisces.generate.steps import step_of
@@ -159,23 +161,36 @@ def test_a_row_that_is_not_live_stays_where_it_is() -> None:
     assert slots.lengths == [0, 6, 0]
 
 
-def test_weights_that_change_are_seen_by_the_next_step(nano_pisces: Pisces, nano_tokenizer: Any) -> None:
-    """In a training the generator stays while its weights move on."""
-    generator = Generator(nano_pisces, nano_tokenizer, "cpu")
-    asked = [(Turn("user", ("a",)),)]
-    slots = Slots(nano_pisces, 1, 64)
-    slots.put(0, generator.read(generator.prompt(asked, [()]))[0])
-    embedded = torch.ones(1, nano_pisces.llm.config.hidden_size)
-    before = slots.step(embedded, [False])
-    weight = nano_pisces.llm.get_decoder().layers[0].self_attn.o_proj.weight
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+def test_weights_that_change_are_seen_by_the_next_drawing(name: str, nano_pisces: Pisces, nano_tokenizer: Any) -> None:
+    """In a training the generator stays while its weights move on; a step may hold copies of small layers."""
+    pisces = deepcopy(nano_pisces)
+    generator = Generator(pisces, nano_tokenizer, "cpu")
+    before = generator.vectors(["a cat"])
+    weight = getattr(pisces.llm.get_decoder().layers[0].self_attn, name).weight
     kept = weight.detach().clone()
     with torch.no_grad():
         weight.mul_(3)
-    after = slots.step(embedded, [False])
+    after = generator.vectors(["a cat"])
     with torch.no_grad():
         weight.copy_(kept)
     assert not torch.allclose(before, after)
-    assert torch.equal(before, slots.step(embedded, [False]))
+    assert torch.equal(before, generator.vectors(["a cat"]))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama biased", "qwen3"])
+def test_wide_layers_are_not_copied_and_step_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = llm_of(name, LEAN[name]).float()
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(4, 48, generator=draw), torch.randn(9, 48, generator=draw)]
+    more = torch.randn(2, 3, 48, generator=draw)
+    copied, _ = stepped(llm, prompts, more)
+    monkeypatch.setattr(steps, "FUSED", 0)
+    apart, _ = stepped(llm, prompts, more)
+    torch.testing.assert_close(copied, apart, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        whole = llm.get_decoder()(inputs_embeds=torch.cat([prompts[1], more[1]])[None]).last_hidden_state[0, 9:]
+    torch.testing.assert_close(copied[1], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_steps_run_under_autocast(nano_pisces: Pisces, nano_tokenizer: Any) -> None:
