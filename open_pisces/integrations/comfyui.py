@@ -53,7 +53,7 @@ class PiscesDraw:
             "required": {
                 "model": ("PISCES",),
                 "prompt": ("STRING", {"multiline": True, "default": "a red heart"}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**32 - 1}),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**32 - 1, "control_after_generate": True}),
                 "count": ("INT", {"default": 1, "min": 1, "max": 64}),
                 "steps": ("INT", {"default": 0, "min": 0, "max": 200}),
                 "guidance_scale": ("FLOAT", dict(own)),
