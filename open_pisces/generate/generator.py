@@ -24,6 +24,7 @@ from open_pisces.generate.offload import WRITES, Parts
 from open_pisces.generate.painter import Painter, Progress, pictures
 from open_pisces.generate.sampling import TextPieces, draw_token, guided
 from open_pisces.generate.slots import Prefix, Slots, read, room
+from open_pisces.generate.steps import LlamaStep, step_of
 from open_pisces.model.parts import PARTS
 from open_pisces.model.pisces import Pisces
 
@@ -172,11 +173,9 @@ class Generator:
         self, batch: SequenceBatch, max_new_tokens: int, temperature: float, seed: int | Sequence[int]
     ) -> Iterator[list[int]]:
         """What follows a batch of prompts (`prompt`), one token of every row at a time; ``seed`` as in `answer`."""
-        prefixes = self.read(batch)
-        slots = self._slots(prefixes, max_new_tokens)
-        hidden_BD = torch.stack([prefix.hidden_D for prefix in prefixes])
+        hidden_BD, slots = self._begin(batch, max_new_tokens)
         # A stream for each row on the CPU: the same on every device, and independent of the other rows.
-        seeds = [seed] * len(prefixes) if isinstance(seed, int) else seed
+        seeds = [seed] * len(hidden_BD) if isinstance(seed, int) else seed
         draws = [torch.Generator().manual_seed(one) for one in seeds]
         token_B: Tensor | None = None
         for _ in range(max_new_tokens):
@@ -336,12 +335,8 @@ class Generator:
         scale = self.pisces.settings.bridge.vector_guidance if vector_guidance is None else vector_guidance
         if scale < 0:
             raise PromptError(f"vector_guidance {scale}: give 1 (none) or more, 0 for what the empty caption draws")
-        prefixes = self.read(batch)
-        B = len(prefixes)
-        if scale != 1.0:
-            prefixes += [self.empty_prefix] * B
-        slots = self._slots(prefixes, self.renderer.M)
-        hidden_RD = torch.stack([prefix.hidden_D for prefix in prefixes])
+        hidden_RD, slots = self._begin(batch, self.renderer.M, with_empty=scale != 1.0)
+        B = len(batch.ids_BS)
         written = []
         for k in range(self.renderer.M):
             draws_BR = None if draws_BMR is None else draws_BMR[:, k]
@@ -353,7 +348,7 @@ class Generator:
                 embedded_BD = self.pisces.bridge.generation_projector(fed_BME[:, k].to(self._dtype))
             if k + 1 < self.renderer.M:
                 # The empty caption's rows are fed the same vectors: only the caption differs.
-                hidden_RD = slots.step(embedded_BD.repeat(len(prefixes) // B, 1))
+                hidden_RD = slots.step(embedded_BD.repeat(len(hidden_RD) // B, 1))
         return torch.stack(written, 1)
 
     @cached_property
@@ -424,22 +419,27 @@ class Generator:
         return collate(rendered, images, self.renderer, *self.sizes, left=True, multiple=1).to(self.device)
 
     @torch.inference_mode()
-    def read(self, batch: SequenceBatch) -> list[Prefix]:
-        """What the prompts of a batch leave in the LLM, one prefix a row."""
+    def read(self, batch: SequenceBatch, lean: LlamaStep | None = None) -> list[Prefix]:
+        """What the prompts of a batch leave in the LLM, one prefix a row; ``lean`` reads a single one."""
         self.parts.use(WRITES)
-        return read(self.pisces, batch, self.renderer.pad)
+        return read(self.pisces, batch, self.renderer.pad, lean)
 
     @cached_property
     def empty_prefix(self) -> Prefix:
         """The prefix of the empty caption, after which the null vectors are written: read once a model."""
         return self.read(self._captions([""]))[0]
 
-    def _slots(self, prefixes: list[Prefix], more: int) -> Slots:
-        """A row for each prefix, with room for ``more`` positions behind it."""
-        slots = Slots(self.pisces, len(prefixes), max(prefix.length for prefix in prefixes) + more)
+    def _begin(self, batch: SequenceBatch, more: int, with_empty: bool = False) -> tuple[Tensor, Slots]:
+        """Hidden states ``(R, D)`` after prompts, then as many empty ones, and their rows with room for ``more``."""
+        empty = [self.empty_prefix] * len(batch.ids_BS) if with_empty else []
+        length = max([batch.ids_BS.shape[1], *(prefix.length for prefix in empty)]) + more
+        self.parts.use(WRITES)
+        lean = step_of(self.pisces.llm, length)
+        prefixes = self.read(batch, lean) + empty
+        slots = Slots(self.pisces, len(prefixes), length, lean)
         for row, prefix in enumerate(prefixes):
             slots.put(row, prefix)
-        return slots
+        return torch.stack([prefix.hidden_D for prefix in prefixes]), slots
 
 
 def _said(prompt: str) -> str:

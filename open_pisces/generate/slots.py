@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from open_pisces.batch import SequenceBatch
-from open_pisces.generate.steps import step_of
+from open_pisces.generate.steps import LlamaStep, step_of
 from open_pisces.model.pisces import Pisces
 
 MULTIPLE = 64
@@ -62,10 +62,16 @@ def room(config: Any) -> int:
     return positions
 
 
-def read(pisces: Pisces, batch: SequenceBatch, pad: int) -> list[Prefix]:
-    """Read prompts together: the prefix of each row, without its padding (on either side)."""
+def read(pisces: Pisces, batch: SequenceBatch, pad: int, lean: LlamaStep | None = None) -> list[Prefix]:
+    """Read prompts together: the prefix of each row, without its padding (on either side).
+
+    A single prompt is read by the LLM's own step, if ``lean`` is given.
+    """
     mask_BS = batch.ids_BS != pad
     inputs_BSD, _ = pisces.embed(batch)
+    if lean is not None and len(mask_BS) == 1 and mask_BS.all():
+        hidden_SD, keys, values = lean.read(inputs_BSD[0])
+        return [Prefix(keys, values, hidden_SD[-1])]
     cache = DynamicCache(config=pisces.llm.config)
     # Real tokens count from 0 in every row, so padding changes no rotary angle.
     positions_BS = (mask_BS.cumsum(-1) - 1).clamp_min(0)
@@ -109,9 +115,10 @@ class Slots(Cache):
         pisces: whose LLM reads.
         rows: R.
         length: positions of each row, rounded up to a multiple of `MULTIPLE`.
+        lean: the LLM's step, if it was made already; its length is at least this.
     """
 
-    def __init__(self, pisces: Pisces, rows: int, length: int) -> None:
+    def __init__(self, pisces: Pisces, rows: int, length: int, lean: LlamaStep | None = None) -> None:
         layers = [_Layer(self) for _ in range(pisces.llm.config.num_hidden_layers)]
         super().__init__(layers=layers)
         self.pisces = pisces
@@ -125,7 +132,7 @@ class Slots(Cache):
         """Where the step writes, counted over all positions of all rows."""
         self.columns_L = torch.arange(self.length, device=device)
         self.used = MULTIPLE
-        self.lean = step_of(pisces.llm, self.length)
+        self.lean = lean or step_of(pisces.llm, self.length)
 
     def put(self, row: int, prefix: Prefix) -> None:
         """Let a row go on from a prefix; what it held is forgotten."""

@@ -24,8 +24,10 @@ ROPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose frequencies do not depend on the length."""
 Cached = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Of a layer: takes its new keys and values ``(R, H, d)``, gives all that the rows may see ``(R, H, S, d)``."""
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Of a layer: takes new queries, keys and values ``(N, heads, C)``, gives what the queries see, N first."""
 Operation = Callable[[Tensor], Tensor]
-FUSED = 2**20
+FUSED = 2**18
 """Linear layers that read the same input become one if they have no more weights than this together: above it reading
 them takes longer than launching, and a copy costs memory."""
 
@@ -95,25 +97,51 @@ class LlamaStep:
         """
         # Attention would turn booleans into numbers in every layer anew.
         bias_R11S = x_RD.new_zeros(mask_R11S.shape).masked_fill_(~mask_R11S, float("-inf"))
-        cos_R1C = self.cos_LC[at_R][:, None]
-        sin_R1C = self.sin_LC[at_R][:, None]
-        R, H, K = len(x_RD), self.heads, self.key_heads
-        for number, layer in enumerate(self.layers):
-            qkv_RHC = layer.qkv(layer.attention_norm(x_RD)).view(R, H + 2 * K, -1)
-            qk_RHC, v_RHC = qkv_RHC[:, : H + K], qkv_RHC[:, H + K :]
-            if layer.q_norm is not None and layer.k_norm is not None:
-                qk_RHC = torch.cat([layer.q_norm(qk_RHC[:, :H]), layer.k_norm(qk_RHC[:, H:])], 1)
-            qk_RHC = torch.addcmul(qk_RHC * cos_R1C, qk_RHC.roll(self.half, -1), sin_R1C)
-            keys_RHSC, values_RHSC = cached(number, qk_RHC[:, H:], v_RHC)
+        groups = self.key_heads, self.heads // self.key_heads
+
+        def attend(number: int, q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor) -> Tensor:
+            keys_RHSC, values_RHSC = cached(number, k_RHC, v_RHC)
             # Heads that share keys stand in the place of queries, so that nothing is repeated.
-            q_RHGC = qk_RHC[:, :H].unflatten(1, (K, H // K))
-            seen_RHGC = F.scaled_dot_product_attention(
-                q_RHGC, keys_RHSC, values_RHSC, attn_mask=bias_R11S, scale=layer.scale
-            )
-            x_RD = x_RD + layer.o(seen_RHGC.reshape(R, -1))
-            gate_RF, up_RF = layer.gate_up(layer.mlp_norm(x_RD)).chunk(2, -1)
-            x_RD = x_RD + layer.down(F.silu(gate_RF) * up_RF)
-        return self.norm(x_RD)
+            q_RHGC, scale = q_RHC.unflatten(1, groups), self.layers[number].scale
+            return F.scaled_dot_product_attention(q_RHGC, keys_RHSC, values_RHSC, attn_mask=bias_R11S, scale=scale)
+
+        return self._through(x_RD, at_R, attend)
+
+    def read(self, x_SD: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Read S embeddings of one row from position 0 on.
+
+        Returns:
+            The last hidden states ``(S, D)``; keys and values of each layer, ``(H, S, C)``.
+        """
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def attend(number: int, q_SHC: Tensor, k_SHC: Tensor, v_SHC: Tensor) -> Tensor:
+            q_HSC, k_HSC, v_HSC = q_SHC.transpose(0, 1), k_SHC.transpose(0, 1), v_SHC.transpose(0, 1)
+            keys.append(k_HSC)
+            values.append(v_HSC)
+            how = {"is_causal": True, "scale": self.layers[number].scale, "enable_gqa": self.heads != self.key_heads}
+            seen_1HSC = F.scaled_dot_product_attention(q_HSC[None], k_HSC[None], v_HSC[None], **how)
+            return seen_1HSC[0].transpose(0, 1)
+
+        hidden_SD = self._through(x_SD, torch.arange(len(x_SD), device=x_SD.device), attend)
+        return hidden_SD, tuple(keys), tuple(values)
+
+    def _through(self, x_ND: Tensor, at_N: Tensor, attend: Attend) -> Tensor:
+        """The last hidden states of N embeddings at these positions."""
+        cos_N1C = self.cos_LC[at_N][:, None]
+        sin_N1C = self.sin_LC[at_N][:, None]
+        N, H, K = len(x_ND), self.heads, self.key_heads
+        for number, layer in enumerate(self.layers):
+            qkv_NHC = layer.qkv(layer.attention_norm(x_ND)).view(N, H + 2 * K, -1)
+            qk_NHC, v_NHC = qkv_NHC[:, : H + K], qkv_NHC[:, H + K :]
+            if layer.q_norm is not None and layer.k_norm is not None:
+                qk_NHC = torch.cat([layer.q_norm(qk_NHC[:, :H]), layer.k_norm(qk_NHC[:, H:])], 1)
+            qk_NHC = torch.addcmul(qk_NHC * cos_N1C, qk_NHC.roll(self.half, -1), sin_N1C)
+            x_ND = x_ND + layer.o(attend(number, qk_NHC[:, :H], qk_NHC[:, H:], v_NHC).reshape(N, -1))
+            gate_NF, up_NF = layer.gate_up(layer.mlp_norm(x_ND)).chunk(2, -1)
+            x_ND = x_ND + layer.down(F.silu(gate_NF) * up_NF)
+        return self.norm(x_ND)
 
 
 def step_of(llm: Any, length: int) -> LlamaStep | None:

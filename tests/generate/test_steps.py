@@ -101,6 +101,20 @@ def test_steps_of_rows_at_different_places_are_what_reading_the_whole_gives(name
         torch.testing.assert_close(found[row], whole[len(prompt) :], rtol=near, atol=near)
 
 
+@pytest.mark.parametrize("name", LEAN)
+def test_a_prompt_that_the_step_reads_leaves_what_transformers_leaves(name: str) -> None:
+    llm = llm_of(name, LEAN[name])
+    prompt = torch.randn(37, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    lean = step_of(llm, 64)
+    assert lean is not None
+    around: Any = Around(llm)
+    with torch.inference_mode():
+        expected = read_after(around, prompt, None)
+        hidden_SD, keys, values = lean.read(prompt)
+    torch.testing.assert_close(hidden_SD[-1], expected.hidden_D, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((keys, values), (expected.keys, expected.values), rtol=1e-5, atol=1e-5)
+
+
 def test_an_adapter_takes_the_lean_step_too() -> None:
     from peft import LoraConfig, get_peft_model
 
