@@ -9,6 +9,7 @@ where it was.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from open_pisces.generate.generator import Generator
 
 TRIED = 8
 """Rounds after which an LLM that writes next to nothing is given up."""
+SENTENCES = re.compile(r".*[.!?](?=\s)", re.DOTALL)
 Show = Callable[[int, int], None]
 Pair = tuple[str, str]
 
@@ -38,7 +40,7 @@ class Writing:
 
     Args:
         request: most tokens of what a user asks.
-        answer: most tokens of the answer.
+        answer: most tokens of the answer; a longer one is cut after its last whole sentence.
         temperature: 1 samples the LLM's own distribution, which is what is to be kept.
         repetition: most of itself that a text may repeat (`repeated_share`).
         batch_size: conversations that are written together.
@@ -140,17 +142,18 @@ def write_round(generator: Generator, how: Writing, number: int) -> tuple[list[P
     asked = _texts(generator, generator.open_user_turn(B), how.request, how.temperature, seeds)
     causes: Counter[str] = Counter()
     requests: list[tuple[int, str]] = []
-    for seed, text in zip(seeds, asked, strict=True):
-        if cause := _cause(text, how):
+    for seed, (text, ended) in zip(seeds, asked, strict=True):
+        if cause := _cause(text if ended else None, how):
             causes[f"request {cause}"] += 1
         else:
-            requests.append((seed, str(text)))
+            requests.append((seed, text))
     if not requests:
         return [], dict(causes)
     batch = generator.prompt([(Turn("user", (text,)),) for _, text in requests], [()] * len(requests))
     answers = _texts(generator, batch, how.answer, how.temperature, [seed for seed, _ in requests])
     pairs: list[Pair] = []
-    for (_, request), answer in zip(requests, answers, strict=True):
+    for (_, request), (text, ended) in zip(requests, answers, strict=True):
+        answer = text if ended else _whole_sentences(text)
         if cause := _cause(answer, how):
             causes[f"answer {cause}"] += 1
         elif answer == request:
@@ -160,11 +163,17 @@ def write_round(generator: Generator, how: Writing, number: int) -> tuple[list[P
     return pairs, dict(causes)
 
 
-def _texts(generator: Generator, batch: Any, most: int, temperature: float, seeds: list[int]) -> list[str | None]:
-    """What each row writes; None where its turn did not end."""
+def _texts(generator: Generator, batch: Any, most: int, temperature: float, seeds: list[int]) -> list[tuple[str, bool]]:
+    """What each row writes, and whether its turn ended."""
     columns = generator.tokens(batch, most + 1, temperature, seeds)  # one more: the end of the turn
     rows = generator.rows(columns, len(seeds))
-    return [generator.tokenizer.decode(row).strip() if len(row) <= most else None for row in rows]
+    return [(generator.tokenizer.decode(row[:most]).strip(), len(row) <= most) for row in rows]
+
+
+def _whole_sentences(text: str) -> str | None:
+    """What comes before the last end of a sentence; None if there is none, or if it lies in a block of code."""
+    found = SENTENCES.match(text)
+    return None if found is None or found[0].count("```") % 2 else found[0]
 
 
 def _cause(text: str | None, how: Writing) -> str:

@@ -15,7 +15,7 @@ from open_pisces.model.parts import build_part
 from open_pisces.model.pisces import Pisces
 
 
-def load_language(folder: str | Path, device: str = "auto") -> Generator:
+def load_language(folder: str | Path, device: str = "auto", dtype: torch.dtype | None = None) -> Generator:
     """A generator that writes text, and can neither see nor draw: no decoder, and a bridge of random weights.
 
     The folder's own bridge need not fit: a language model that was just put into a folder, around another's encoders
@@ -23,13 +23,15 @@ def load_language(folder: str | Path, device: str = "auto") -> Generator:
 
     Args:
         folder: the model folder.
-        device: ``auto`` is the best there is; float32 on a CPU, bfloat16 on an accelerator.
+        device: ``auto`` is the best there is.
+        dtype: None is float32 on a CPU, bfloat16 on an accelerator.
 
     Raises:
         ModelFolderError: naming what is missing or damaged.
     """
     where = pick_device(device)
-    dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
+    if dtype is None:
+        dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
     config = read_config(folder)
     names = ("llm", "understanding_encoder", "generation_encoder")
     parts: dict[str, Any] = {name: load_part(folder, name, config, dtype) for name in names}

@@ -37,7 +37,10 @@ def draw_token(logits_V: Tensor, temperature: float, draw: torch.Generator, top_
         ordered, order = chances.sort(descending=True)
         # A token stays if those before it hold less than the share: the likeliest always stays.
         chances[order[ordered.cumsum(0) - ordered >= top_p]] = 0
-    return int(torch.multinomial(chances, 1, generator=draw))
+    # One number and the sums of chances: `torch.multinomial` draws a number for every token of the vocabulary.
+    sums = chances.double().cumsum(0)
+    place = torch.rand(1, generator=draw, dtype=torch.double) * sums[-1]
+    return min(int(torch.searchsorted(sums, place, right=True)), len(chances) - 1)
 
 
 class TextPieces:

@@ -10,7 +10,7 @@ import pytest
 
 from open_pisces.batch import Turn
 from open_pisces.data.shards import open_dataset
-from open_pisces.factory.replay import ReplayError, Writing, write_replay
+from open_pisces.factory.replay import ReplayError, Writing, _whole_sentences, write_replay
 from open_pisces.files import LockHeldError, locked
 from open_pisces.generate.generator import Generator
 
@@ -42,7 +42,7 @@ class Script:
         kind = seed % 8
         if not request:  # a request: two of eight are unfit, one comes again and again
             return {0: "", 1: ENDLESS, 2: "again"}.get(kind, f"ask {seed % 100}")
-        return {3: ENDLESS, 4: request}.get(kind, f"said {seed % 100}")
+        return {3: ENDLESS, 4: request, 5: "no. It goes on"}.get(kind, f"said {seed % 100}")
 
     def rows(self, columns: list[str], count: int) -> list[str]:
         return columns
@@ -66,7 +66,9 @@ def conversations(out: Path) -> list[tuple[str, str]]:
 def test_what_is_fit_is_written_and_the_rest_counted(tmp_path: Path) -> None:
     found, script = write(tmp_path / "out")
     kept = conversations(tmp_path / "out")
-    expected = [("again", "said 2")] + [(f"ask {seed}", f"said {seed}") for seed in (5, 6, 7, 13, 14, 15, 21)]
+    expected = [("again", "said 2")] + [
+        (f"ask {seed}", "no." if seed % 8 == 5 else f"said {seed}") for seed in (5, 6, 7, 13, 14, 15, 21)
+    ]
     assert kept == expected
     assert found["conversations"] == 8 and found["rounds"] == script.rounds == 6
     assert found["dropped"] == {
@@ -77,6 +79,13 @@ def test_what_is_fit_is_written_and_the_rest_counted(tmp_path: Path) -> None:
         "asked before": 2,
     }
     assert [path.name for path in tmp_path.iterdir() if "rounds" in path.name] == []
+
+
+def test_a_long_answer_is_cut_after_a_whole_sentence_and_never_inside_code() -> None:
+    assert _whole_sentences("One. Two! It is 3.5 m lo") == "One. Two!"
+    assert _whole_sentences("it goes on and on") is None
+    assert _whole_sentences("So:\n```\nx = 1. \ny = 2") is None
+    assert _whole_sentences("So:\n```\nx = 1\n```\nThat is all. And") == "So:\n```\nx = 1\n```\nThat is all."
 
 
 def test_a_stopped_run_goes_on_and_writes_the_same(tmp_path: Path) -> None:

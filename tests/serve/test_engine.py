@@ -202,6 +202,15 @@ def test_a_nucleus_leaves_the_likeliest_tokens() -> None:
     assert {draw_token(logits, 0.0, draw) for _ in range(20)} == {0}
 
 
+def test_draws_follow_the_chances_and_never_take_what_has_none() -> None:
+    chances = torch.tensor([0.0, 0.6, 0.0, 0.3, 0.1, 0.0])
+    draw = torch.Generator().manual_seed(0)
+    found = torch.tensor([draw_token(chances.log(), 1.0, draw) for _ in range(20_000)])
+    shares = torch.bincount(found, minlength=6) / len(found)
+    torch.testing.assert_close(shares, chances, rtol=0, atol=0.012)
+    assert (shares > 0).tolist() == (chances > 0).tolist()
+
+
 # ------------------------------------------------------------------------------------------------------- the places
 
 
