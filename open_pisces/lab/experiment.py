@@ -84,6 +84,8 @@ class Experiment(Settings):
     exhibit: str
     """The paper's table or figure."""
     claim: str
+    note: str = ""
+    """What has to be known to read its figures."""
     training: str
     """The recipe that all variants change."""
     overrides: list[str] = []

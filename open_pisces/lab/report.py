@@ -83,7 +83,12 @@ def page(results: dict[str, Any], pictures: str) -> str:
     lines = [
         f"## {name}",
         "",
-        f"**{results['exhibit']}.** {results['claim']} Verdict: **{results['verdict']}**.",
+        " ".join(
+            [
+                f"**{results['exhibit']}.** {results['claim']} Verdict: **{results['verdict']}**.",
+                results.get("note", ""),
+            ]
+        ).strip(),
         "",
         f"![{name}]({pictures}/{name}.png)",
         "",

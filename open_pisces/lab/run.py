@@ -38,7 +38,7 @@ RESULTS = "results.json"
 SETTINGS = "experiment.json"
 BATCHES = 4
 """That a variant's tokens are counted in."""
-WORDS = {"exhibit", "claim", "plot", "comparisons"}
+WORDS = {"exhibit", "claim", "note", "plot", "comparisons"}
 """Settings that change no training: what is said of its results."""
 Say = Callable[[str], object]
 
@@ -222,6 +222,7 @@ def results(
         "about": budget.about,
         "exhibit": experiment.exhibit,
         "claim": experiment.claim,
+        "note": experiment.note,
         "plot": experiment.plot,
         "variants": {key: variant.about for key, variant in experiment.variants.items()},
         "comparisons": [{**comparison.model_dump(), **asdict(paired)} for comparison, paired in compared],
