@@ -24,6 +24,14 @@ TRAININGS = ("understanding_clip", "gen_clip", "decoder", "stage1", "stage2", "s
 """In the order in which they run. A scale has those it has a recipe for; the last is not the paper's."""
 
 
+class StartMissingError(ConfigError):
+    """A recipe takes the settings of the folder that it starts from, and there is none at ``start``."""
+
+    def __init__(self, message: str, start: Path) -> None:
+        super().__init__(message)
+        self.start = start
+
+
 def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a recipe and apply ``key=value`` overrides.
 
@@ -33,6 +41,7 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Run
 
     Raises:
         ConfigError: if the recipe is missing, or a key or value is wrong.
+        StartMissingError: if it takes the settings of a folder that is not there.
     """
     path = find_recipe(recipe)
     values = _read(path)
@@ -49,13 +58,13 @@ def _with_settings_of_start(model: dict[str, Any], where: str) -> dict[str, Any]
     """The start folder's own settings under a recipe's.
 
     Raises:
-        ConfigError: if there is no such folder.
+        StartMissingError: if there is no such folder.
     """
-    card = Path(str(model.get("start"))) / "config.json"
+    start = Path(str(model.get("start")))
+    card = start / "config.json"
     if not card.is_file():
-        raise ConfigError(
-            f"{where}: model.start = {model.get('start')}: no model folder there: set it to the one to tune"
-        )
+        message = f"{where}: model.start = {model.get('start')}: no model folder there: set it to the one to tune"
+        raise StartMissingError(message, start)
     return merge(json.loads(card.read_text())["model"], model)
 
 

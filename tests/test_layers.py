@@ -40,6 +40,7 @@ LIGHT += tuple(
     for name in (
         "commands",
         "train",
+        "large_pages",
         "generate",
         "chat",
         "serve",

@@ -19,6 +19,7 @@ from open_pisces.cli.data import add_data
 from open_pisces.cli.evaluate import add_eval
 from open_pisces.cli.generate import add_demo, add_generate
 from open_pisces.cli.lab import add_lab
+from open_pisces.cli.large_pages import restart_with_large_pages
 from open_pisces.cli.model import add_model
 from open_pisces.cli.options import Parser, add_command
 from open_pisces.cli.serve import add_serve
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 after an expected error, 130 after Ctrl-C. Programming errors keep their traceback.
     """
     args = build_parser().parse_args(argv)
+    if argv is None and getattr(args, "large_pages", False):
+        restart_with_large_pages()
     # diffusers imports it where it is installed, and on a CPU it says then that a faster kernel is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -47,10 +47,11 @@ def add_lab(commands: Any) -> None:
     )
     for name in names:
         command = add_command(group, name, experiment, f"do the experiment {name}, or go on with it")
-        command.set_defaults(experiment=name)
+        command.set_defaults(experiment=name, large_pages=True)
         _add_how(command)
     command = add_command(group, "own", experiment, "do an experiment of your own, a YAML file")
     command.add_argument("experiment", metavar="FILE")
+    command.set_defaults(large_pages=True)
     _add_how(command)
     command = add_command(group, "report", report, "write the page of all experiments that were done")
     command.add_argument("folders", nargs="*", type=Path, default=[Path("runs/lab")], metavar="DIR")

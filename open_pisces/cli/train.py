@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from open_pisces.cli.options import Result, add_command, add_json, add_recipe, at_least, quiet, share
+
+if TYPE_CHECKING:
+    from open_pisces.config import RunConfig
 
 
 def train(args: argparse.Namespace) -> Result:
@@ -20,7 +23,7 @@ def train(args: argparse.Namespace) -> Result:
     if whole_scale and any(override.startswith(("out=", "name=")) for override in args.overrides):
         raise ConfigError(f"{args.recipe} is {len(whole_scale)} trainings, which need a folder each: set out= for one")
     # All recipes are read before the first training starts, so a wrong setting costs no hours.
-    configs = {name: load_config(name, args.overrides) for name in whole_scale or [args.recipe]}
+    configs = _read_all(whole_scale or [args.recipe], args.overrides)
 
     if args.nproc > 1:
         from open_pisces.train.launch import launch
@@ -35,7 +38,8 @@ def train(args: argparse.Namespace) -> Result:
     from open_pisces.train.loop import train as run
 
     quiet()
-    for name, config in configs.items():
+    for name, read in configs.items():
+        config = read or load_config(name, args.overrides)
         if whole_scale and is_done(config):
             _say_once(f"{name}: done, in {config.folder}")
             continue
@@ -47,6 +51,21 @@ def train(args: argparse.Namespace) -> Result:
             _say_once(f"{name}: stopped early; the same command goes on from {folder}")
             break
     return None
+
+
+def _read_all(names: list[str], overrides: list[str]) -> dict[str, RunConfig | None]:
+    """The trainings' settings; None for one that takes those of a folder which an earlier one has yet to write."""
+    from open_pisces.recipe import StartMissingError, load_config
+
+    configs: dict[str, RunConfig | None] = {}
+    for name in names:
+        try:
+            configs[name] = load_config(name, overrides)
+        except StartMissingError as error:
+            if error.start not in [Path("runs") / earlier / "model" for earlier in configs]:
+                raise
+            configs[name] = None
+    return configs
 
 
 def _say_once(text: str) -> None:
@@ -80,6 +99,7 @@ def add_train(commands: Any) -> None:
     command = add_command(commands, "train", train, "run a training, or all of a scale's that are not done")
     add_recipe(command, "tiny/stage1, a YAML file, or a scale: nano, tiny", "settings, such as train.lr=3e-4")
     command.add_argument("--nproc", type=at_least(1), default=1, help="processes on this machine that train together")
+    command.set_defaults(large_pages=True)
 
     command = add_command(commands, "plan", plan, "what a training needs: memory, time, disk; nothing is fetched")
     add_recipe(command, "8b/stage1, or a YAML file", "settings, such as data.rows=1")

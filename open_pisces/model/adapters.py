@@ -147,6 +147,7 @@ def attach_adapter(llm: Any, config: LoraConfig, new_tokens: Sequence[int] = ())
         own = {f"{key}.{name}." for key in ("lora_A", "lora_B")}
         for key, parameter in llm.named_parameters():
             parameter.requires_grad_(any(part in key for part in own) or "trainable_tokens_delta" in key)
+        _leave_inputs(llm)
         return
     settings = peft.LoraConfig(
         r=config.rank,
@@ -163,6 +164,16 @@ def attach_adapter(llm: Any, config: LoraConfig, new_tokens: Sequence[int] = ())
     for parameter in llm.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # also beside a bfloat16 base: its steps would be rounded away
+    _leave_inputs(llm)
+
+
+def _leave_inputs(llm: nn.Module) -> None:
+    """Spare what goes into an adapter beside a half-precision base the way to float32, which autocast takes back."""
+    layers: list[Any] = list(adapter_layers(llm).values())
+    for layer in layers:
+        half = getattr(getattr(layer, "base_layer", None), "weight", None)
+        if half is not None and half.dtype in (torch.bfloat16, torch.float16):
+            layer.cast_input_dtype_enabled = False
 
 
 # ------------------------------------------------------------------------------------------------------ writing

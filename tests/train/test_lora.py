@@ -122,6 +122,20 @@ def test_beside_a_bfloat16_base_the_adapter_is_float32(start: Path, tmp_path: Pa
     assert rows and all(row["norm"] > 0 for row in rows)
 
 
+def test_inputs_that_peft_leaves_as_they_are_train_to_the_same_bits(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast float32 inputs of an adapter become bfloat16 again: PEFT's way there costs time only."""
+    own = [*CUT, "train.precision=bf16", "train.steps=3", f"model.start={start}"]
+    config = load_config("finetune/lora", [*own, f"out={tmp_path / 'left'}"])
+    layers = adapters.adapter_layers(build_training(config).module.llm).values()
+    assert any(getattr(layer, "cast_input_dtype_enabled", True) is False for layer in layers)
+    left = weights(train(config))
+    monkeypatch.setattr(adapters, "_leave_inputs", lambda llm: None)
+    cast = weights(train(load_config("finetune/lora", [*own, f"out={tmp_path / 'cast'}"])))
+    assert left.keys() == cast.keys() and all(torch.equal(left[key], cast[key]) for key in left)
+
+
 def test_what_lora_cannot_teach_is_refused(start: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()

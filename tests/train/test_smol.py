@@ -64,6 +64,20 @@ def test_both_stages_train_an_adapter_and_leave_the_llm(parts: Path, runs: Path,
     assert names and all(not torch.equal(deltas[0][key], deltas[1][key]) for key in names)
 
 
+def test_the_whole_scale_reads_a_stage_that_starts_from_an_earlier_one_when_its_turn_comes(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = [*CUT, "data.sources=[{path: fixture/train, tasks: {generate_short: 1.0}}]"]
+    assert main(["train", "smol", *own]) == 2
+    assert "runs/smol/parts: no model folder there" in capsys.readouterr().err
+    shutil.copytree(parts, tmp_path / "runs/smol/parts")
+    assert main(["train", "smol", *own]) == 0
+    assert (tmp_path / "runs/smol/stage2/model/adapter").is_dir()
+    assert main(["train", "smol", *own]) == 0
+    assert capsys.readouterr().out.count("done, in runs/smol/stage") == 2
+
+
 def test_its_own_text_is_written_before_and_replayed(parts: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "replay"
     how = ["--count", "3", "--request", "48", "--answer", "48", "--batch-size", "16"]
