@@ -40,11 +40,12 @@ def parts(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_stages_train_an_adapter_and_leave_the_llm(parts: Path, runs: Path, tmp_path: Path) -> None:
-    own = [*CUT, f"model.start={parts}", f"out={tmp_path / 'stage1'}"]
+    bare = [*CUT, "data.features=''"]
+    own = [*bare, f"model.start={parts}", f"out={tmp_path / 'stage1'}"]
     plain = "data.sources=[{path: fixture/train, tasks: {generate_short: 1.0}}]"
     first = train(load_config("smol/stage1", [*own, plain]))
     both = "data.sources=[{path: fixture/train, tasks: {generate_short: 1.0, question: 1.0}}]"
-    own = [*CUT, f"model.start={first / 'model'}", f"out={tmp_path / 'stage2'}"]
+    own = [*bare, f"model.start={first / 'model'}", f"out={tmp_path / 'stage2'}"]
     folder = train(load_config("smol/stage2", [*own, both])) / "model"
     for file, digest in read_card(parts)["parts"]["llm"].items():
         assert sha256_of(folder / "llm" / file) == digest
@@ -88,6 +89,7 @@ def test_its_own_text_is_written_before_and_replayed(parts: Path, tmp_path: Path
         {"path": str(out), "tasks": {"conversation": 1.0}, "weight": 0.5},
     ]
     own = [*CUT, f"model.start={parts}", f"out={tmp_path / 'run'}", "train.batch_size=8", "train.lora.lr=1e-4"]
+    own.append("data.features=''")
     folder = train(load_config("smol/stage1", [*own, f"data.sources={json.dumps(sources)}"]))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["text"] > 0.5 and rows[0]["vectors"] > 0
