@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --co
 demo: $(READY) ## draw a sheet, caption it, answer questions; writes demo.png
 	$(BIN)/pisces demo --out demo.png
 
-# In small pages of memory a virtual machine can take four times as long (open_pisces/cli/large_pages.py).
+# As `pisces train` starts itself (open_pisces/cli/large_pages.py): small pages of memory can be slow on a virtual machine.
 test: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=17179869184:glibc.malloc.mmap_threshold=1073741824
 test: $(READY) ## every test that runs on every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder

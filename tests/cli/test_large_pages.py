@@ -39,6 +39,12 @@ def test_a_training_starts_again_as_it_was_called(started: Any, monkeypatch: pyt
     assert environment[large_pages.NAME].split(":")[0] == "glibc.malloc.hugetlb=1"
 
 
+def test_make_test_sets_the_same(started: Any) -> None:
+    large_pages.restart_with_large_pages()
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert f"test: export {large_pages.NAME} ?= {started[0][2][large_pages.NAME]}\n" in makefile
+
+
 def test_who_has_set_tunables_is_left_alone(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(large_pages.NAME, "")
     large_pages.restart_with_large_pages()
