@@ -28,6 +28,8 @@ from open_pisces.train.world import World
 LOG_EVERY = 10
 SHOWN = ("text", "vectors", "diffusion", "contrastive", "retrieval", "mae", "norm")
 """What the bar has room for."""
+FASTER = 1.3
+"""How much faster float32 has to be before a run says so: less may be noise of the measurement."""
 
 
 def describe_run(folder: Path, config: RunConfig) -> None:
@@ -90,7 +92,9 @@ class Log:
         self.start = time.monotonic() - before
         self.costs = costs
         # Measured, not looked up: what a device does on this machine, with these clocks.
-        self.rate = matmul_rate(world.device, torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+        half = config.train.precision == "bf16"
+        self.rate = matmul_rate(world.device, torch.bfloat16 if half else torch.float32)
+        self.advice = _faster_precision(self.rate) if half and world.device.type == "cpu" and world.is_first else ""
         self.window = Window(time.monotonic())
         self.told: list[Any] = []
         self.metrics: Metrics | None = None
@@ -107,6 +111,8 @@ class Log:
                 self.config.name, total=self.config.train.steps, completed=self.first_step, words=""
             )
             self._bar.start()
+            if self.advice:
+                self._bar.console.print(self.advice)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -256,6 +262,17 @@ def _tracker(name: str, config: RunConfig) -> Tell:
         raise ConfigError(f"train.track names {name}, which is not installed: pip install {name}") from None
     run = tracker.init(project="open-pisces", name=config.name, config=config.model_dump(mode="json"))
     return lambda line, at: run.log(line, step=at), run.finish
+
+
+def _faster_precision(bfloat16: float) -> str:
+    """What to set where this processor only emulates bfloat16; nothing if float32 is not faster."""
+    float32 = matmul_rate(torch.device("cpu"), torch.float32)
+    if float32 < FASTER * bfloat16:
+        return ""
+    return (
+        f"this CPU multiplies {float32 / bfloat16:.1f} times as fast in float32 ({float32 / 1e9:.0f} GFLOP/s) as in "
+        f"bfloat16 ({bfloat16 / 1e9:.0f}): train.precision=fp32 is likely faster here"
+    )
 
 
 def _bar() -> Progress:

@@ -108,6 +108,28 @@ def test_the_rate_of_matrix_products_is_work_over_time(monkeypatch: pytest.Monke
     assert log.matmul_rate(torch.device("cpu"), torch.float32) == pytest.approx(2 * side**3 / tick)
 
 
+@pytest.mark.parametrize(
+    ("precision", "bfloat16", "said"),
+    [
+        ("bf16", 61e9, "5.0 times as fast in float32 (305 GFLOP/s) as in bfloat16 (61): train.precision=fp32"),
+        ("bf16", 300e9, ""),
+        ("fp32", 61e9, ""),
+    ],
+)
+def test_a_processor_that_emulates_bfloat16_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    precision: str,
+    bfloat16: float,
+    said: str,
+) -> None:
+    monkeypatch.setattr(log, "matmul_rate", lambda _, dtype: bfloat16 if dtype is torch.bfloat16 else 305e9)
+    train(settings(tmp_path, "train.steps=1", f"train.precision={precision}"), probes=())
+    told = " ".join(capsys.readouterr().out.split())
+    assert said in told and bool(said) == ("train.precision" in told)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_become_a_wish(number: signal.Signals) -> None:
     before = signal.getsignal(number)
