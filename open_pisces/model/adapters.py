@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -252,7 +254,8 @@ def load_adapter(llm: Any, path: Path) -> None:
         raise AdapterError(f"{path}: this model has an adapter, which needs PEFT: {_INSTALL}") from None
     dtype = llm.dtype
     try:
-        info = llm.load_adapter(str(path))
+        with _no_report():
+            info = llm.load_adapter(str(path))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise AdapterError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error
     missing = [key for key in info.missing_keys if not _is_tied(llm, key)]
@@ -262,6 +265,18 @@ def load_adapter(llm: Any, path: Path) -> None:
     for parameter in llm.parameters():
         if parameter.is_floating_point():  # quantized weights are bytes
             parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Without transformers' table of keys: it lists the second name of tied weights as missing; we check them all."""
+    reports = logging.getLogger("transformers.integrations.peft")
+    level = reports.level
+    reports.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reports.setLevel(level)
 
 
 def check_base(path: Path, files: dict[str, str]) -> None:
